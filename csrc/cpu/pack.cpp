@@ -1,0 +1,64 @@
+// Codes to the packed layouts described in quantkit.h. Runs once a layer, when it is loaded.
+#include <cstring>
+
+#include "kernel_table.h"
+#include "thread_pool.h"
+
+namespace quantkit {
+namespace {
+
+void pack_w4_block(const uint8_t* codes, int64_t ldc, int64_t rows, int64_t k, uint8_t* out) {
+  for (int64_t c = 0; c < ceil_div(k, 8); ++c, out += kChunkBytes) {
+    for (int64_t r = 0; r < kBlockRows; ++r) {
+      uint32_t word = 0;
+      for (int64_t j = 0; r < rows && j < 8 && 8 * c + j < k; ++j) {
+        const uint32_t code = codes[r * ldc + 8 * c + j] & 15u;
+        word |= code << (4 * (j / 2) + 16 * (j & 1));
+      }
+      std::memcpy(out + 4 * r, &word, 4);
+    }
+  }
+}
+
+void pack_w8_block(const uint8_t* codes, int64_t ldc, int64_t rows, int64_t k, uint8_t* out) {
+  for (int64_t c = 0; c < ceil_div(k, 4); ++c, out += kChunkBytes) {
+    std::memset(out, 0, kChunkBytes);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t n = k - 4 * c < 4 ? k - 4 * c : 4;
+      std::memcpy(out + 4 * r, codes + r * ldc + 4 * c, static_cast<size_t>(n));
+    }
+  }
+}
+
+using PackBlock = void (*)(const uint8_t*, int64_t, int64_t, int64_t, uint8_t*);
+
+int pack(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, uint8_t* packed, int32_t format,
+         PackBlock pack_block) {
+  if (n < 0 || k < 0 || ldc < k) return QK_INVALID_ARGUMENT;
+  if (n == 0 || k == 0) return QK_OK;
+  if (codes == nullptr || packed == nullptr) return QK_INVALID_ARGUMENT;
+  const int64_t block_bytes = ceil_div(k, chunk_codes(format)) * kChunkBytes;
+  parallel_for(ceil_div(n, kBlockRows), [&](int64_t block) {
+    const int64_t row = block * kBlockRows;
+    const int64_t rows = n - row < kBlockRows ? n - row : kBlockRows;
+    pack_block(codes + row * ldc, ldc, rows, k, packed + block * block_bytes);
+  });
+  return QK_OK;
+}
+
+}  // namespace
+}  // namespace quantkit
+
+using namespace quantkit;
+
+int64_t qk_packed_bytes(int32_t format, int64_t n, int64_t k) {
+  return ceil_div(n, kBlockRows) * ceil_div(k, chunk_codes(format)) * kChunkBytes;
+}
+
+int qk_pack_w4(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, uint8_t* packed) {
+  return pack(codes, ldc, n, k, packed, QK_W4, pack_w4_block);
+}
+
+int qk_pack_w8(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, uint8_t* packed) {
+  return pack(codes, ldc, n, k, packed, QK_I8, pack_w8_block);
+}

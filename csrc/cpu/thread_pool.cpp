@@ -1,0 +1,181 @@
+// Ladder:
+//   1. OpenMP fork/join: 5-15 us a region when its threads have gone to sleep.
+//   2. Condition variable for every job: 10-50 us to wake a worker.
+//   3. Spin for a while, then sleep on a futex (this file): under 1 us back to back, and an idle
+//      pool costs nothing. The spin is kept short because torch's OpenMP threads may want the
+//      same cores between our calls.
+#include "thread_pool.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace quantkit {
+namespace {
+
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#else
+  std::atomic_signal_fence(std::memory_order_seq_cst);
+#endif
+}
+
+constexpr int kMaxThreads = 256;
+constexpr int kSpins = 4000;  // about 50-100 us of pauses before a worker sleeps
+
+// One word holds the whole life of a job, so that joining it is a single compare-and-swap:
+// the job's number, whether it still takes workers, and how many are inside.
+constexpr uint64_t kActiveMask = 0xffff;
+constexpr uint64_t kOpen = 1u << 16;
+constexpr uint64_t kJobOne = 1u << 17;
+
+class Pool {
+ public:
+  void run(int64_t units, UnitFn fn, void* ctx, int threads) {
+    fn_ = fn;
+    ctx_ = ctx;
+    units_ = units;
+    next_.store(0, std::memory_order_relaxed);
+    grow(threads - 1);
+    limit_.store(threads - 1, std::memory_order_relaxed);
+    state_.store((state_.load(std::memory_order_relaxed) & ~kActiveMask) + kJobOne + kOpen,
+                 std::memory_order_seq_cst);
+    if (sleeping_.load(std::memory_order_seq_cst) > 0) state_.notify_all();
+    work();
+    state_.fetch_and(~kOpen, std::memory_order_acq_rel);
+    while ((state_.load(std::memory_order_acquire) & kActiveMask) != 0) relax();
+  }
+
+ private:
+  void work() {
+    for (;;) {
+      const int64_t unit = next_.fetch_add(1, std::memory_order_relaxed);
+      if (unit >= units_) return;
+      fn_(ctx_, unit);
+    }
+  }
+
+  void grow(int workers) {
+    while (static_cast<int>(workers_.size()) < workers) {
+      const int index = static_cast<int>(workers_.size());
+      try {
+        workers_.emplace_back([this, index] { worker(index); });
+      } catch (const std::system_error&) {
+        return;  // the system has no thread left: the caller does the work
+      }
+      workers_.back().detach();  // the pool lives as long as the process
+    }
+  }
+
+  void worker(int index);
+
+  std::atomic<uint64_t> state_{0};
+  std::atomic<int> sleeping_{0};
+  std::atomic<int> limit_{0};
+  alignas(64) std::atomic<int64_t> next_{0};
+  UnitFn fn_ = nullptr;
+  void* ctx_ = nullptr;
+  int64_t units_ = 0;
+  std::vector<std::thread> workers_;
+};
+
+thread_local bool inside_unit = false;
+
+void Pool::worker(int index) {
+  inside_unit = true;
+  uint64_t seen = 0;
+  for (;;) {
+    uint64_t state = state_.load(std::memory_order_acquire);
+    for (int spin = 0; !(state & kOpen) || (state & ~kActiveMask) == seen; ++spin) {
+      if (spin < kSpins) {
+        relax();
+      } else {
+        sleeping_.fetch_add(1, std::memory_order_seq_cst);
+        const uint64_t now = state_.load(std::memory_order_seq_cst);
+        if (!(now & kOpen) || (now & ~kActiveMask) == seen) state_.wait(now);
+        sleeping_.fetch_sub(1, std::memory_order_relaxed);
+      }
+      state = state_.load(std::memory_order_acquire);
+    }
+    if (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) continue;
+    seen = state & ~kActiveMask;
+    if (index < limit_.load(std::memory_order_relaxed)) work();
+    state_.fetch_sub(1, std::memory_order_acq_rel);
+  }
+}
+
+// Threads do not survive fork(): a child starts a new pool and leaves the old one's memory alone.
+std::atomic<Pool*> pool{nullptr};
+std::mutex* pool_mutex = nullptr;
+std::once_flag fork_handler;
+
+void reset_after_fork() {
+  pool.store(nullptr);
+  pool_mutex = new std::mutex;
+}
+
+std::atomic<int> requested{0};
+std::atomic<int> fallback{0};
+
+struct Scratch {
+  void* memory[kScratchSlots] = {};
+  int64_t bytes[kScratchSlots] = {};
+  ~Scratch() {
+    for (void* m : memory) std::free(m);
+  }
+};
+thread_local Scratch local;
+
+}  // namespace
+
+void parallel_units(int64_t units, UnitFn fn, void* ctx) {
+  std::call_once(fork_handler, [] {
+    pool_mutex = new std::mutex;
+    pthread_atfork(nullptr, nullptr, reset_after_fork);
+  });
+  const int threads = units < num_threads() ? static_cast<int>(units) : num_threads();
+  if (threads > 1 && !inside_unit) {
+    std::unique_lock<std::mutex> lock(*pool_mutex, std::try_to_lock);
+    if (lock.owns_lock()) {
+      Pool* current = pool.load();
+      if (current == nullptr) pool.store(current = new Pool);
+      inside_unit = true;
+      current->run(units, fn, ctx, threads);
+      inside_unit = false;
+      return;
+    }
+  }
+  for (int64_t unit = 0; unit < units; ++unit) fn(ctx, unit);
+}
+
+void set_num_threads(int threads) { requested.store(threads > kMaxThreads ? kMaxThreads : threads); }
+void set_default_threads(int threads) { fallback.store(threads); }
+
+int num_threads() {
+  const int explicit_count = requested.load(std::memory_order_relaxed);
+  if (explicit_count > 0) return explicit_count;
+  int count = fallback.load(std::memory_order_relaxed);
+  if (count <= 0) {
+    count = static_cast<int>(std::thread::hardware_concurrency());
+    fallback.store(count > 0 ? count : 1);
+  }
+  return count <= 0 ? 1 : (count > kMaxThreads ? kMaxThreads : count);
+}
+
+void* scratch(int slot, int64_t bytes) {
+  if (local.bytes[slot] < bytes) {
+    std::free(local.memory[slot]);
+    const int64_t size = (bytes + 4095) / 4096 * 4096;
+    local.memory[slot] = std::aligned_alloc(64, static_cast<size_t>(size));
+    local.bytes[slot] = local.memory[slot] == nullptr ? 0 : size;
+  }
+  return local.memory[slot];
+}
+
+}  // namespace quantkit

@@ -1,0 +1,141 @@
+// The C ABI of quantkit's kernels: pointers, sizes and a stream in, a status out.
+// No torch header, no C++ type: anything that can load a shared library can call these.
+//
+// Every weight-only format has one meaning, with fp32 accumulation:
+//
+//   y[m,n] = sum_g scale[n,g] * sum_{k in g} (decode(code[n,k]) - zero[n,g]) * x[m,k]  + bias[n]
+//
+// Every pointer may be unaligned to anything but its element; results do not depend on alignment,
+// on the number of threads, or on how many other rows are computed in the same call.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define QK_EXPORT __attribute__((visibility("default")))
+
+// Raised whenever a layout or a signature below changes; the loader refuses another number.
+#define QK_ABI_VERSION 1
+
+enum qk_status {
+  QK_OK = 0,
+  QK_INVALID_ARGUMENT = 1,
+  QK_UNSUPPORTED = 2,
+  QK_OUT_OF_MEMORY = 3,
+  QK_LAUNCH_FAILED = 4,
+};
+
+enum qk_dtype { QK_F32 = 0, QK_F16 = 1, QK_BF16 = 2 };
+
+// What a weight code means.
+//   QK_W4   4 bits, an index into a codebook of 16 fp32 values (int4, int3, int2, FP4, NF4 …)
+//   QK_I8   8 bits, two's complement
+//   QK_F8   8 bits, float8 e4m3fn (no infinities; 0x7f and 0xff are NaN)
+enum qk_format { QK_W4 = 0, QK_I8 = 1, QK_F8 = 2 };
+
+// One weight-only linear layer applied to m rows.
+//
+// packed: the layout of qk_pack_w4 / qk_pack_w8 below.
+// scale and zero are read as ptr[n * stride_n + g * stride_g]. stride_n == 1 is the fast order
+// (16 neighbouring rows of one group are one vector load); any other is gathered once a tile.
+// The last group may be short: groups = ceil(k / group_size).
+typedef struct qk_weight_only_args {
+  const void* x;         // [m, k], rows ldx elements apart
+  int64_t ldx;
+  int32_t x_dtype;       // qk_dtype; also the dtype of y
+  int32_t format;        // qk_format
+  int64_t m, n, k;
+  int64_t group_size;    // a multiple of 16, or anything >= k for one group a row
+  const void* packed;
+  const float* lut;      // [16], QK_W4 only
+  const float* scale;    // [n, groups]
+  int64_t scale_stride_n, scale_stride_g;
+  const float* zero;     // [n, groups] or NULL, in units of the decoded code
+  int64_t zero_stride_n, zero_stride_g;
+  const void* bias;      // [n] or NULL
+  int32_t bias_dtype;
+  void* y;               // [m, n], rows ldy elements apart
+  int64_t ldy;
+} qk_weight_only_args;
+
+// INT8 activations times INT8 weights, accumulated exactly in int32:
+//   y[m,n] = float(sum_k xq[m,k] * wq[n,k]) * (x_scale[m] * w_scale[n]) + bias[n]
+typedef struct qk_w8a8_args {
+  const int8_t* xq;      // [m, k], rows ldx bytes apart
+  int64_t ldx;
+  int64_t m, n, k;       // k <= 131071, so that no int32 sum can overflow
+  const void* packed;    // qk_pack_w8
+  const void* x_scale;   // [m], or one value with x_scale_stride == 0
+  int64_t x_scale_stride;
+  int32_t x_scale_dtype;
+  const float* w_scale;  // [n]
+  const void* bias;      // [n] or NULL
+  int32_t bias_dtype;
+  int32_t y_dtype;
+  void* y;               // [m, n], rows ldy elements apart
+  int64_t ldy;
+} qk_w8a8_args;
+
+// Activations to 8-bit codes, in the arithmetic of compressed-tensors: every intermediate is
+// rounded to `arith_dtype`, as a tensor library that works in that dtype would round it.
+typedef struct qk_quantize_args {
+  const void* x;         // [m, k], rows ldx elements apart
+  int64_t ldx;
+  int32_t x_dtype;
+  int32_t format;        // QK_I8 or QK_F8
+  int64_t m, k;
+  int64_t group_size;    // columns that share a scale; >= k for one scale a row
+  int32_t arith_dtype;   // dtype that division is rounded to
+  int32_t scale_given;   // 1: `scale` is one value of arith_dtype, read; 0: [m, groups], written
+  void* scale;           // elements of x_dtype when written, arith_dtype when read
+  uint8_t* q;            // [m, k] contiguous
+} qk_quantize_args;
+
+// ---- CPU -------------------------------------------------------------------------------------
+
+// codes [n, k], one a byte -> the packed layout. Rows are grouped by 16 and padded with code 0.
+//
+// QK_W4: [ceil(n/16)][ceil(k/8)][16 rows][4 bytes]. The four bytes are one little-endian word of
+//        eight codes, even k in its low half and odd k in its high half:
+//          code k = 8c + 2j     at bits 4j   .. 4j+3
+//          code k = 8c + 2j + 1 at bits 16+4j .. 16+4j+3        (j = 0..3)
+//        so one shift yields a bf16 pair's two indices in the two halves of a 32-bit lane.
+// 8 bit: [ceil(n/16)][ceil(k/4)][16 rows][4 bytes], byte j of a row holds k = 4c + j: the operand
+//        order of vpdpbusd.
+// A row of 16 rows x one chunk is always 64 bytes.
+QK_EXPORT int qk_pack_w4(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, uint8_t* packed);
+QK_EXPORT int qk_pack_w8(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, uint8_t* packed);
+QK_EXPORT int64_t qk_packed_bytes(int32_t format, int64_t n, int64_t k);
+
+QK_EXPORT int qk_weight_only_linear(const qk_weight_only_args* args);
+QK_EXPORT int qk_w8a8_linear(const qk_w8a8_args* args);
+QK_EXPORT int qk_quantize(const qk_quantize_args* args);
+// w[n,k] = (decode(code) - zero) * scale in fp32, rounded once to x_dtype; writes y as [n, k].
+QK_EXPORT int qk_dequantize(const qk_weight_only_args* args);
+
+// Threads used by one call, the calling thread included. 0 restores the default.
+QK_EXPORT int qk_set_num_threads(int32_t threads);
+QK_EXPORT int32_t qk_get_num_threads(void);
+// The default while qk_set_num_threads is at 0; the binding keeps it equal to torch's.
+QK_EXPORT void qk_set_default_threads(int32_t threads);
+
+// Instruction sets, slowest first: "generic", "avx2", "avx512", "avx512bf16"; "auto" is the best
+// that this CPU runs. Forcing one is for tests and benchmarks.
+QK_EXPORT int qk_set_isa(const char* name);
+QK_EXPORT const char* qk_get_isa(void);
+QK_EXPORT int32_t qk_isa_supported(const char* name);
+
+QK_EXPORT int32_t qk_abi_version(void);
+QK_EXPORT const char* qk_status_message(int status);
+
+// ---- CUDA: the same arguments and the same packed layout, on a stream ------------------------
+
+QK_EXPORT int qk_cuda_weight_only_linear(const qk_weight_only_args* args, void* stream);
+QK_EXPORT int32_t qk_cuda_abi_version(void);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,49 @@
+"""Quantization algorithms: tensors in, tensors out; they never see a module.
+
+A solver is ``(weight [N, K] fp32 or the model's dtype, stats, spec, options) → QTensor``.
+To add one: one file with an ``OPTIONS`` table and a function, and a row in `SOLVERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from quantkit.algorithms import gptq, rtn
+from quantkit.numerics import QTensor
+from quantkit.schemes import QuantSpec
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What calibration learnt about the input of one layer.
+
+    Attributes:
+        hessian: fp32 ``[K, K]``, xᵀx / tokens over every calibration token; None for a
+            solver that does not ask for it.
+        tokens: how many tokens were seen.
+    """
+
+    hessian: Tensor | None = None
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A solver with its options (name → default) and whether it needs a Hessian."""
+
+    solve: Callable[[Tensor, Stats, QuantSpec, Mapping[str, Any]], QTensor]
+    options: Mapping[str, Any]
+    needs_hessian: bool
+
+
+SOLVERS: dict[str, Solver] = {
+    "rtn": Solver(rtn.solve, rtn.OPTIONS, needs_hessian=False),
+    "gptq": Solver(gptq.solve, gptq.OPTIONS, needs_hessian=True),
+}
+
+#: For recipe validation: algorithm → the options it knows.
+KNOWN: dict[str, frozenset[str]] = {n: frozenset(s.options) for n, s in SOLVERS.items()}

@@ -1,0 +1,190 @@
+"""GPTQ: second-order rounding with error feedback.
+
+Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ: Accurate Post-Training Quantization for
+Generative Pre-trained Transformers", arXiv 2210.17323, algorithm 1. Columns are rounded one
+after another; each column's rounding error is spread over the columns not yet rounded, by
+the rows of the Cholesky factor U of the inverse Hessian (H⁻¹ = UᵀU).
+
+Scales come from the original weight and are fixed before any column is rounded ("static
+groups"), so that act-order costs nothing at inference: the stored order of columns never
+changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from quantkit import numerics
+from quantkit.algorithms.clip import mse_scales
+from quantkit.errors import QuantkitError
+from quantkit.numerics import QTensor
+from quantkit.schemes import DType, Granularity, QuantSpec, ScaleFormat
+
+if TYPE_CHECKING:
+    from quantkit.algorithms import Stats
+
+#: damp: share of the mean diagonal that is added to the Hessian's diagonal.
+#: actorder: ``static`` rounds columns with the largest diagonal first; ``none`` in order.
+#: block_size: columns between two lazy updates of the columns that follow.
+#: clip: ``mse`` narrows scales by column-weighted rounding error; ``none`` keeps min-max.
+OPTIONS: dict[str, Any] = {"damp": 0.01, "actorder": "static", "block_size": 128, "clip": "mse"}
+
+
+def solve(weight: Tensor, stats: Stats, spec: QuantSpec, options: Mapping[str, Any]) -> QTensor:
+    """Quantize ``weight [N, K]`` against the Hessian of its inputs.
+
+    Rows are independent, so layers that share an input may be stacked.
+
+    Args:
+        weight: ``[N, K]``, the model's dtype, which is the dtype of the scales.
+        stats: its ``hessian`` fp32 ``[K, K]``.
+        spec: any weight spec.
+        options: see `OPTIONS`.
+
+    Raises:
+        QuantkitError: no Hessian, or one that is not positive definite after damping.
+    """
+    if stats.hessian is None or stats.tokens == 0:
+        raise QuantkitError("GPTQ without calibration tokens", remedy="give --data or use rtn")
+    diagonal = stats.hessian.diagonal()
+    scale, zero, global_scale = _scales(weight, spec, diagonal, str(options["clip"]))
+    order = (
+        torch.argsort(diagonal, descending=True, stable=True)
+        if options["actorder"] == "static"
+        else torch.arange(weight.shape[1], device=weight.device)
+    )
+    upper = inverse_factor(stats.hessian[order][:, order], float(options["damp"]))
+    steps, zeros = _per_column(scale, zero, global_scale, spec, weight.shape, order)
+    rounded = _round_columns(
+        weight.float()[:, order], upper, steps, zeros, spec, int(options["block_size"])
+    )
+    restored = torch.empty_like(rounded)
+    restored[:, order] = rounded
+    return _to_codes(restored, scale, zero, global_scale, spec)
+
+
+def _scales(
+    weight: Tensor, spec: QuantSpec, diagonal: Tensor, clip: str
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if clip == "mse":
+        return mse_scales(weight, spec, importance=diagonal)
+    global_scale = numerics.global_scale_for(weight) if spec.scale is ScaleFormat.E4M3 else None
+    scale, zero = numerics.compute_scales(*numerics.value_range(weight, spec), spec, global_scale)
+    return scale, zero, global_scale
+
+
+def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
+    """Upper triangular U with H⁻¹ = UᵀU of the damped Hessian, fp32 ``[K, K]``.
+
+    A column that calibration never excited (zero diagonal) is given a diagonal of 1: it is
+    rounded to nearest and shares no error, but keeps its value for traffic that does excite
+    it.
+
+    Raises:
+        QuantkitError: the damped Hessian is not positive definite.
+    """
+    diagonal = hessian.diagonal().clone()
+    damped = hessian.clone()
+    dead = diagonal == 0
+    damped.diagonal()[dead] = 1.0
+    damped.diagonal().add_(damp * diagonal.mean())
+    lower, info = torch.linalg.cholesky_ex(damped)
+    if int(info) == 0:
+        inverse = torch.cholesky_inverse(lower)
+        upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
+    if int(info) != 0 or not torch.isfinite(upper).all():
+        raise QuantkitError(
+            f"GPTQ: the Hessian [{hessian.shape[0]}] is not positive definite with damp {damp}",
+            remedy=f"raise `damp` (try {max(damp * 10, 0.01):g}) or calibrate on more samples",
+        )
+    return upper
+
+
+def _per_column(
+    scale: Tensor,
+    zero: Tensor | None,
+    global_scale: Tensor | None,
+    spec: QuantSpec,
+    shape: torch.Size,
+    order: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero of every weight, fp32 ``[N, K]`` (views where possible), in order."""
+    effective = (scale if global_scale is None else scale / global_scale).float()
+
+    def spread(values: Tensor) -> Tensor:
+        if spec.granularity is Granularity.TENSOR:
+            return values.reshape(1, 1).expand(shape)
+        if spec.granularity is Granularity.CHANNEL:
+            return values.expand(shape)
+        if spec.granularity is Granularity.BLOCK:
+            assert spec.block is not None
+            rows, cols = spec.block
+            values = values.repeat_interleave(rows, 0)[: shape[0]]
+            return values.repeat_interleave(cols, 1)[:, : shape[1]][:, order]
+        assert spec.group_size is not None
+        return values[:, order // spec.group_size]
+
+    return spread(effective), None if zero is None else spread(zero.float())
+
+
+def _round_columns(
+    weight: Tensor,
+    upper: Tensor,
+    steps: Tensor,
+    zeros: Tensor | None,
+    spec: QuantSpec,
+    block_size: int,
+) -> Tensor:
+    """Algorithm 1 of the paper; returns code values (before scaling), fp32 ``[N, K]``.
+
+    The work is on transposed tensors: a column of the weight is then contiguous.
+    """
+    columns = weight.shape[1]
+    w = weight.t().contiguous()
+    s = steps.t().contiguous()
+    z = None if zeros is None else zeros.t().contiguous()
+    codes = torch.empty_like(w)
+    for start in range(0, columns, block_size):
+        stop = min(start + block_size, columns)
+        errors = torch.empty_like(w[start:stop])
+        factor = upper[start:stop, start:stop]
+        for i in range(stop - start):
+            j = start + i
+            scaled = w[j] / s[j]
+            if z is not None:
+                scaled += z[j]
+            code = numerics.round_to_codes(scaled, spec)
+            codes[j] = code
+            value = (code - z[j]) * s[j] if z is not None else code * s[j]
+            error = (w[j] - value) / factor[i, i]
+            errors[i] = error
+            if i + 1 < stop - start:
+                w[j + 1 : stop].addr_(factor[i, i + 1 :], error, alpha=-1.0)
+        if stop < columns:
+            w[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1.0)
+    return codes.t()
+
+
+def _to_codes(
+    values: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    global_scale: Tensor | None,
+    spec: QuantSpec,
+) -> QTensor:
+    """A QTensor from code values that are representable already."""
+    unit = QuantSpec(spec.bits, spec.dtype) if spec.scale is ScaleFormat.MODEL else spec
+    if spec.dtype is DType.INT:
+        codes = values.to(torch.int8)
+    elif spec.bits == 8:
+        codes = values.to(torch.float8_e4m3fn)
+    else:
+        ones = torch.ones(spec.scale_shape((values.shape[0], values.shape[1])))
+        codes = numerics.quantize(values, ones.to(values), None, unit).codes
+    return QTensor(
+        codes.contiguous(), numerics.store_scale(scale, spec), zero, spec, global_scale
+    )

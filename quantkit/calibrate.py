@@ -1,0 +1,421 @@
+"""The calibration loop: for each block, observe → solve → replace → propagate.
+
+Statistics live for one block. What persists, and what a resumed run starts from, are the
+finished blocks in the work folder::
+
+    WORK/state.json               plan and data digests
+    WORK/blocks/0007.safetensors  codes, scales and zero points of block 7's layers
+    WORK/blocks/0007.json         their specs and errors; written last, so its presence
+                                  means that the block is whole
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from quantkit import model as models
+from quantkit import numerics
+from quantkit.algorithms import SOLVERS, Stats
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.numerics import QTensor
+from quantkit.observers import HessianAccumulator, Observer, make_observer
+from quantkit.paused import Spine, run_paused, trace_groups
+from quantkit.plan import Plan, PlannedLayer
+from quantkit.progress import Progress, silent
+from quantkit.quantize import QuantizedLayer, quantize_group
+from quantkit.recipe import Step
+from quantkit.results import read_json, write_json
+from quantkit.schemes import QuantSpec
+
+#: Tokens of one paused forward pass. Large enough for the matrix products to run at their
+#: full rate, small enough that a pass's temporaries are a few tens of MB.
+BATCH_TOKENS = 4096
+
+#: Tokens of the sample that each layer's output error is measured on.
+SAMPLE_TOKENS = 512
+
+#: Windows that a data-free recipe runs, only to measure output errors.
+PROBE_WINDOWS = 8
+
+#: Block index under which layers outside of the decoder (the head) are stored.
+HEAD = -1
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Token ids int64 ``[samples, seq_len]`` and their content hash."""
+
+    ids: Tensor
+    hash: str
+
+
+def calibrate(
+    source: models.SourceModel,
+    plan: Plan,
+    data: CalibrationData | None,
+    work: Path,
+    *,
+    observer: Step | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> Calibrated:
+    """Quantize every planned layer; the model's weights are replaced as it goes.
+
+    Args:
+        source: the model; afterwards it computes with the dequantized weights.
+        plan: from `quantkit.plan.make_plan`.
+        data: calibration tokens; None only when the plan needs none.
+        work: folder for finished blocks.
+        observer: turns static activations into a range; min-max by default.
+        resume: continue from the finished blocks in ``work``.
+        progress: called as (done, total, label), one step a batch and group.
+
+    Raises:
+        UsageError: no data where the plan needs some, or ``work`` belongs to another run.
+        QuantkitError: NaN, a Hessian that cannot be factored, a layer no token reached.
+    """
+    if plan.needs_data and data is None:
+        raise UsageError(
+            "this recipe calibrates, and there is no data", remedy="give --data FILE"
+        )
+    observer = observer or Step("minmax")
+    _open_work(work, plan, data, observer, resume)
+    if plan.unties_head:
+        models.untie(source.model)
+    spine = Spine(source.model)
+    ids = None if data is None else data.ids if plan.needs_data else data.ids[:PROBE_WINDOWS]
+    batches = [] if ids is None else list(ids.split(max(1, BATCH_TOKENS // ids.shape[1])))
+    with torch.no_grad():
+        loop = _Loop(source, plan, spine, batches, observer, work, progress)
+        layers = loop.run()
+    return Calibrated(layers, loop.solve_seconds)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What the loop made.
+
+    Attributes:
+        layers: every planned layer's result, in the plan's order.
+        solve_seconds: time in solvers; the rest of the loop's time is forward passes and
+            statistics.
+    """
+
+    layers: dict[str, QuantizedLayer]
+    solve_seconds: float
+
+
+@contextmanager
+def quantized_inputs(
+    linears: Mapping[str, nn.Linear],
+    layers: Mapping[str, PlannedLayer],
+    results: Mapping[str, QuantizedLayer],
+) -> Iterator[None]:
+    """While active, layers with quantized activations compute on quantized inputs.
+
+    Wraps ``forward`` rather than hooking in front of it: a leader pauses in a hook, on its
+    unquantized input, and has a static scale only when it goes on.
+
+    Args:
+        linears: the model's layers by name.
+        layers: the planned ones among them.
+        results: looked up when a layer runs, so it may still be filling.
+    """
+
+    def wrap(name: str, spec: QuantSpec, forward: Callable[[Tensor], Tensor]) -> Any:
+        def quantized(x: Tensor) -> Tensor:
+            return forward(numerics.fake_quantize_input(x, spec, results[name].input_scale))
+
+        return quantized
+
+    wrapped = {n: x.scheme.input for n, x in layers.items() if x.scheme.input is not None}
+    for name, spec in wrapped.items():
+        module = linears[name]
+        module.forward = wrap(name, spec, module.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for name in wrapped:
+            del linears[name].forward
+
+
+class _Loop:
+    def __init__(
+        self,
+        source: models.SourceModel,
+        plan: Plan,
+        spine: Spine,
+        batches: Sequence[Tensor],
+        observer: Step,
+        work: Path,
+        progress: Progress,
+    ) -> None:
+        self.model = source.model
+        self.plan = plan
+        self.spine = spine
+        self.batches = batches
+        self.observer = observer
+        self.work = work
+        self.linears = models.linear_layers(source.model)
+        head = plan.in_block(None)
+        self.total = (plan.blocks + (1 if head else 0)) * max(1, len(batches))
+        self.done = 0
+        self.progress = progress
+        self.groups: list[list[str]] | None = None
+        self.solve_seconds = 0.0
+
+    def run(self) -> dict[str, QuantizedLayer]:
+        results: dict[str, QuantizedLayer] = {}
+        hidden = self.spine.embed(self.batches)
+        for index in range(self.plan.blocks):
+            layers = self.plan.in_block(index)
+            saved = _load_block(self.work, index, layers)
+            if saved is not None:
+                for name, layer in saved.items():
+                    self._install(name, layer)
+                hidden = self._propagate(index, layers, saved, hidden)
+                block = saved
+            elif hidden:
+                block, hidden = self._solve_block(index, layers, hidden)
+                _save_block(self.work, index, block)
+            else:
+                block = self._solve_without_data(layers)
+                _save_block(self.work, index, block)
+            results.update(block)
+        head = self.plan.in_block(None)
+        if head:
+            saved = _load_block(self.work, HEAD, head)
+            if saved is None:
+                saved = self._solve_head(head, hidden)
+                _save_block(self.work, HEAD, saved)
+            for name, layer in saved.items():
+                self._install(name, layer)
+            results.update(saved)
+        return {layer.name: results[layer.name] for layer in self.plan.layers}
+
+    def _solve_block(
+        self, index: int, layers: Mapping[str, PlannedLayer], hidden: list[Tensor]
+    ) -> tuple[dict[str, QuantizedLayer], list[Tensor]]:
+        """One pass through the block, stopping in front of every group of layers."""
+        runs = self.spine.calls(index, hidden)
+        outputs: list[Tensor | None] = [None] * len(runs)
+        groups = self._groups(index, layers, runs[0]) if layers else []
+        by_leader = {group[0]: group for group in groups}
+        collectors: dict[str, _Collector] = {}
+        results: dict[str, QuantizedLayer] = {}
+
+        def observe(leader: str, x: Tensor) -> None:
+            if leader not in collectors:
+                members = [layers[name] for name in by_leader[leader]]
+                collectors[leader] = _Collector(members, self.observer)
+            collectors[leader].update(x)
+
+        def solve(leader: str) -> None:
+            members = [layers[name] for name in by_leader[leader]]
+            began = time.monotonic()
+            solved = collectors.pop(leader).solve(members, self.linears)
+            self.solve_seconds += time.monotonic() - began
+            for name, layer in solved.items():
+                self._install(name, layer)
+            results.update(solved)
+
+        def finished(batch: int, out: Tensor) -> None:
+            if not torch.isfinite(out).all():
+                raise QuantkitError(
+                    f"block {index}: the output holds NaN or infinite values",
+                    remedy="the model overflows in its dtype on this data; load it in another",
+                )
+            outputs[batch] = out
+            self._advance(f"block {index + 1}/{self.plan.blocks}")
+
+        leaders = [(group[0], self.linears[group[0]]) for group in groups]
+        with quantized_inputs(self.linears, layers, results):
+            run_paused(runs, leaders, observe, solve, finished)
+        return results, [out for out in outputs if out is not None]
+
+    def _propagate(
+        self,
+        index: int,
+        layers: Mapping[str, PlannedLayer],
+        saved: Mapping[str, QuantizedLayer],
+        hidden: list[Tensor],
+    ) -> list[Tensor]:
+        outputs = []
+        with quantized_inputs(self.linears, layers, saved):
+            for run in self.spine.calls(index, hidden):
+                outputs.append(run())
+                self._advance(f"block {index + 1}/{self.plan.blocks} (resumed)")
+        return outputs
+
+    def _solve_without_data(
+        self, layers: Mapping[str, PlannedLayer]
+    ) -> dict[str, QuantizedLayer]:
+        results: dict[str, QuantizedLayer] = {}
+        for layer in layers.values():
+            weight = {layer.name: self.linears[layer.name].weight}
+            results.update(quantize_group([layer], weight, Stats(), None, None))
+            self._install(layer.name, results[layer.name])
+        self._advance("quantizing")
+        return results
+
+    def _solve_head(
+        self, layers: Mapping[str, PlannedLayer], hidden: list[Tensor]
+    ) -> dict[str, QuantizedLayer]:
+        if not hidden:
+            return self._solve_without_data(layers)
+        members = list(layers.values())
+        collector = _Collector(members, self.observer)
+        for x in self.spine.head_inputs(self.batches, hidden):
+            collector.update(x)
+            self._advance("head")
+        return collector.solve(members, self.linears)
+
+    def _groups(
+        self, index: int, layers: Mapping[str, PlannedLayer], run: Callable[[], Tensor]
+    ) -> list[list[str]]:
+        """Names of the block's layers by common input; the first block is traced, and its
+        pattern holds for every block with the same layers."""
+        prefix = f"{self.spine.prefix}.{index}."
+        relative = {name[len(prefix) :] for name in layers}
+        if self.groups is None or {n for g in self.groups for n in g} != relative:
+            modules = {name: self.linears[name] for name in layers}
+            traced = trace_groups(run, modules)
+            self.groups = [[name[len(prefix) :] for name in group] for group in traced]
+        return [[prefix + name for name in group] for group in self.groups]
+
+    def _install(self, name: str, layer: QuantizedLayer) -> None:
+        module = self.linears[name]
+        weight = numerics.dequantize(layer.qtensor, module.weight.dtype)
+        module.weight = nn.Parameter(weight, requires_grad=False)
+
+    def _advance(self, label: str) -> None:
+        self.done += 1
+        self.progress(min(self.done, self.total), self.total, label)
+
+
+class _Collector:
+    """Statistics of one group's input, for as long as the group is being solved."""
+
+    def __init__(self, members: Sequence[PlannedLayer], observer: Step) -> None:
+        self.hessian: HessianAccumulator | None = None
+        self.range: Observer | None = None
+        self.sample: Tensor | None = None
+        self.tokens = 0
+        inputs = members[0].scheme.input
+        self.dynamic = inputs if inputs is not None and inputs.dynamic else None
+        if any(SOLVERS[layer.solver].needs_hessian for layer in members):
+            self.hessian = HessianAccumulator(members[0].shape[1])
+        if any(layer.scheme.needs_static_input for layer in members):
+            self.range = make_observer(observer.name, observer.options)
+            self.spec = next(x.scheme.input for x in members if x.scheme.needs_static_input)
+
+    def update(self, x: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1])
+        if self.sample is None and len(x):
+            self.sample = x[:SAMPLE_TOKENS].clone()
+        self.tokens += len(x)
+        if self.hessian is not None:
+            # Rounding is judged on what the layer will really multiply with.
+            self.hessian.update(
+                numerics.fake_quantize_input(x, self.dynamic) if self.dynamic else x
+            )
+        if self.range is not None:
+            self.range.update(x)
+
+    def solve(
+        self, members: Sequence[PlannedLayer], linears: Mapping[str, nn.Linear]
+    ) -> dict[str, QuantizedLayer]:
+        hessian = None if self.hessian is None else self.hessian.value()
+        input_range = None
+        if self.range is not None:
+            assert self.spec is not None
+            input_range = self.range.range(self.spec)
+        weights = {layer.name: linears[layer.name].weight for layer in members}
+        return quantize_group(
+            members, weights, Stats(hessian, self.tokens), input_range, self.sample
+        )
+
+
+def _open_work(
+    work: Path, plan: Plan, data: CalibrationData | None, observer: Step, resume: bool
+) -> None:
+    state = {
+        "plan": plan.digest,
+        "data": data.hash if data else None,
+        "observer": [observer.name, {k: str(v) for k, v in sorted(observer.options.items())}],
+    }
+    path = work / "state.json"
+    if resume and path.exists():
+        if read_json(path) != state:
+            raise UsageError(
+                f"{work}: was begun with another model, recipe or data",
+                remedy="run again without --resume to start over",
+            )
+        return
+    if work.exists():
+        shutil.rmtree(work)
+    try:
+        (work / "blocks").mkdir(parents=True)
+    except OSError as e:
+        raise UsageError(f"{work}: cannot be created ({e.strerror})") from e
+    write_json(path, state)
+
+
+def _save_block(work: Path, index: int, layers: Mapping[str, QuantizedLayer]) -> None:
+    """Tensors first, then the JSON whose presence makes the block count, each by a rename."""
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    for name, layer in layers.items():
+        for part, tensor in layer.qtensor.tensors().items():
+            tensors[f"{name}:{part}"] = tensor.contiguous()
+        if layer.input_scale is not None:
+            tensors[f"{name}:input_scale"] = layer.input_scale
+        facts[name] = {"weight_error": layer.weight_error, "output_error": layer.output_error}
+    stem = work / "blocks" / f"{index:04d}"
+    staging = stem.with_suffix(".safetensors.tmp")
+    try:
+        save_file(tensors, staging)
+        os.replace(staging, stem.with_suffix(".safetensors"))
+    except OSError as e:
+        staging.unlink(missing_ok=True)
+        raise UsageError(f"{stem}: cannot be written ({e.strerror or e})") from e
+    write_json(stem.with_suffix(".json"), facts)
+
+
+def _load_block(
+    work: Path, index: int, layers: Mapping[str, PlannedLayer]
+) -> dict[str, QuantizedLayer] | None:
+    """A finished block, or None. Raises QuantkitError when it is not the planned one."""
+    stem = work / "blocks" / f"{index:04d}"
+    if not stem.with_suffix(".json").exists():
+        return None
+    facts = read_json(stem.with_suffix(".json"))
+    tensors = load_file(stem.with_suffix(".safetensors")) if facts else {}
+    if set(facts) != set(layers):
+        raise QuantkitError(
+            f"{stem}: the finished layers are not the planned ones",
+            remedy="run again without --resume to start over",
+        )
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
+    for key, tensor in tensors.items():
+        name, part = key.rsplit(":", 1)
+        parts[name][part] = tensor
+    return {
+        name: QuantizedLayer(
+            QTensor.from_tensors(parts[name], layer.scheme.weight),
+            parts[name].get("input_scale"),
+            **facts[name],
+        )
+        for name, layer in layers.items()
+    }

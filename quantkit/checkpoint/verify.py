@@ -1,0 +1,93 @@
+"""Is a checkpoint whole and unchanged? Hashes, completeness and a reload."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quantkit import model as models
+from quantkit.checkpoint.write import MANIFEST
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.results import read_json
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: what was looked at, whether it holds, and what was found."""
+
+    check: str
+    ok: bool
+    detail: str
+
+
+def verify_files(folder: Path) -> list[Finding]:
+    """Compare every file with the manifest's hashes.
+
+    Raises:
+        UsageError: the folder or its manifest does not exist.
+    """
+    manifest_path = folder / MANIFEST
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder")
+    if not manifest_path.is_file():
+        raise UsageError(
+            f"{folder}: has no {MANIFEST}", remedy="verify reads checkpoints that quantkit wrote"
+        )
+    expected = read_json(manifest_path).get("files", {})
+    found = models.hash_folder(folder)
+    found.pop(MANIFEST, None)
+    findings = []
+    for name, digest in sorted(expected.items()):
+        if name not in found:
+            findings.append(Finding(name, False, "missing"))
+        elif found[name] != digest:
+            findings.append(Finding(name, False, f"sha256 {found[name][:12]}…, not {digest[:12]}…"))
+        else:
+            findings.append(Finding(name, True, f"sha256 {digest[:12]}…"))
+    extra = sorted(set(found) - set(expected))
+    findings.extend(Finding(name, False, "not in the manifest") for name in extra)
+    return findings
+
+
+def verify_reload(folder: Path, *, kernels: str = "native") -> list[Finding]:
+    """Load the checkpoint and run a few tokens through it."""
+    from quantkit.layers import QuantLinear
+    from quantkit.models.load import load_runtime
+
+    runtime = load_runtime(folder, kernels=kernels)
+    planned = set(runtime.manifest.get("layers", {}))
+    loaded = {n for n, m in runtime.model.named_modules() if isinstance(m, QuantLinear)}
+    findings = [
+        Finding(
+            "layers",
+            planned == loaded,
+            f"{len(loaded)} quantized layers"
+            + ("" if planned == loaded else f", the manifest names {len(planned)}"),
+        )
+    ]
+    ids = torch.arange(1, 9).reshape(1, -1)
+    with torch.no_grad():
+        logits = runtime.model(input_ids=ids).logits
+    finite = bool(torch.isfinite(logits).all())
+    findings.append(Finding("forward", finite, "finite logits" if finite else "NaN or infinity"))
+    wanted = runtime.manifest.get("bits_per_weight")
+    if wanted is not None:
+        close = math.isclose(runtime.bits_per_weight, wanted, rel_tol=0.01)
+        findings.append(
+            Finding("size", close, f"{runtime.bits_per_weight:.3f} bits a weight, {wanted} by theory")
+        )
+    return findings
+
+
+def require_ok(findings: list[Finding], folder: Path) -> None:
+    """Raise QuantkitError naming the first check that does not hold."""
+    broken = [f for f in findings if not f.ok]
+    if broken:
+        raise QuantkitError(
+            f"{folder}: {broken[0].check}: {broken[0].detail} ({len(broken)} of "
+            f"{len(findings)} checks fail)",
+            remedy="copy the checkpoint again, or make it anew from its recipe",
+        )

@@ -1,0 +1,221 @@
+"""Writing a checkpoint: everything into a staging folder, then one rename."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quantkit import __version__
+from quantkit import model as models
+from quantkit.checkpoint.config import build_config
+from quantkit.checkpoint.tensors import to_disk
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.plan import Plan
+from quantkit.quantize import QuantizedLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Largest safetensors file, bytes, before another shard is begun.
+SHARD_BYTES = 5 * 1000**3
+
+MANIFEST = "quantkit.json"
+
+
+def write_checkpoint(
+    folder: Path,
+    source: models.SourceModel,
+    plan: Plan,
+    layers: Mapping[str, QuantizedLayer],
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write weights, config, tokenizer and manifest into a new folder.
+
+    The bytes depend on the inputs alone: no dates, host names or paths of this machine.
+
+    Args:
+        folder: the staging folder; must not exist.
+        source: the model; only what is not quantized is read from it.
+        plan: what was planned.
+        layers: every planned layer's result.
+        provenance: what goes into the manifest beside the files: recipe, data hash, seeds.
+
+    Returns:
+        the manifest.
+
+    Raises:
+        QuantkitError: the size is off its theory by more than 1 %, or the disk is full.
+        UsageError: the folder cannot be created.
+    """
+    missing = [layer.name for layer in plan.layers if layer.name not in layers]
+    if missing:
+        raise QuantkitError(f"{missing[0]}: planned, but not quantized ({len(missing)} layers)")
+    tensors = _state(source.model, plan, layers)
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    _check_size(size, plan, len(tensors))
+    with guarded_disk(folder):
+        folder.mkdir(parents=True)
+        index = _write_shards(folder, tensors)
+        config = source.model.config.to_dict()
+        config["quantization_config"] = build_config(
+            {layer.name: layer.scheme for layer in plan.layers},
+            list(models.linear_layers(source.model)),
+        )
+        config["tie_word_embeddings"] = models.is_tied(source.model)
+        config["dtype"] = str(source.model.dtype).removeprefix("torch.")
+        config.pop("_name_or_path", None)
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if source.model.generation_config is not None:
+            source.model.generation_config.save_pretrained(folder)
+        source.tokenizer.save_pretrained(folder)
+        if len(index) > 1:
+            listing = {name: file for file, names in index.items() for name in names}
+            document = {"metadata": {"total_size": size}, "weight_map": listing}
+            text = json.dumps(document, indent=2, sort_keys=True) + "\n"
+            (folder / "model.safetensors.index.json").write_text(text)
+        manifest = {
+            "schema": 1,
+            "quantkit": __version__,
+            "source": {"files": source.files, "hash": source.weight_hash},
+            **provenance,
+            "size_bytes": size,
+            "source_bytes": plan.source_bytes,
+            "bits_per_weight": round(plan.bits_per_weight, 6),
+            "layers": {
+                layer.name: {
+                    "scheme": layer.scheme.name,
+                    "weight": layer.scheme.weight.label(),
+                    "input": layer.scheme.input.label() if layer.scheme.input else None,
+                    "solver": layer.solver,
+                    "shape": list(layer.shape),
+                    "bits": round(
+                        sum(
+                            8 * t.numel() * t.element_size()
+                            for t in to_disk(
+                                layers[layer.name].qtensor,
+                                layer.scheme,
+                                layers[layer.name].input_scale,
+                            ).values()
+                        )
+                        / math.prod(layer.shape),
+                        6,
+                    ),
+                    "weight_error": layers[layer.name].weight_error,
+                    "output_error": layers[layer.name].output_error,
+                }
+                for layer in plan.layers
+            },
+            "kept": list(plan.kept),
+            "files": models.hash_folder(folder),
+        }
+        write_manifest(folder, manifest)
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write or replace ``quantkit.json``: a staging name, then a rename."""
+    staging = folder / f".{MANIFEST}.tmp"
+    with guarded_disk(None):
+        staging.write_text(json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n")
+        os.replace(staging, folder / MANIFEST)
+
+
+def promote(staging: Path, out: Path) -> None:
+    """Give a finished folder its final name; one that is there already is replaced.
+
+    Raises:
+        UsageError: the place cannot be written.
+    """
+    retired = out.with_name(f".{out.name}.old")
+    try:
+        shutil.rmtree(retired, ignore_errors=True)
+        if out.exists():
+            os.replace(out, retired)
+        os.replace(staging, out)
+    except OSError as e:
+        if retired.exists() and not out.exists():
+            os.replace(retired, out)
+        raise UsageError(f"{out}: cannot be written ({e.strerror or e})") from e
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextmanager
+def guarded_disk(folder: Path | None) -> Iterator[None]:
+    """Turn failures of the disk into readable errors; a half-written folder is removed."""
+    try:
+        yield
+    except BaseException as e:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(e):
+            raise QuantkitError(
+                f"{folder}: the disk is full", remedy="free some space; nothing was left behind"
+            ) from e
+        if isinstance(e, OSError):
+            raise UsageError(f"{folder}: cannot be written ({e.strerror or e})") from e
+        raise
+
+
+def _state(
+    model: PreTrainedModel, plan: Plan, layers: Mapping[str, QuantizedLayer]
+) -> dict[str, Tensor]:
+    """Every tensor of the export, in the model's order; tied weights once."""
+    planned = {layer.name: layer for layer in plan.layers}
+    head = models.head_name(model)
+    tied = models.is_tied(model)
+    tensors: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        module, _, leaf = key.rpartition(".")
+        if tied and module == head and leaf == "weight":
+            continue
+        if module in planned and leaf == "weight":
+            layer = layers[module]
+            on_disk = to_disk(layer.qtensor, planned[module].scheme, layer.input_scale)
+            tensors.update({f"{module}.{name}": t for name, t in on_disk.items()})
+        else:
+            tensors[key] = value.contiguous()
+    return tensors
+
+
+def _check_size(size: int, plan: Plan, count: int) -> None:
+    # weight_shape tensors (16 bytes each) are bookkeeping that the theory leaves out.
+    slack = 0.01 * plan.size_bytes + 16 * count
+    if abs(size - plan.size_bytes) > slack:
+        raise QuantkitError(
+            f"the export holds {size:,} bytes where theory says {plan.size_bytes:,}",
+            remedy="this is a defect in quantkit; please report it with the recipe",
+        )
+
+
+def _write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Safetensors files of at most `SHARD_BYTES`; returns file → names."""
+    shards: list[dict[str, Tensor]] = [{}]
+    room = SHARD_BYTES
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if size > room and shards[-1]:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = tensor
+        room -= size
+    index = {}
+    for i, shard in enumerate(shards):
+        file = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        )
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        index[file] = list(shard)
+    return index

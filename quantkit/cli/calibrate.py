@@ -1,0 +1,220 @@
+"""``quantkit calibrate``: from a recipe to a gated checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from quantkit.recipe import Recipe
+    from quantkit.run import Outcomes, Prepared
+
+
+def command(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A hub id, a local folder or a .gguf file. Default: the recipe's.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="An installed recipe's name, or a YAML file.")
+    ] = "w4a16-gptq",
+    out: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="The checkpoint's folder.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            help="Calibration traffic: JSONL, chat logs, text, a data set, or evals:SUITE. "
+            "Repeatable; replaces the recipe's.",
+        ),
+    ] = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option("--suite", help="Score these suites too. Repeatable."),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", help="Held-out text for KL and perplexity."),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="Calibration windows.")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option("--seq-len", min=2, help="Tokens of a calibration window.")
+    ] = None,
+    eval_tokens: Annotated[
+        int | None, typer.Option("--eval-tokens", min=2, help="Tokens of held-out text to score.")
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            "--baseline", help="Results of the original on the same suites and text, to reuse."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
+    ] = None,
+    kernels: Annotated[
+        str, typer.Option("--kernels", help="Judge the artifact in: native or reference.")
+    ] = "native",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a run that was interrupted.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
+    ] = False,
+    gate: Annotated[
+        bool, typer.Option("--gate/--no-gate", help="Score the reloaded checkpoint and judge it.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Calibrate, quantize, export, reload, score, gate and promote.
+
+    The plan is printed first. The checkpoint appears at OUT only when every gate passes;
+    otherwise it stays at OUT.rejected. OUT.run holds scores, verdict and flips.
+
+    Exit codes: 0 pass, 1 regression, 2 usage, 3 inconclusive, 4 runtime, 130 interrupted.
+    """
+    from quantkit.errors import UsageError
+
+    if out is None and not dry_run:
+        raise UsageError("no output folder", remedy="give -o OUT, or --dry-run")
+    from quantkit.evals.suites import load_suites
+
+    loaded = _recipe(recipe, data, samples, seq_len)
+    source = model or loaded.model
+    if source is None:
+        raise UsageError("no MODEL", remedy="name it on the command line or in the recipe")
+    names = dict.fromkeys([*loaded.suites, *(suite or [])]) if gate else {}
+    suites = tuple(load_suites(names))
+
+    import torch
+
+    from quantkit.cli.progress import reporter
+    from quantkit.run import Job, execute, prepare
+
+    if threads:
+        torch.set_num_threads(threads)
+    job = Job(
+        source=source,
+        recipe=loaded,
+        out=out or Path("dry-run"),
+        suites=suites,
+        text=text,
+        baseline=baseline,
+        gated=gate,
+        resume=resume,
+        device=device,
+        kernels=kernels,
+        max_tokens=eval_tokens,
+    )
+    prepared = prepare(job)
+    if not as_json or not dry_run:
+        _show_plan(prepared)
+    if dry_run:
+        if as_json:
+            typer.echo(json.dumps(prepared.plan.to_json(), indent=1))
+        return
+    outcomes = execute(prepared, reporter)
+    if as_json:
+        typer.echo(json.dumps(outcomes.to_json(), indent=1))
+    else:
+        _show_outcomes(outcomes)
+    if outcomes.verdict is not None:
+        raise typer.Exit(outcomes.verdict.exit_code)
+
+
+def _recipe(
+    name: str, data: list[str] | None, samples: int | None, seq_len: int | None
+) -> Recipe:
+    """The recipe with the command line's overrides."""
+    from dataclasses import replace
+
+    from quantkit.algorithms import KNOWN
+    from quantkit.observers import OBSERVER_OPTIONS
+    from quantkit.recipe import SourceSpec, load_recipe
+
+    recipe = load_recipe(name, known_algorithms=KNOWN, known_observers=OBSERVER_OPTIONS)
+    calibration = recipe.calibrate
+    if data:
+        calibration = replace(calibration, data=tuple(SourceSpec(path) for path in data))
+    if samples:
+        calibration = replace(calibration, samples=samples)
+    if seq_len:
+        calibration = replace(calibration, seq_len=seq_len)
+    return replace(recipe, calibrate=calibration)
+
+
+def _show_plan(prepared: Prepared) -> None:
+    """The plan, on stderr: stdout belongs to the result."""
+    from rich.console import Console
+    from rich.table import Table
+
+    plan, console = prepared.plan, Console(stderr=True)
+    console.print(f"[bold]Plan[/bold] for {prepared.job.source}, {plan.blocks} blocks")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("scheme", "what", "solver"):
+        table.add_column(title)
+    for title in ("layers", "weights", "bits/weight"):
+        table.add_column(title, justify="right")
+    for scheme, solver, layers in plan.groups():
+        weights = sum(layer.weights for layer in layers)
+        bits = sum(layer.scheme.weight.stored_bits(layer.shape) for layer in layers) / weights
+        table.add_row(
+            scheme.name,
+            scheme.describe(),
+            solver,
+            str(len(layers)),
+            f"{weights / 1e6:.1f} M",
+            f"{bits:.3f}",
+        )
+    console.print(table)
+    kept = ", ".join(plan.kept[:3]) + (f" and {len(plan.kept) - 3} more" if plan.kept[3:] else "")
+    console.print(f"kept as they are   {kept or 'none'}")
+    console.print(
+        f"size               {plan.source_bytes / 1e6:.1f} MB → {plan.size_bytes / 1e6:.1f} MB "
+        f"({plan.size_bytes / plan.source_bytes:.1%})"
+    )
+    console.print(
+        f"working memory     {plan.activation_bytes / 1e6:.0f} MB of activations, "
+        f"{plan.block_bytes / 1e6:.0f} MB a block"
+    )
+    if prepared.tokens is not None:
+        console.print(
+            f"calibration        {plan.samples} × {plan.seq_len} tokens"
+            + ("" if plan.needs_data else " (this recipe needs none: they only measure errors)")
+        )
+        for source in prepared.tokens.report:
+            console.print(
+                f"  {Path(source.path).name}: {source.tokens_used:,} tokens from "
+                f"{source.documents_used} of {source.documents} documents ({source.share:.0%})"
+            )
+        for warning in prepared.tokens.warnings:
+            console.print(f"[yellow]warning[/yellow]: {warning}")
+    if prepared.policy is not None:
+        limits = ", ".join(gate.name for gate in prepared.policy.gates)
+        console.print(f"gates              {limits}")
+        for check in prepared.preflight:
+            console.print(f"  {check.message}")
+
+
+def _show_outcomes(outcomes: Outcomes) -> None:
+    from quantkit import gate
+
+    size, source = outcomes.manifest["size_bytes"], outcomes.manifest["source_bytes"]
+    if outcomes.verdict is not None:
+        typer.echo(gate.table(outcomes.verdict))
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in outcomes.seconds.items())
+    typer.echo(
+        f"{outcomes.folder}: {size / 1e6:.1f} MB of {source / 1e6:.1f} MB, "
+        f"{outcomes.manifest['bits_per_weight']:.3f} bits/weight"
+    )
+    typer.echo(f"{seconds}; peak {outcomes.peak_rss_bytes / 1e9:.2f} GB")

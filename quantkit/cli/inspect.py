@@ -1,0 +1,75 @@
+"""``quantkit inspect``: what a checkpoint holds, layer by layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def command(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Show each layer's scheme, bits and error, the size against theory, and the provenance."""
+    from quantkit.checkpoint.write import MANIFEST
+    from quantkit.errors import UsageError
+    from quantkit.results import read_json
+
+    path = checkpoint / MANIFEST
+    if not path.is_file():
+        raise UsageError(
+            f"{checkpoint}: has no {MANIFEST}", remedy="inspect reads what quantkit wrote"
+        )
+    manifest = read_json(path)
+    if as_json:
+        typer.echo(json.dumps(manifest, indent=1))
+        return
+    _show(manifest)
+
+
+def _show(manifest: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("layer", "shape", "scheme", "solver"):
+        table.add_column(title)
+    for title in ("bits", "weight err", "output err"):
+        table.add_column(title, justify="right")
+    for name, layer in manifest["layers"].items():
+        table.add_row(
+            name,
+            "×".join(map(str, layer["shape"])),
+            layer["scheme"],
+            layer["solver"],
+            f"{layer['bits']:.3f}",
+            _percent(layer["weight_error"]),
+            _percent(layer["output_error"]),
+        )
+    console.print(table)
+    recipe = manifest.get("recipe", {})
+    typer.echo(f"kept              {', '.join(manifest['kept']) or 'none'}")
+    typer.echo(
+        f"size              {manifest['size_bytes'] / 1e6:.1f} MB of "
+        f"{manifest['source_bytes'] / 1e6:.1f} MB "
+        f"({manifest['size_bytes'] / manifest['source_bytes']:.1%})"
+    )
+    typer.echo(f"bits per weight   {manifest['bits_per_weight']:.3f} on the quantized layers")
+    typer.echo(f"recipe            {recipe.get('name')} sha256 {str(recipe.get('sha256'))[:12]}…")
+    typer.echo(f"source weights    sha256 {manifest['source']['hash'][:12]}…")
+    data = manifest.get("data")
+    if data:
+        typer.echo(
+            f"calibration data  {data['samples']}×{data['seq_len']} tokens, "
+            f"sha256 {data['hash'][:12]}…"
+        )
+    verdict = manifest.get("verdict")
+    typer.echo(f"verdict           {verdict['outcome'] if verdict else 'not gated'}")
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2%}"

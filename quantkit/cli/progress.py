@@ -1,0 +1,67 @@
+"""Progress on stderr: a bar with ETA on a terminal, plain lines when it is not one."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from quantkit.progress import Progress
+
+#: Seconds between two plain lines.
+PLAIN_INTERVAL = 10.0
+
+
+@contextmanager
+def reporter(title: str) -> Iterator[Progress]:
+    """While active, the returned callable draws ``progress(done, total, label)``."""
+    if sys.stderr.isatty():
+        with _bar(title) as progress:
+            yield progress
+    else:
+        yield _lines(title)
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        Remaining(),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+
+        def progress(done: int, total: int, label: str) -> None:
+            text = f"{title} · {label}" if label else title
+            bar.update(task, completed=done, total=total, description=text)
+
+        yield progress
+
+
+def _lines(title: str) -> Progress:
+    began = time.monotonic()
+    last = began
+
+    def progress(done: int, total: int, label: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done < total and now - last < PLAIN_INTERVAL:
+            return
+        last = now
+        eta = (now - began) / done * (total - done) if done else 0.0
+        sys.stderr.write(
+            f"{title}: {done}/{total} {label} · {now - began:.0f} s, about {eta:.0f} s left\n"
+        )
+        sys.stderr.flush()
+
+    return progress

@@ -1,0 +1,116 @@
+"""``quantkit serve``: an OpenAI-compatible server for one checkpoint."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.errors import UsageError
+
+
+class Kernels(StrEnum):
+    """Which implementation of the quantized layers runs."""
+
+    native = "native"
+    reference = "reference"
+
+
+def command(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CKPT", help="A checkpoint folder, a hub id or a .gguf file.")
+    ],
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")
+    ] = 8000,
+    api_keys: Annotated[
+        Path | None, typer.Option("--api-keys", metavar="FILE", help="Accepted keys, one a line.")
+    ] = None,
+    allow_unauthenticated: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unauthenticated", help="Listen beyond this machine without API keys."
+        ),
+    ] = False,
+    max_sequences: Annotated[
+        int, typer.Option("--max-sequences", min=1, max=1024, help="Requests that run at once.")
+    ] = 16,
+    max_context: Annotated[
+        int | None,
+        typer.Option(
+            "--max-context",
+            min=2,
+            help="Longest prompt and answer together. Default: what model and memory allow.",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
+    ] = None,
+    kernels: Annotated[
+        Kernels, typer.Option("--kernels", help="Native kernels, or the slow reference.")
+    ] = Kernels.native,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    drain_seconds: Annotated[
+        float,
+        typer.Option(
+            "--drain-seconds", min=0, help="How long running requests may finish after a signal."
+        ),
+    ] = 30.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="When ready, print url and model as JSON on stdout.")
+    ] = False,
+) -> None:
+    """Serve a checkpoint over an OpenAI-compatible API.
+
+    Ctrl-C or SIGTERM lets running requests finish (exit 0; 4 if some outlast the drain); a
+    second one ends them (exit 130).
+    """
+    if api_keys is None and not allow_unauthenticated and not _is_loopback(host):
+        raise UsageError(
+            f"--host {host} is reachable from other machines and there are no API keys",
+            remedy="give --api-keys FILE, or --allow-unauthenticated if that is meant",
+        )
+    # What the user can get wrong is checked before the model takes its minutes to load.
+    from quantkit.serve.api import server
+    from quantkit.serve.api.middleware import read_api_keys
+
+    keys = read_api_keys(api_keys) if api_keys else ()
+    with server.bind(host, port) as sock:
+        import torch
+
+        from quantkit.models.load import load_runtime
+        from quantkit.serve.api.app import create_app
+        from quantkit.serve.engine import Engine, EngineConfig
+
+        if threads:
+            torch.set_num_threads(threads)
+        typer.echo(f"loading {checkpoint}", err=True)
+        runtime = load_runtime(checkpoint, kernels=kernels.value, device=device)
+        engine = Engine(runtime, EngineConfig(max_sequences=max_sequences, max_context=max_context))
+        app = create_app(engine.start(), api_keys=keys)
+
+        def announce() -> None:
+            address = server.url(sock)
+            context = engine.capacity.max_context
+            typer.echo(f"serving {runtime.name} at {address} (context {context} tokens)", err=True)
+            if as_json:
+                ready = {"url": address, "model": runtime.name, "max_context": context}
+                typer.echo(json.dumps(ready))
+
+        code = server.serve(app, engine, sock, drain_seconds=drain_seconds, on_ready=announce)
+    raise typer.Exit(code)
+
+
+def _is_loopback(host: str) -> bool:
+    """Only this machine can reach it. A name other than localhost may resolve to anything."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,107 @@
+"""Everything one model scores: suites, held-out text, size; with the facts of the run."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.errors import UsageError
+from quantkit.evals.divergence import measure_text
+from quantkit.evals.suites import Suite
+from quantkit.models.runtime import Runtime
+from quantkit.progress import Progress, silent
+from quantkit.results import Results
+
+
+def evaluate(
+    runtime: Runtime,
+    *,
+    reference: Runtime | None = None,
+    suites: Sequence[Suite] = (),
+    text: str | None = None,
+    seq_len: int = 1024,
+    max_tokens: int | None = None,
+    max_items: int | None = None,
+    seed: int = 0,
+    canary: bool = False,
+    progress: Progress = silent,
+) -> Results:
+    """Score a model.
+
+    Args:
+        runtime: the model.
+        reference: the model it is held against on ``text``.
+        suites: see `quantkit.evals.suites.load_suites`.
+        text: held-out text for perplexity and divergence.
+        seq_len, max_tokens: see `quantkit.evals.divergence.measure_text`.
+        max_items, seed, canary: see `quantkit.evals.run_suite.run_suites`.
+        progress: told of finished windows and requests.
+
+    Raises:
+        UsageError: nothing to score, or a reference and no text to compare it on.
+        QuantkitError: NaN, a failing canary or an error inside lm-eval.
+    """
+    if not suites and text is None:
+        raise UsageError("nothing to score", remedy="give a suite or a text")
+    if reference is not None and text is None:
+        raise UsageError(
+            "a reference is compared on text and there is none", remedy="give --text FILE"
+        )
+    measured = None
+    if text is not None:
+        measured = measure_text(
+            runtime, reference, text, seq_len=seq_len, max_tokens=max_tokens, progress=progress
+        )
+    tasks = {}
+    if suites:
+        # lm-eval takes seconds to import, and text alone does not need it.
+        from quantkit.evals.run_suite import run_suites
+
+        tasks = run_suites(
+            runtime, suites, max_items=max_items, seed=seed, canary=canary, progress=progress
+        )
+    cost: dict[str, Any] = {
+        "size_bytes": runtime.size_bytes,
+        "bits_per_weight": runtime.bits_per_weight,
+    }
+    if reference is not None:
+        cost["reference_size_bytes"] = reference.size_bytes
+    return Results(
+        fingerprint=fingerprint(runtime, seed=seed), tasks=tasks, text=measured, cost=cost
+    )
+
+
+def fingerprint(runtime: Runtime, *, seed: int) -> dict[str, Any]:
+    """The facts that identify the system that scored, for a results file.
+
+    ``host`` may differ between runs that are compared; what must be equal is in
+    `quantkit.results.COMPARABLE_KEYS`.
+    """
+    return {
+        **runtime.fingerprint,
+        "lm_eval": version("lm_eval"),
+        "transformers": version("transformers"),
+        "torch": torch.__version__,
+        "seed": seed,
+        "host": {
+            "machine": platform.machine(),
+            "cpu": cpu_model(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def cpu_model() -> str:
+    """The processor's own name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"

@@ -1,0 +1,134 @@
+"""One forward pass that computes logits only where somebody asked for them.
+
+At a 49k vocabulary the output projection of a small model costs as much as its layers, and
+a softmax over every position of a batch costs memory in proportion. Most causal models are
+``head(base(tokens))``; where that holds (a probe at construction decides) the two halves run
+apart, so that a caller can project only the positions it scores. Where it does not hold
+(logit scaling, soft caps, unknown classes), the full logits stand in for the hidden states
+and the head is the identity: slower, never wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Architectures in which a token attends exactly where a 4-D mask says, at the position it is
+#: given: rotary (or no) positions, full attention, no recurrent state. They are scored as
+#: token trees; a test runs each of them against the plain path.
+TREE_ARCHITECTURES = (
+    "gemma",
+    "granite",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+)
+
+#: fp32 elements of one chunk of logits: 32 MB, about 170 positions at a 49k vocabulary.
+CHUNK_ELEMENTS = 1 << 23
+
+
+class Forward:
+    """A causal language model, split into hidden states and logits.
+
+    Attributes:
+        tree: the model takes 4-D masks and explicit positions (see `TREE_ARCHITECTURES`).
+        split: hidden states and output projection run apart.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        self.tree = _takes_trees(model.config)
+        self._base, self._head = _halves(model)
+        self.split = self._base is not None
+
+    @torch.inference_mode()
+    def states(
+        self, tokens: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """What `logits` needs to know about each position.
+
+        Args:
+            tokens: ids ``[batch, length]``.
+            mask: ``[batch, length]`` of 0/1, or boolean ``[batch, 1, length, length]`` with
+                True where row may attend to column (only if `tree`). Causal when None.
+            positions: ``[batch, length]``; counted from 0 when None.
+
+        Returns:
+            ``[batch, length, width]``, the model's dtype: final hidden states, or logits when
+            the model cannot be split.
+        """
+        if mask is not None and mask.ndim == 4:
+            # Additive, because eager attention adds it and sdpa takes either form.
+            # exp(min - max) is exactly 0, and unlike -inf it cannot make a NaN.
+            additive = torch.zeros(mask.shape, dtype=self.dtype, device=self.device)
+            mask = additive.masked_fill_(~mask, torch.finfo(self.dtype).min)
+        run = self._base if self._base is not None else self.model
+        out = run(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False)
+        states: Tensor = out.last_hidden_state if self._base is not None else out.logits
+        return states
+
+    @torch.inference_mode()
+    def logits(self, states: Tensor) -> Tensor:
+        """fp32 logits ``[n, vocab]`` of states ``[n, width]``."""
+        out: Tensor = self._head(states) if self._head is not None else states
+        return out.float()
+
+    def logit_chunks(self, states: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yields (first row, fp32 logits ``[rows, vocab]``) over states ``[n, width]``."""
+        rows = chunk_rows(self.vocab_size)
+        for first in range(0, len(states), rows):
+            yield first, self.logits(states[first : first + rows])
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        text = getattr(self.model.config, "text_config", None) or self.model.config
+        return int(text.vocab_size)
+
+
+def chunk_rows(vocab_size: int) -> int:
+    """Positions whose logits are held at once."""
+    return max(16, CHUNK_ELEMENTS // vocab_size)
+
+
+def _takes_trees(config: Any) -> bool:
+    """Whether a model of this config honours a 4-D mask (see `TREE_ARCHITECTURES`)."""
+    full = all(t == "full_attention" for t in getattr(config, "layer_types", None) or ())
+    return (
+        config.model_type in TREE_ARCHITECTURES
+        and config._attn_implementation in ("sdpa", "eager")
+        # A custom mask replaces the sliding window's, so a window must not be there.
+        and not getattr(config, "sliding_window", None)
+        and full
+    )
+
+
+@torch.inference_mode()
+def _halves(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
+    """(base, head) if ``head(base(tokens))`` is what the model computes, else (None, None)."""
+    base = getattr(model, model.base_model_prefix, None)
+    head = model.get_output_embeddings()
+    if base is None or base is model or head is None:
+        return None, None
+    probe = torch.tensor([[0, 1, 2]], device=model.device)
+    try:
+        whole = model(input_ids=probe, use_cache=False).logits
+        halves = head(base(input_ids=probe, use_cache=False).last_hidden_state)
+    except (AttributeError, TypeError, RuntimeError):
+        return None, None
+    if whole.shape != halves.shape or not torch.allclose(whole, halves, equal_nan=True):
+        return None, None
+    return base, head

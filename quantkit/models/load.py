@@ -1,0 +1,200 @@
+"""Loading what will be scored or served: a quantized checkpoint or an original model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit import model as models
+from quantkit.checkpoint.config import read_config
+from quantkit.checkpoint.tensors import from_disk
+from quantkit.checkpoint.write import MANIFEST
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.layers import KERNELS, QuantLinear
+from quantkit.models.runtime import Runtime
+from quantkit.results import read_json
+from quantkit.schemes import Scheme
+
+
+def load_runtime(
+    source: str | Path,
+    *,
+    kernels: str = "native",
+    device: str = "cpu",
+    dtype: torch.dtype | str = "auto",
+) -> Runtime:
+    """Load a quantized checkpoint, or an original model as the reference.
+
+    Args:
+        source: a folder that `quantkit calibrate` (or another compressed-tensors tool)
+            wrote; or a hub id, local folder or `.gguf` file of an original model.
+        kernels: ``native``, or ``reference`` for the torch oracle.
+        device: ``cpu`` or ``cuda``.
+        dtype: of activations and of what is not quantized; the checkpoint's by default.
+
+    Raises:
+        UsageError: no such model, or a format quantkit does not run.
+        QuantkitError: a missing or damaged tensor.
+        KernelMissingError: the native library is not built.
+    """
+    if kernels not in KERNELS:
+        raise UsageError(f"kernels {kernels!r}: one of {', '.join(KERNELS)}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device {device}: torch sees no CUDA device", remedy="use --device cpu")
+    path = Path(source)
+    raw = _quantization_config(path) if path.is_dir() else None
+    if raw is None:
+        return _load_original(str(source), device, dtype)
+    return _load_quantized(path, raw, kernels, device, dtype)
+
+
+def _quantization_config(folder: Path) -> Mapping[str, Any] | None:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UsageError(f"{folder}: no config.json in this folder")
+    try:
+        return json.loads(config.read_text()).get("quantization_config")
+    except json.JSONDecodeError as e:
+        raise QuantkitError(f"{config}:{e.lineno}: not JSON ({e.msg})") from e
+
+
+def _load_original(source: str, device: str, dtype: torch.dtype | str) -> Runtime:
+    loaded = models.load_source(source, device=device, dtype=dtype)
+    size = sum(p.stat().st_size for p in loaded.folder.glob("*.safetensors"))
+    bits = torch.finfo(loaded.model.dtype).bits
+    return Runtime(
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        name=source,
+        fingerprint=_fingerprint(loaded.weight_hash, loaded, "torch", device),
+        size_bytes=size,
+        bits_per_weight=float(bits),
+    )
+
+
+def _load_quantized(
+    folder: Path, raw: Mapping[str, Any], kernels: str, device: str, dtype: torch.dtype | str
+) -> Runtime:
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    config = models.load_config(folder, str(folder))
+    del config.quantization_config
+    wanted = config.dtype if dtype == "auto" else dtype
+    wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted or torch.float32
+    with models.quiet_transformers(), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
+    schemes = read_config(raw, list(models.linear_layers(model)))
+    if not schemes:
+        raise QuantkitError(f"{folder}: the quantization_config matches no layer of the model")
+    size, bits = _fill(model, folder, schemes, kernels, wanted)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    with models.quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    model.eval().to(device)
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    files = models.hash_folder(folder)
+    loaded = models.SourceModel(model, tokenizer, str(folder), folder, files)
+    kinds = sorted({m.kind for m in model.modules() if isinstance(m, QuantLinear)})
+    numerics = f"{kernels}/{'+'.join(kinds)}" if kernels == "native" else kernels
+    return Runtime(
+        model=model,
+        tokenizer=tokenizer,
+        name=str(folder),
+        fingerprint=_fingerprint(loaded.weight_hash, loaded, numerics, device),
+        size_bytes=size,
+        bits_per_weight=bits,
+        manifest=manifest,
+    )
+
+
+def _fill(
+    model: nn.Module,
+    folder: Path,
+    schemes: Mapping[str, Scheme],
+    kernels: str,
+    dtype: torch.dtype,
+) -> tuple[int, float]:
+    """Replace layers and fill parameters; returns (bytes, bits a quantized weight)."""
+    from safetensors import SafetensorError, safe_open
+
+    linears = models.linear_layers(model)
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in schemes}
+    plain = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    filled: set[str] = set()
+    size = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 - not a mapping
+                    tensor = file.get_tensor(key)
+                    size += tensor.numel() * tensor.element_size()
+                    module, _, leaf = key.rpartition(".")
+                    if module in parts:
+                        parts[module][leaf] = tensor
+                    elif key in plain:
+                        _assign(model, key, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+                        filled.add(key)
+                    else:
+                        raise QuantkitError(f"{path}: tensor {key} belongs to no layer of the model")
+        except (SafetensorError, OSError) as e:
+            raise QuantkitError(
+                f"{path}: truncated or not a safetensors file ({e})",
+                remedy="copy it again; `quantkit verify` compares hashes",
+            ) from e
+    stored = 0
+    for name, scheme in schemes.items():
+        linear = linears[name]
+        shape = (linear.out_features, linear.in_features)
+        q, input_scale = from_disk(parts[name], scheme, shape, name)
+        stored += sum(8 * t.numel() * t.element_size() for t in parts[name].values())
+        bias = parts[name].get("bias")
+        parts[name] = {}
+        layer = QuantLinear(
+            q, scheme, None if bias is None else bias.to(dtype), input_scale, kernels=kernels
+        )
+        models.set_submodule(model, name, layer)
+    model.tie_weights()  # type: ignore[operator]
+    empty = [n for n, p in model.named_parameters() if p.is_meta]
+    if empty:
+        raise QuantkitError(
+            f"{empty[0]}: missing from the checkpoint ({len(empty)} tensors in all)",
+            remedy="`quantkit verify` compares it with its manifest",
+        )
+    weights = sum(linears[n].out_features * linears[n].in_features for n in schemes)
+    return size, stored / weights
+
+
+def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
+    module, _, leaf = key.rpartition(".")
+    owner = model.get_submodule(module)
+    current = getattr(owner, leaf)
+    if tuple(current.shape) != tuple(tensor.shape):
+        raise QuantkitError(
+            f"{key}: stored as {list(tensor.shape)} where the model has {list(current.shape)}"
+        )
+    if isinstance(current, nn.Parameter):
+        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+    else:
+        owner.register_buffer(leaf, tensor, persistent=leaf not in owner._non_persistent_buffers_set)
+
+
+def _fingerprint(
+    weights: str, loaded: models.SourceModel, kernels: str, device: str
+) -> dict[str, Any]:
+    return {
+        "model": weights,
+        "tokenizer": models.tokenizer_hash(loaded.tokenizer),
+        "chat_template": models.template_hash(loaded.tokenizer),
+        "kernels": kernels,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": device,
+    }

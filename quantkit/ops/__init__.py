@@ -1,0 +1,112 @@
+"""Native quantized linear layers and activation quantizers; needs nothing but torch.
+
+::
+
+    packed = ops.pack_w4(codes)                        # once, when a layer is loaded
+    scale = ops.pack_scale(scale)
+    y = ops.w4_linear(x, packed, scale, None, lut, None, n, group_size=64)
+
+The functions of this module are the native kernels. ``get_backend("reference")`` has the same
+functions in plain torch: the oracle of the tests, and what ``--kernels reference`` runs. A native
+kernel that is not built raises ``KernelMissingError``; nothing falls back silently.
+
+Files: ``schema`` signatures, ``native`` functions, ``reference`` oracle, ``fake`` shapes for
+torch.compile, ``library`` loading, ``status`` what is built and in use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from quantkit.errors import UsageError
+from quantkit.ops import fake as _fake  # noqa: F401  registers the fake implementations
+from quantkit.ops import native, reference
+from quantkit.ops.native import (
+    dequantize_w4,
+    dequantize_w8,
+    pack_w4,
+    pack_w8,
+    quantize_fp8_per_block,
+    quantize_fp8_per_token,
+    quantize_fp8_static,
+    quantize_int8_per_token,
+    quantize_int8_static,
+    w4_linear,
+    w8_linear,
+    w8a8_linear,
+)
+from quantkit.ops.reference import unpack_w4, unpack_w8
+from quantkit.ops.schema import KIND_FP8, KIND_INT8, SCHEMAS
+from quantkit.ops.status import (
+    available_isas,
+    get_isa,
+    get_num_threads,
+    kernel_status,
+    set_isa,
+    set_num_threads,
+)
+
+__all__ = [
+    "KIND_FP8",
+    "KIND_INT8",
+    "Backend",
+    "available_isas",
+    "dequantize_w4",
+    "dequantize_w8",
+    "get_backend",
+    "get_isa",
+    "get_num_threads",
+    "kernel_status",
+    "pack_scale",
+    "pack_w4",
+    "pack_w8",
+    "quantize_fp8_per_block",
+    "quantize_fp8_per_token",
+    "quantize_fp8_static",
+    "quantize_int8_per_token",
+    "quantize_int8_static",
+    "set_isa",
+    "set_num_threads",
+    "unpack_w4",
+    "unpack_w8",
+    "w4_linear",
+    "w8_linear",
+    "w8a8_linear",
+]
+
+
+def pack_scale(table: Tensor) -> Tensor:
+    """A [N, groups] table of scales or zeros in the order that the CPU kernels read fastest.
+
+    Values, shape and dtype float32 are those of the argument; only the strides differ ([N] is the
+    dense dimension, so 16 rows of one group are one vector load). The kernels accept any strides.
+    """
+    return table.float().t().contiguous().t()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The operators of one implementation, by name: ``backend.w4_linear(...)``."""
+
+    name: str
+    module: ModuleType
+
+    def __getattr__(self, operator: str) -> Any:
+        if operator not in SCHEMAS:
+            raise AttributeError(f"{operator!r} is not an operator; one of {', '.join(SCHEMAS)}")
+        return getattr(self.module, operator)
+
+
+_BACKENDS = {"native": Backend("native", native), "reference": Backend("reference", reference)}
+
+
+def get_backend(name: str) -> Backend:
+    """The "native" kernels or their plain-torch "reference", with the same functions."""
+    if name not in _BACKENDS:
+        known = ", ".join(_BACKENDS)
+        raise UsageError(f"kernels {name!r} is unknown", remedy=f"use one of {known}")
+    return _BACKENDS[name]

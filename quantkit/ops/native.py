@@ -1,0 +1,218 @@
+"""The native operators as Python functions.
+
+Every function raises ``quantkit.errors.KernelMissingError`` when the library for the tensor's
+device is not built, and ``RuntimeError`` with the value, the rule and the remedy when an argument
+is wrong. Inputs may have any strides; outputs are contiguous. Weight-only formats share one meaning,
+with fp32 accumulation (K a row of the weight, g a group of ``group_size`` columns)::
+
+    y[m, n] = sum_g scale[n, g] * sum_{k in g} (decode(code[n, k]) - zero[n, g]) * x[m, k] + bias[n]
+
+On the CPU a row of ``y`` has the same bits whatever the other rows of ``x`` are and however many
+threads run. bf16 activations multiply in bf16 products with fp32 sums where the CPU has them
+(``avx512bf16``): exact for 8-bit codes and for integer and FP4 codebooks; a codebook that bf16
+cannot hold, such as NF4, is rounded to it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantkit.ops import schema
+from quantkit.ops.library import require_for
+
+_ops = torch.ops.quantkit
+
+
+def pack_w4(codes: Tensor) -> Tensor:
+    """4-bit codes to the kernels' layout.
+
+    Args:
+        codes: uint8 [N, K], values 0..15; only the low four bits are kept.
+
+    Returns:
+        uint8 [ceil(N/16), ceil(K/8), 64], padded with code 0: for 16 rows and 8 columns, one
+        little-endian 32-bit word a row, column ``2j`` in bits ``4j..4j+3`` and column ``2j+1`` in
+        bits ``16+4j..16+4j+3``. The same on every device.
+    """
+    require_for(codes)
+    return _ops.pack_w4.default(codes)
+
+
+def pack_w8(codes: Tensor) -> Tensor:
+    """8-bit codes to the kernels' layout.
+
+    Args:
+        codes: int8, float8_e4m3fn or uint8 [N, K].
+
+    Returns:
+        uint8 [ceil(N/16), ceil(K/4), 64], padded with 0: four neighbouring columns of 16 rows.
+    """
+    require_for(codes)
+    return _ops.pack_w8.default(codes)
+
+
+def w4_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    lut: Tensor,
+    bias: Tensor | None,
+    n: int,
+    group_size: int,
+) -> Tensor:
+    """A linear layer with 4-bit weights.
+
+    Args:
+        x: float32, float16 or bfloat16 [..., K].
+        packed: uint8 [ceil(N/16), ceil(K/8), 64] from :func:`pack_w4`.
+        scale: float32 [N, ceil(K/group_size)]; fastest from :func:`quantkit.ops.pack_scale`.
+        zero: float32 like scale, in units of the codebook; None for zero.
+        lut: float32 [16], what each code means; finite values.
+        bias: float32, float16 or bfloat16 [N], or None.
+        n: N, rows of the weight.
+        group_size: columns that share a scale: a multiple of 16, or K or -1 for one group a row.
+
+    Returns:
+        [..., N] in the dtype of x.
+    """
+    require_for(x)
+    return _ops.w4_linear.default(x, packed, scale, zero, lut, bias, n, group_size)
+
+
+def w8_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    kind: int | str,
+    group_size: int,
+) -> Tensor:
+    """A linear layer with 8-bit weights and floating-point activations.
+
+    Args:
+        x: float32, float16 or bfloat16 [..., K].
+        codes: uint8 [ceil(N/16), ceil(K/4), 64] from :func:`pack_w8`. Row-major [N, K] codes are
+            accepted on the CPU and packed on every call.
+        scale: float32 [N, ceil(K/group_size)]; the last group may be short.
+        zero: float32 like scale, in units of the code; None for zero.
+        bias: float32, float16 or bfloat16 [N], or None.
+        kind: "int8" or "fp8" (float8_e4m3fn).
+        group_size: a multiple of 16, or K or -1 for one group a row.
+
+    Returns:
+        [..., N] in the dtype of x.
+    """
+    require_for(x)
+    return _ops.w8_linear.default(x, codes, scale, zero, bias, schema.kind_code(kind), group_size)
+
+
+def w8a8_linear(
+    xq: Tensor,
+    x_scale: Tensor,
+    wq: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """A linear layer with INT8 weights and INT8 activations, accumulated exactly in int32.
+
+    ``y = float(xq @ wq.T) * (x_scale * w_scale) + bias``, rounded once to ``out_dtype``.
+
+    Args:
+        xq: int8 [..., K], K at most 131071.
+        x_scale: one value a row of xq, or one for all; any float dtype.
+        wq: uint8 [ceil(N/16), ceil(K/4), 64] from :func:`pack_w8`, or int8 [N, K] (packed on every
+            call).
+        w_scale: float [N] or [N, 1].
+        bias: float [N] or None.
+        out_dtype: torch.float32, torch.float16 or torch.bfloat16.
+
+    Returns:
+        [..., N].
+    """
+    require_for(xq)
+    code = schema.dtype_code(out_dtype)
+    return _ops.w8a8_linear.default(xq, x_scale, wq, w_scale, bias, code)
+
+
+def dequantize_w4(
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    lut: Tensor,
+    n: int,
+    k: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight that :func:`w4_linear` multiplies with: [N, K], computed in fp32, rounded once."""
+    require_for(packed)
+    code = schema.dtype_code(dtype)
+    return _ops.dequantize_w4.default(packed, scale, zero, lut, n, k, group_size, code)
+
+
+def dequantize_w8(
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    n: int,
+    k: int,
+    kind: int | str,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight that :func:`w8_linear` multiplies with: [N, K], computed in fp32, rounded once."""
+    require_for(packed)
+    code = schema.dtype_code(dtype)
+    kind = schema.kind_code(kind)
+    return _ops.dequantize_w8.default(packed, scale, zero, n, k, kind, group_size, code)
+
+
+def quantize_int8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric dynamic INT8, one scale a token, in the arithmetic of compressed-tensors.
+
+    Everything is computed in the dtype of x, with its rounding: scale = absmax / 127.5, replaced by
+    the dtype's epsilon where it is 0; codes = round_half_even(clamp(x / scale, -128, 127)).
+
+    Args:
+        x: float32, float16 or bfloat16 [..., K].
+
+    Returns:
+        int8 [..., K] and the scale [..., 1] in the dtype of x. A row with a NaN has a NaN scale.
+    """
+    require_for(x)
+    return _ops.quantize_int8_per_token.default(x)
+
+
+def quantize_int8_static(x: Tensor, scale: Tensor) -> Tensor:
+    """INT8 codes [..., K] with a given scale of one value.
+
+    The division is done in the dtype that torch promotes x and scale to.
+    """
+    require_for(x)
+    return _ops.quantize_int8_static.default(x, scale)
+
+
+def quantize_fp8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`quantize_int8_per_token`, to float8_e4m3fn with scale = absmax / 448."""
+    require_for(x)
+    return _ops.quantize_fp8_per_token.default(x)
+
+
+def quantize_fp8_per_block(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
+    """As :func:`quantize_fp8_per_token` with one scale for each ``block`` columns of a token.
+
+    Returns:
+        float8_e4m3fn [..., K] and the scale [..., ceil(K/block)]; the last block may be short.
+    """
+    require_for(x)
+    return _ops.quantize_fp8_per_block.default(x, block)
+
+
+def quantize_fp8_static(x: Tensor, scale: Tensor) -> Tensor:
+    """float8_e4m3fn codes [..., K] with a given scale of one value."""
+    require_for(x)
+    return _ops.quantize_fp8_static.default(x, scale)

@@ -1,0 +1,190 @@
+"""Every operator in plain torch: the oracle of the native kernels, with their signatures.
+
+Sums are computed in fp32 (in fp64 when x is float64), over the dequantized weight. These run on any
+device and in any Python, and are what ``--kernels reference`` uses.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantkit.ops import schema
+
+
+def _pad_to(codes: Tensor, rows: int, columns: int) -> Tensor:
+    n, k = codes.shape
+    return torch.nn.functional.pad(codes, (0, -k % columns, 0, -n % rows))
+
+
+def pack_w4(codes: Tensor) -> Tensor:
+    """uint8 [N, K] -> uint8 [ceil(N/16), ceil(K/8), 64]."""
+    padded = _pad_to(codes & 15, 16, 8)
+    blocks, chunks = padded.shape[0] // 16, padded.shape[1] // 8
+    # [block, row, chunk, pair j, parity] -> bytes of the low half (even columns), then the high.
+    pairs = padded.reshape(blocks, 16, chunks, 4, 2).permute(0, 2, 1, 4, 3)
+    nibbles = pairs.reshape(blocks, chunks, 16, 4, 2)
+    return (nibbles[..., 0] | (nibbles[..., 1] << 4)).reshape(blocks, chunks, 64)
+
+
+def unpack_w4(packed: Tensor, n: int, k: int) -> Tensor:
+    """uint8 [ceil(N/16), ceil(K/8), 64] -> uint8 [N, K]: the inverse of :func:`pack_w4`."""
+    blocks, chunks, _ = packed.shape
+    halves = torch.stack((packed & 15, packed >> 4), dim=-1).reshape(blocks, chunks, 16, 2, 4)
+    rows = halves.permute(0, 2, 1, 4, 3).reshape(blocks * 16, chunks * 8)
+    return rows[:n, :k].contiguous()
+
+
+def pack_w8(codes: Tensor) -> Tensor:
+    """int8, float8_e4m3fn or uint8 [N, K] -> uint8 [ceil(N/16), ceil(K/4), 64]."""
+    padded = _pad_to(codes.view(torch.uint8), 16, 4)
+    blocks, chunks = padded.shape[0] // 16, padded.shape[1] // 4
+    quads = padded.reshape(blocks, 16, chunks, 4).permute(0, 2, 1, 3)
+    return quads.reshape(blocks, chunks, 64).contiguous()
+
+
+def unpack_w8(packed: Tensor, n: int, k: int, kind: int | str = "int8") -> Tensor:
+    """uint8 [ceil(N/16), ceil(K/4), 64] -> int8 or float8_e4m3fn [N, K]."""
+    blocks, chunks, _ = packed.shape
+    quads = packed.reshape(blocks, chunks, 16, 4).permute(0, 2, 1, 3)
+    rows = quads.reshape(blocks * 16, chunks * 4)[:n, :k].contiguous()
+    fp8 = schema.kind_code(kind) == schema.KIND_FP8
+    return rows.view(torch.float8_e4m3fn if fp8 else torch.int8)
+
+
+def _scaled(
+    values: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """(values - zero) * scale with [N, groups] tables spread over the K columns of values."""
+    k = values.shape[1]
+    group = torch.arange(k, device=values.device) // (k if group_size == -1 else group_size)
+    values = values.to(dtype)
+    if zero is not None:
+        values = values - zero.to(dtype)[:, group]
+    return values * scale.to(dtype)[:, group]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = x.to(weight.dtype) @ weight.t()
+    if bias is not None:
+        y = y + bias.to(weight.dtype)
+    return y.to(x.dtype)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def w4_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    lut: Tensor,
+    bias: Tensor | None,
+    n: int,
+    group_size: int,
+) -> Tensor:
+    values = lut[unpack_w4(packed, n, x.shape[-1]).long()]
+    return _linear(x, _scaled(values, scale, zero, group_size, _compute_dtype(x)), bias)
+
+
+def w8_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    kind: int | str,
+    group_size: int,
+) -> Tensor:
+    packed = codes if codes.dim() == 3 else pack_w8(codes)
+    values = unpack_w8(packed, scale.shape[0], x.shape[-1], kind)
+    return _linear(x, _scaled(values, scale, zero, group_size, _compute_dtype(x)), bias)
+
+
+def w8a8_linear(
+    xq: Tensor,
+    x_scale: Tensor,
+    wq: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    n, k = w_scale.numel(), xq.shape[-1]
+    weight = unpack_w8(wq, n, k) if wq.dim() == 3 else wq
+    # float64 holds every sum of 131071 products of two int8 exactly.
+    exact = (xq.reshape(-1, k).double() @ weight.t().double()).float()
+    y = exact * (x_scale.float().reshape(-1, 1) * w_scale.float().reshape(1, -1))
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(out_dtype).reshape(*xq.shape[:-1], n)
+
+
+def dequantize_w4(
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    lut: Tensor,
+    n: int,
+    k: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    values = lut[unpack_w4(packed, n, k).long()]
+    return _scaled(values, scale, zero, group_size, torch.float32).to(dtype)
+
+
+def dequantize_w8(
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    n: int,
+    k: int,
+    kind: int | str,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    values = unpack_w8(packed, n, k, kind)
+    return _scaled(values, scale, zero, group_size, torch.float32).to(dtype)
+
+
+def _dynamic_scale(x: Tensor, half_range: float) -> Tensor:
+    """absmax / half_range over the last dimension, in the dtype of x; epsilon where it is 0."""
+    scale = x.abs().amax(dim=-1, keepdim=True) / half_range
+    return torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
+
+
+def _int8_codes(x: Tensor, scale: Tensor) -> Tensor:
+    return (x / scale).nan_to_num(nan=0.0).clamp(-128, 127).round().to(torch.int8)
+
+
+def _fp8_codes(x: Tensor, scale: Tensor) -> Tensor:
+    # Adding 0 turns -0 into +0, as compressed-tensors' zero point does.
+    return (x / scale + 0.0).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def quantize_int8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = _dynamic_scale(x, 127.5)
+    return _int8_codes(x, scale), scale
+
+
+def quantize_int8_static(x: Tensor, scale: Tensor) -> Tensor:
+    return _int8_codes(x, scale.reshape(1))
+
+
+def quantize_fp8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = _dynamic_scale(x, 448.0)
+    return _fp8_codes(x, scale), scale
+
+
+def quantize_fp8_per_block(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
+    k = x.shape[-1]
+    blocks = torch.nn.functional.pad(x, (0, -k % block)).unflatten(-1, (-1, block))
+    scale = _dynamic_scale(blocks, 448.0)
+    codes = _fp8_codes(blocks, scale).flatten(-2)[..., :k]
+    return codes.contiguous(), scale.squeeze(-1)
+
+
+def quantize_fp8_static(x: Tensor, scale: Tensor) -> Tensor:
+    return _fp8_codes(x, scale.reshape(1))

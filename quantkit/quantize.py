@@ -1,0 +1,135 @@
+"""One group of layers + statistics of their common input → quantized layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit import numerics
+from quantkit.algorithms import SOLVERS, Stats
+from quantkit.errors import QuantkitError
+from quantkit.numerics import QTensor
+from quantkit.plan import PlannedLayer
+from quantkit.schemes import Granularity, QuantSpec, ScaleFormat
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A solved layer.
+
+    Attributes:
+        qtensor: its weight.
+        input_scale: ``[1]``, for static activations.
+        weight_error: ‖W − Ŵ‖ / ‖W‖ (Frobenius).
+        output_error: ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖ on a sample of its calibration input (after
+            activation quantization, where the scheme has one); None without data.
+    """
+
+    qtensor: QTensor
+    input_scale: Tensor | None
+    weight_error: float
+    output_error: float | None
+
+
+def quantize_group(
+    layers: Sequence[PlannedLayer],
+    weights: Mapping[str, Tensor],
+    stats: Stats,
+    input_range: tuple[Tensor, Tensor] | None,
+    sample: Tensor | None,
+) -> dict[str, QuantizedLayer]:
+    """Solve layers that share one input.
+
+    Layers that agree in spec, solver and options are stacked by rows, so that the Hessian is
+    factored once; rows never influence each other, so the result is the same.
+
+    Args:
+        layers: what is planned for each.
+        weights: ``[N, K]`` each, the model's dtype.
+        stats: of the common input.
+        input_range: observed (min, max), for static activation scales.
+        sample: inputs ``[tokens, K]`` for measuring the error, or None.
+
+    Raises:
+        QuantkitError: NaN in a weight, a Hessian that cannot be factored; names the layer.
+    """
+    solved: dict[str, QTensor] = {}
+    for members in _stackable(layers):
+        first = members[0]
+        names = [layer.name for layer in members]
+        for name in names:
+            _check_finite(name, weights[name])
+        solver = SOLVERS[first.solver]
+        stacked = torch.cat([weights[name] for name in names]) if len(names) > 1 else None
+        try:
+            q = solver.solve(
+                weights[first.name] if stacked is None else stacked,
+                stats,
+                first.scheme.weight,
+                first.options,
+            )
+        except QuantkitError as e:
+            raise QuantkitError(f"{names[0]}: {e.message}", remedy=e.remedy) from e
+        start = 0
+        for name in names:
+            stop = start + weights[name].shape[0]
+            solved[name] = q if len(names) == 1 else q.rows(start, stop)
+            start = stop
+    result = {}
+    for layer in layers:
+        spec = layer.scheme.input
+        scale = None
+        if spec is not None and not spec.dynamic:
+            if input_range is None:
+                raise QuantkitError(
+                    f"{layer.name}: static activations need calibration data",
+                    remedy="give --data FILE, or use a dynamic scheme",
+                )
+            low, high = (v.to(weights[layer.name].dtype) for v in input_range)
+            scale = numerics.compute_scales(low, high, spec)[0].reshape(1)
+        result[layer.name] = _measure(solved[layer.name], weights[layer.name], spec, scale, sample)
+    return result
+
+
+def _stackable(layers: Sequence[PlannedLayer]) -> list[list[PlannedLayer]]:
+    groups: dict[object, list[PlannedLayer]] = {}
+    for layer in layers:
+        spec = layer.scheme.weight
+        by_row = (
+            spec.granularity in (Granularity.CHANNEL, Granularity.GROUP)
+            and spec.scale is not ScaleFormat.E4M3  # one global scale a layer
+        )
+        alone = None if by_row else layer.name
+        key = (spec, layer.solver, tuple(sorted(layer.options.items())), alone)
+        groups.setdefault(key, []).append(layer)
+    return list(groups.values())
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise QuantkitError(
+            f"{name}: the weight holds {bad} NaN or infinite values",
+            remedy="the source checkpoint is damaged; check it or download it again",
+        )
+
+
+def _measure(
+    q: QTensor, weight: Tensor, spec: QuantSpec | None, scale: Tensor | None, sample: Tensor | None
+) -> QuantizedLayer:
+    reference = weight.float()
+    restored = numerics.dequantize(q, torch.float32)
+    weight_error = _relative(restored, reference)
+    output_error = None
+    if sample is not None:
+        x = sample if spec is None else numerics.fake_quantize_input(sample, spec, scale)
+        output_error = _relative(x.float() @ restored.t(), sample.float() @ reference.t())
+    return QuantizedLayer(q, scale, weight_error, output_error)
+
+
+def _relative(value: Tensor, reference: Tensor) -> float:
+    norm = float(reference.norm())
+    return float((value - reference).norm()) / norm if norm else 0.0

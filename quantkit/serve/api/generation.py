@@ -1,0 +1,211 @@
+"""What completions and chat share: from engine events to an HTTP answer, streamed or whole."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response
+
+from quantkit.serve.api.errors import GenerationError, ModelNotFoundError, failed_body
+from quantkit.serve.api.prompts import PromptEncoder
+from quantkit.serve.api.sse import (
+    DONE,
+    ClientGone,
+    EventStreamResponse,
+    encode,
+    until_disconnect,
+)
+from quantkit.serve.engine import Engine
+from quantkit.serve.events import (
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    PromptScored,
+    TokenEvent,
+    TokenLogprob,
+)
+from quantkit.serve.request import Request
+from quantkit.serve.stream import EventStream
+
+Json = dict[str, Any]
+#: Nobody reads it: the status that access logs show for a client that left.
+CLIENT_CLOSED_REQUEST = 499
+
+
+class Service:
+    """The served model: its engine, its encoder and the names that clients may call it by."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.encoder = PromptEncoder(engine.runtime.tokenizer)
+        # A folder is served under its own name; its full path is understood as well.
+        self.model = Path(engine.runtime.name).name if _is_path(engine) else engine.runtime.name
+        self.names = {self.model, engine.runtime.name}
+        self.created = int(time.time())
+
+    def check_model(self, name: str | None) -> None:
+        """Raise `ModelNotFoundError` unless ``name`` is served here; no name means the one."""
+        if name is not None and name not in self.names:
+            raise ModelNotFoundError(
+                f"the model {name!r} does not exist; this server has {self.model!r}"
+            )
+
+
+def _is_path(engine: Engine) -> bool:
+    return Path(engine.runtime.name).exists()
+
+
+@dataclass
+class Choice:
+    """One answer as it accumulates."""
+
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    completion_tokens: int = 0
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, PromptScored):
+            self.logprobs += event.logprobs
+        elif isinstance(event, TokenEvent):
+            self.text += event.text
+            if event.logprob is not None:
+                self.logprobs.append(event.logprob)
+        elif isinstance(event, Finished):
+            self.text += event.text
+            self.finish_reason = event.reason
+            self.completion_tokens = event.completion_tokens
+        else:
+            raise GenerationError(event)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One HTTP request's share of the engine.
+
+    Attributes:
+        http: the client's request, watched for its disconnect.
+        service: the served model.
+        requests: what to run; several prompts or ``n`` answers make several requests.
+        prompt_tokens: for ``usage``; a prompt with several answers counts once.
+        head: the fields that every body of this answer begins with.
+    """
+
+    http: HttpRequest
+    service: Service
+    requests: Sequence[Request]
+    prompt_tokens: int
+    head: Json
+
+    async def whole(
+        self, render: Callable[[int, Choice], Awaitable[Json]], object_name: str
+    ) -> Response:
+        """Wait for every answer, then send one JSON document."""
+        stream = self.service.engine.stream(*self.requests)
+        try:
+            choices = await until_disconnect(
+                self.http.receive, _collect(stream, len(self.requests))
+            )
+        except ClientGone:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        finally:
+            stream.close()
+        rendered = [await render(index, choice) for index, choice in enumerate(choices)]
+        completion_tokens = sum(choice.completion_tokens for choice in choices)
+        return JSONResponse(
+            self.head
+            | {
+                "object": object_name,
+                "choices": rendered,
+                "usage": usage(self.prompt_tokens, completion_tokens),
+            }
+        )
+
+    async def streamed(
+        self,
+        render: Callable[[int, Event], AsyncIterator[Json]],
+        object_name: str,
+        *,
+        include_usage: bool,
+    ) -> Response:
+        """Send each event as it comes.
+
+        The status line waits for the first event, so that a request which fails at once gets an
+        honest 500 and not a 200 with an error inside.
+        """
+        stream = self.service.engine.stream(*self.requests)
+        events = aiter(stream)
+        try:
+            first = await until_disconnect(self.http.receive, _next(events))
+        except ClientGone:
+            stream.close()
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        except BaseException:
+            stream.close()
+            raise
+
+        async def chunks() -> AsyncIterator[bytes]:
+            head = self.head | {"object": object_name}
+            completion_tokens = 0
+            async for index, event in _chain(first, events):
+                if isinstance(event, Failed):
+                    yield encode(failed_body(event))
+                    yield DONE
+                    return
+                if isinstance(event, Finished):
+                    completion_tokens += event.completion_tokens
+                async for choice in render(index, event):
+                    body = head | {"choices": [choice | {"index": index}]}
+                    yield encode(body | {"usage": None} if include_usage else body)
+            if include_usage:
+                total = usage(self.prompt_tokens, completion_tokens)
+                yield encode(head | {"choices": [], "usage": total})
+            yield DONE
+
+        return EventStreamResponse(chunks(), stream.close)
+
+
+def head(service: Service, prefix: str) -> Json:
+    """``id``, ``created`` and ``model`` of a new answer."""
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "created": int(time.time()),
+        "model": service.model,
+    }
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> Json:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+async def _collect(stream: EventStream, count: int) -> list[Choice]:
+    choices = [Choice() for _ in range(count)]
+    async for index, event in stream:
+        choices[index].add(event)
+    return choices
+
+
+async def _next(events: AsyncIterator[tuple[int, Event]]) -> tuple[int, Event]:
+    index, event = await anext(events)
+    if isinstance(event, Failed):
+        raise GenerationError(event)
+    return index, event
+
+
+async def _chain(
+    first: tuple[int, Event], rest: AsyncIterator[tuple[int, Event]]
+) -> AsyncIterator[tuple[int, Event]]:
+    yield first
+    async for item in rest:
+        yield item

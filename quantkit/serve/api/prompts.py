@@ -1,0 +1,101 @@
+"""From text and messages to token ids, without letting users forge control tokens.
+
+Chat: the template is rendered by transformers with ``sanitize_control_tokens=True``. Control
+tokens (all special tokens, and added tokens that the template itself writes) are encoded as
+plain text wherever they come from a message; only those the template writes become control
+tokens. What that cannot see, a template gluing a token together from pieces of the input
+(``'<|' + role + '|>'``), is closed by `schemas.Message`: roles are a fixed set. Other added
+tokens, such as ``<think>`` where the template never writes it, are encoded as their token.
+
+Completions: the prompt is raw by definition. The caller may send token ids, so parsing control
+tokens in its text grants nothing new, and clients that apply a template themselves need it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
+
+from jinja2 import TemplateError
+
+from quantkit.errors import QuantkitError
+from quantkit.serve.request import RequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from quantkit.serve.api.schemas import Message
+
+T = TypeVar("T")
+
+
+class PromptEncoder:
+    """Tokenizes on one thread of its own.
+
+    Long prompts take seconds, which the event loop must not spend. Encoding also changes settings
+    inside a fast tokenizer, so this is a copy: the engine decodes with the original meanwhile.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        # An older transformers would hand the flag to the template and sanitize nothing.
+        if (
+            "sanitize_control_tokens"
+            not in inspect.signature(tokenizer.apply_chat_template).parameters
+        ):
+            raise QuantkitError(
+                "this transformers cannot keep control tokens out of user messages",
+                remedy="install a version whose apply_chat_template has sanitize_control_tokens",
+            )
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="quantkit-tokenizer")
+
+    async def text(self, text: str) -> tuple[int, ...]:
+        """Ids of a raw prompt, with the special tokens that the tokenizer puts around text."""
+        return await self._run(lambda: tuple(self._tokenizer.encode(text)))
+
+    async def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Ids of a conversation, ending where the assistant begins to speak."""
+        conversation = [{"role": message.role, "content": message.text} for message in messages]
+        return await self._run(lambda: self._apply_template(conversation))
+
+    async def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token's own text; half a character shows as U+FFFD."""
+        return await self._run(lambda: [self.token_string(i) for i in token_ids])
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a prompt that came as ids."""
+        return await self._run(
+            lambda: str(self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False))
+        )
+
+    def token_string(self, token_id: int) -> str:
+        return str(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
+
+    def _apply_template(self, conversation: list[dict[str, str]]) -> tuple[int, ...]:
+        if self._tokenizer.chat_template is None:
+            raise RequestError(
+                "messages: this model has no chat template",
+                param="messages",
+                remedy="use /v1/completions",
+            )
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                conversation,
+                add_generation_prompt=True,
+                tokenize=True,
+                sanitize_control_tokens=True,
+                return_dict=False,
+            )
+        except (TemplateError, ValueError) as error:
+            # Templates refuse what they were not written for, such as two user turns in a row.
+            raise RequestError(
+                f"messages: the chat template refuses them: {error}", param="messages"
+            ) from error
+        return tuple(ids)
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)

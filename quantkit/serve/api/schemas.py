@@ -1,0 +1,146 @@
+"""The request bodies that the API accepts: our own bounded models of the OpenAI fields.
+
+Strict: ``"5"`` is not a number and 1 is not true. Fields that nobody knows are ignored, as the
+OpenAI API does; fields that it knows, that change the answer and that this server does not
+implement are refused (`UNSUPPORTED`), because ignoring them would be a silent downgrade.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from quantkit.serve.request import MAX_TOP_LOGPROBS, SamplingParams
+
+MAX_PROMPTS = 256
+MAX_CHOICES = 16
+MAX_MESSAGES = 2048
+#: Larger than any context: the engine refuses what does not fit with the real numbers.
+MAX_TOKENS = 2**31 - 1
+
+#: Known OpenAI fields that are not implemented → the values that mean "off".
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": (None, []),
+    "functions": (None, []),
+    "response_format": (None, {"type": "text"}),
+    "logit_bias": (None, {}),
+    "frequency_penalty": (None, 0),
+    "presence_penalty": (None, 0),
+    "suffix": (None, ""),
+    "best_of": (None, 1),
+    "audio": (None,),
+}
+
+Text = Annotated[str, Field(max_length=4 * 1024 * 1024)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKENS)]], Field(min_length=1)]
+Seed = Annotated[int, Field(ge=-(2**63) + 1, le=2**63 - 1)]
+Stop = str | list[str] | None
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool | None = None
+
+
+class GenerationRequest(BaseModel):
+    """What completions and chat have in common."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    model: Annotated[str, Field(max_length=4096)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    seed: Seed | None = None
+    stop: Stop = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _supported(self) -> GenerationRequest:
+        for name, value in (self.model_extra or {}).items():
+            if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
+                raise ValueError(f"'{name}' is not supported by this server")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("'stream_options' needs 'stream': true")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(
+        self, *, max_tokens: int, logprobs: int | None, choice: int = 0, echo: bool = False
+    ) -> SamplingParams:
+        """Parameters of the ``choice``-th answer; each has its own seed, or all were equal."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        seed = None if self.seed is None else (self.seed + choice) % 2**63
+        return SamplingParams(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=max(self.top_k or 0, 0),  # -1 is the other usual way to write "off"
+            min_p=self.min_p or 0.0,
+            max_tokens=max_tokens,
+            stop=tuple(stop),
+            seed=seed,
+            logprobs=logprobs,
+            echo=echo,
+        )
+
+
+class CompletionRequest(GenerationRequest):
+    """``POST /v1/completions``."""
+
+    prompt: (
+        Text
+        | TokenIds
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    echo: bool | None = None
+
+
+class ContentPart(BaseModel):
+    """A piece of a message. Text only: nothing is ever fetched from an address."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(BaseModel):
+    """One message. Roles are a closed set because templates write them between control tokens."""
+
+    model_config = ConfigDict(strict=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | Annotated[list[ContentPart], Field(max_length=MAX_MESSAGES)] | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+
+class ChatRequest(GenerationRequest):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("'top_logprobs' needs 'logprobs': true")
+        return self

@@ -1,0 +1,116 @@
+"""From a growing list of token ids to text that is safe to show.
+
+Two things must not leak: half of a character (tokens may split UTF-8 sequences) and the
+beginning of a stop string that may still complete. Both are held back until they are decided.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Prompt tokens decoded in front of the answer, so that a tokenizer which strips the space of
+#: the first word does not strip it from the middle of a sentence.
+CONTEXT_TOKENS = 5
+#: No character spans so many tokens: beyond this, undecodable bytes are shown as they are.
+MAX_PENDING_TOKENS = 64
+REPLACEMENT = "\ufffd"
+
+
+class Detokenizer:
+    """Incremental decoding of one answer.
+
+    Decodes a short window ``ids[start:]`` each time and emits what is new in it, because a
+    token's text depends on its neighbours and decoding everything anew would be quadratic.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: tuple[int, ...],
+        stop: tuple[str, ...] = (),
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.stop = StopStrings(stop)
+        self._window = list(prompt_ids[-CONTEXT_TOKENS:])
+        self._shown = self._decode().rstrip(REPLACEMENT)
+        # Tokens at the front of the window that are context only: their text is out already.
+        self._context = len(self._window)
+
+    def push(self, token_id: int) -> str:
+        """Add a token; returns the text that became safe. Check `stopped` afterwards."""
+        self._window.append(token_id)
+        text = self._decode()
+        overdue = len(self._window) > self._context + MAX_PENDING_TOKENS
+        safe = text if overdue else text.rstrip(REPLACEMENT)
+        new = safe[len(self._shown) :]
+        if safe == text:
+            # A clean boundary: the tokens since the last one become the context of the next.
+            self._window = self._window[self._context :]
+            self._context = len(self._window)
+            self._shown = self._decode()
+        elif new:
+            self._shown = safe
+        return self.stop.push(new)
+
+    def finish(self) -> str:
+        """The text still held back; nothing after a stop string was found."""
+        rest = self._decode()[len(self._shown) :]
+        return self.stop.push(rest) + self.stop.finish()
+
+    @property
+    def stopped(self) -> bool:
+        return self.stop.found
+
+    def _decode(self) -> str:
+        text = self.tokenizer.decode(
+            self._window, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+
+class StopStrings:
+    """Cuts a stream of text at the first stop string to complete.
+
+    The result depends only on the text, not on how it is split into pieces: of several matches
+    the one that ends first wins, and of those the longest.
+    """
+
+    def __init__(self, strings: tuple[str, ...]) -> None:
+        self.strings = strings
+        self.found = False
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """Add text; returns what can no longer be part of a stop string."""
+        if self.found:
+            return ""
+        self._held += text
+        matches = []
+        for string in self.strings:
+            start = self._held.find(string)
+            if start >= 0:
+                matches.append((start + len(string), start))
+        if matches:
+            self.found = True
+            safe, self._held = self._held[: min(matches)[1]], ""
+            return safe
+        keep = self._undecided()
+        safe, self._held = self._held[: len(self._held) - keep], self._held[-keep:] if keep else ""
+        return safe
+
+    def finish(self) -> str:
+        """No more text will come: what was held back is text after all."""
+        rest, self._held = self._held, ""
+        return rest
+
+    def _undecided(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = max((len(string) for string in self.strings), default=1)
+        for length in range(min(longest - 1, len(self._held)), 0, -1):
+            end = self._held[-length:]
+            if any(string.startswith(end) for string in self.strings):
+                return length
+        return 0

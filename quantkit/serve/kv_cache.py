@@ -1,0 +1,107 @@
+"""Keys and values of the tokens seen so far, and how many of them may exist at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+from transformers import DynamicCache
+
+from quantkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+#: Share of the memory free at start that the cache may grow into; the rest is for activations.
+MEMORY_SHARE = 0.5
+
+
+class KVCache:
+    """One sequence's keys and values: ``[1, kv_heads, tokens, head_dim]`` a layer."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.past = DynamicCache(config=config)
+
+    def __len__(self) -> int:
+        return int(self.past.get_seq_length())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now."""
+        tensors = (
+            getattr(layer, name, None) for layer in self.past.layers for name in ("keys", "values")
+        )
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+class TokenBudget:
+    """Accountant of KV cache tokens.
+
+    A sequence reserves its worst case (prompt and longest answer) before it starts, so that one
+    that was admitted can never run out of cache half-way.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._reserved: dict[str, int] = {}
+
+    @property
+    def used(self) -> int:
+        return sum(self._reserved.values())
+
+    def reserve(self, owner: str, tokens: int) -> bool:
+        """Take ``tokens`` for ``owner``; False, and nothing changes, if they are not free."""
+        if self.used + tokens > self.total:
+            return False
+        self._reserved[owner] = tokens
+        return True
+
+    def release(self, owner: str) -> None:
+        """Give back what ``owner`` holds, if anything."""
+        self._reserved.pop(owner, None)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What an engine can hold: tokens of one sequence, and of all together."""
+
+    max_context: int
+    kv_tokens: int
+
+
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """KV cache bytes of one token over all layers."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
+
+
+def plan_capacity(
+    model: PreTrainedModel, *, max_context: int | None, max_sequences: int
+) -> Capacity:
+    """Fit context length and cache size to the model and to the memory that is free.
+
+    An explicit ``max_context`` is a promise, so it is refused when it cannot be kept; without
+    one the context is as long as the model and the memory allow.
+    """
+    trained = int(model.config.get_text_config().max_position_embeddings)
+    if max_context is not None and not 2 <= max_context <= trained:
+        raise UsageError(f"max context {max_context} is not between 2 and the model's {trained}")
+    affordable = int(_free_memory(model.device) * MEMORY_SHARE) // bytes_per_token(model)
+    if affordable < (max_context or 2):
+        raise UsageError(
+            f"max context {max_context or 2} needs more KV cache than memory allows "
+            f"({affordable} tokens)",
+            remedy="lower --max-context or free memory",
+        )
+    context = max_context or min(trained, affordable)
+    return Capacity(context, min(affordable, context * max_sequences))
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,72 @@
+"""Speed of a runtime through the server's own path: runner, KV cache and sampler, no HTTP."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantkit.errors import UsageError
+from quantkit.serve import sampler
+from quantkit.serve.engine import EngineConfig
+from quantkit.serve.request import SamplingParams
+from quantkit.serve.runner import Runner
+
+if TYPE_CHECKING:
+    from quantkit.models.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class DecodeSpeed:
+    """Tokens a second over all sequences: medians over the repeats."""
+
+    prefill_tok_s: float
+    decode_tok_s: float
+
+
+def measure_decode(
+    runtime: Runtime, *, prompt_tokens: int, new_tokens: int, batch: int, repeats: int
+) -> DecodeSpeed:
+    """Read ``batch`` prompts, then decode them side by side, greedily.
+
+    The first token of an answer comes out of its prefill, so ``new_tokens`` of decoding are as
+    many forward passes of one token each. One short round warms up and is not counted.
+    """
+    config = runtime.model.config.get_text_config()
+    if prompt_tokens + new_tokens > config.max_position_embeddings:
+        raise UsageError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones are more than the model's "
+            f"context of {config.max_position_embeddings}"
+        )
+    # Random prompts: speed does not depend on the words, and no file is needed.
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(config.vocab_size, (batch, prompt_tokens), generator=generator).tolist()
+    runner = Runner(runtime.model)
+    _round(runner, [prompt[:8] for prompt in prompts], 2)
+    rounds = [_round(runner, prompts, new_tokens) for _ in range(repeats)]
+    return DecodeSpeed(
+        prefill_tok_s=batch * prompt_tokens / median(prefill for prefill, _ in rounds),
+        decode_tok_s=batch * new_tokens / median(decode for _, decode in rounds),
+    )
+
+
+def _round(runner: Runner, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
+    """Seconds of prefill and of decode."""
+    greedy, chunk = SamplingParams(temperature=0.0), EngineConfig.prefill_chunk
+    random = sampler.make_generator(0, runner.model.device)
+    caches = [runner.new_cache() for _ in prompts]
+    tokens = []
+    start = time.perf_counter()
+    for prompt, cache in zip(prompts, caches, strict=True):
+        for begin in range(0, len(prompt), chunk):
+            logits = runner.forward(prompt[begin : begin + chunk], cache)
+        tokens.append(sampler.sample(logits[-1], greedy, random))
+    prefilled = time.perf_counter()
+    for _ in range(new_tokens):
+        for index, cache in enumerate(caches):
+            logits = runner.forward([tokens[index]], cache)
+            tokens[index] = sampler.sample(logits[-1], greedy, random)
+    return prefilled - start, time.perf_counter() - prefilled

@@ -1,0 +1,85 @@
+"""From one row of logits to one token.
+
+Every function takes the logits of a single sequence and that sequence's own generator, so a
+result never depends on which other sequences happen to run: batch invariance by construction.
+Order of the filters: temperature, top-k, top-p, min-p. Reported log-probabilities are the
+model's own, before any of them.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import QuantkitError
+from quantkit.serve.events import TokenLogprob
+from quantkit.serve.request import SamplingParams
+
+
+def make_generator(seed: int | None, device: torch.device | str = "cpu") -> torch.Generator:
+    """A request's own random stream; ``None`` draws a seed that nobody can repeat."""
+    generator = torch.Generator(device=device)
+    generator.manual_seed(secrets.randbits(63) if seed is None else seed)
+    return generator
+
+
+def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
+    """Choose a token.
+
+    Args:
+        logits: ``[vocab]``, any float type.
+        params: the request's settings.
+        generator: the request's random stream, on the device of ``logits``.
+    """
+    if params.greedy:
+        token = int(logits.argmax())
+        # argmax names a NaN's position if there is one: this checks the whole row for free.
+        if not torch.isfinite(logits[token]):
+            raise QuantkitError("the model produced logits that are not finite")
+        return token
+    probabilities = distribution(logits, params)
+    if not torch.isfinite(probabilities).all():
+        raise QuantkitError("the model produced logits that are not finite")
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
+    """``[vocab]`` logits → ``[vocab]`` float32 probabilities after all filters."""
+    scaled = logits.float()
+    # Subtracting the maximum first keeps tiny temperatures from overflowing to inf - inf.
+    scaled = (scaled - scaled.max()) / max(params.temperature, 1e-6)
+    if 0 < params.top_k < scaled.numel():
+        threshold = scaled.topk(params.top_k).values[-1]
+        scaled = scaled.masked_fill(scaled < threshold, -torch.inf)
+    probabilities = scaled.softmax(-1)
+    if params.top_p < 1:
+        ordered, order = probabilities.sort(descending=True, stable=True)
+        # A token stays while the mass *before* it is below top_p: the one that crosses the line
+        # is kept, so the set is never empty.
+        drop = ordered.cumsum(-1) - ordered >= params.top_p
+        probabilities = probabilities.index_fill(0, order[drop], 0.0)
+    if params.min_p > 0:
+        floor = params.min_p * probabilities.max()
+        probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
+    return probabilities / probabilities.sum()
+
+
+def score(logits: Tensor, token_ids: list[int], top: int) -> list[TokenLogprob]:
+    """Log-probabilities of given tokens.
+
+    Args:
+        logits: ``[n, vocab]``; row i predicts ``token_ids[i]``.
+        token_ids: n tokens.
+        top: how many alternatives to report per row.
+    """
+    rows = logits.float()
+    logprobs = rows - rows.logsumexp(-1, keepdim=True)
+    chosen = logprobs.gather(1, torch.tensor(token_ids, device=rows.device)[:, None])[:, 0].tolist()
+    values, indices = logprobs.topk(min(top, logprobs.shape[-1]), dim=-1)
+    alternatives = zip(indices.tolist(), values.tolist(), strict=True)
+    return [
+        TokenLogprob(token, logprob, tuple(zip(ids, tops, strict=True)))
+        for token, logprob, (ids, tops) in zip(token_ids, chosen, alternatives, strict=True)
+    ]

@@ -1,0 +1,51 @@
+"""The async side of the engine: events of one or several requests as an async iterator."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from quantkit.serve.events import Event, Failed, Finished
+
+if TYPE_CHECKING:
+    from quantkit.serve.engine import Engine
+    from quantkit.serve.request import Request
+
+
+class EventStream:
+    """Iterates over ``(index, event)``: index counts the requests, events come as they happen.
+
+    Ends after the terminal event of the last request. Whoever stops reading early must call
+    `close`, which cancels what still runs; calling it at the end does nothing.
+    """
+
+    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._open: dict[int, str] = {}
+        try:
+            for index, request in enumerate(requests):
+                engine.submit(request, partial(self._post, index))
+                self._open[index] = request.id
+        except BaseException:
+            self.close()  # all or none: a half-submitted batch would run for nobody
+            raise
+
+    def _post(self, index: int, event: Event) -> None:
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
+        while self._open:
+            index, event = await self._queue.get()
+            if isinstance(event, Finished | Failed):
+                self._open.pop(index, None)
+            yield index, event
+
+    def close(self) -> None:
+        """Cancel whatever has not ended."""
+        for request_id in self._open.values():
+            self._engine.cancel(request_id)
+        self._open.clear()

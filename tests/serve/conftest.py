@@ -1,0 +1,125 @@
+"""A tiny random Llama with a tokenizer trained in place: real code paths, no downloads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from serve_helpers import assert_empty
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from quantkit.models.runtime import Runtime
+from quantkit.serve.api.app import create_app
+from quantkit.serve.api.server import Server, bind, url
+from quantkit.serve.engine import Engine, EngineConfig
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
+    "system user assistant: how are you today? Thank you, I am well.",
+    "Größe, naïve café, 東京, 🙂 and other characters take several bytes.",
+]
+CONTEXT = 512
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # matrices of 64 columns only get slower with more
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def runtime(tokenizer: PreTrainedTokenizerFast) -> Runtime:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        eos_token_id=tokenizer.eos_token_id,
+        # Wide enough that random weights have opinions and near-ties are rare.
+        initializer_range=0.2,
+    )
+    return Runtime(
+        model=LlamaForCausalLM(config).eval(),
+        tokenizer=tokenizer,
+        name="tiny",
+        fingerprint={"kernels": "reference/f32"},
+        size_bytes=0,
+        bits_per_weight=32.0,
+    )
+
+
+@pytest.fixture
+def engine(runtime: Runtime) -> Iterator[Engine]:
+    """A running engine whose small chunks make every longer prompt a chunked one."""
+    engine = Engine(runtime, EngineConfig(max_sequences=4, prefill_chunk=16)).start()
+    yield engine
+    assert engine.stop(), "the engine thread did not end"
+    assert_empty(engine)
+
+
+@dataclass
+class Live:
+    """A server on a real socket, in a thread."""
+
+    engine: Engine
+    server: Server
+    url: str
+    thread: threading.Thread
+
+
+@pytest.fixture
+def live(runtime: Runtime) -> Iterator[Callable[..., Live]]:
+    """Starts servers; stops them and checks that nothing leaked."""
+    started: list[Live] = []
+
+    def start(
+        config: EngineConfig | None = None, *, drain_seconds: float = 10, **options: object
+    ) -> Live:
+        engine = Engine(runtime, config or EngineConfig(max_sequences=4, prefill_chunk=16)).start()
+        sock = bind("127.0.0.1", 0)
+        up = threading.Event()
+        app = create_app(engine, **options)  # type: ignore[arg-type]
+        server = Server(app, engine, drain_seconds=drain_seconds, on_ready=up.set)
+        thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
+        thread.start()
+        assert up.wait(10)
+        started.append(Live(engine, server, url(sock), thread))
+        return started[-1]
+
+    yield start
+    for instance in started:
+        instance.server.should_exit = True
+        instance.thread.join(15)
+        assert not instance.thread.is_alive(), "the server did not end"
+        assert instance.engine.stop()
+        assert_empty(instance.engine)

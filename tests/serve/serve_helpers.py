@@ -1,0 +1,86 @@
+"""What the serving tests share beside fixtures."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from quantkit.models.runtime import Runtime
+from quantkit.serve.engine import Engine
+from quantkit.serve.events import Event, Failed, Finished, TokenEvent
+from quantkit.serve.request import Request, SamplingParams
+
+
+def assert_empty(engine: Engine) -> None:
+    """Nothing live, nothing reserved."""
+    wait_until(lambda: engine.live == 0)
+    assert (engine.running, engine.queued, engine.budget.used) == (0, 0, 0)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+@dataclass
+class Outcome:
+    """Everything that one request produced."""
+
+    events: list[Event]
+
+    @property
+    def terminal(self) -> Finished | Failed:
+        last = self.events[-1]
+        assert isinstance(last, Finished | Failed)
+        assert not any(isinstance(event, Finished | Failed) for event in self.events[:-1])
+        return last
+
+    @property
+    def finished(self) -> Finished:
+        assert isinstance(self.terminal, Finished), self.terminal
+        return self.terminal
+
+    @property
+    def tokens(self) -> list[int]:
+        return [event.token_id for event in self.events if isinstance(event, TokenEvent)]
+
+    @property
+    def text(self) -> str:
+        return "".join(e.text for e in self.events if isinstance(e, TokenEvent | Finished))
+
+
+def request(name: str, ids: list[int], **sampling: object) -> Request:
+    """A request, greedy unless told otherwise."""
+    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 12, **sampling})  # type: ignore[arg-type]
+    return Request(name, tuple(ids), params)
+
+
+def generate(engine: Engine, *requests: Request) -> list[Outcome]:
+    """Run requests at the same time and collect their events."""
+
+    async def collect() -> list[Outcome]:
+        outcomes = [Outcome([]) for _ in requests]
+        async for index, event in engine.stream(*requests):
+            outcomes[index].events.append(event)
+        return outcomes
+
+    return asyncio.run(asyncio.wait_for(collect(), 30))
+
+
+def oracle(runtime: Runtime, ids: list[int], new_tokens: int) -> list[int]:
+    """Greedy tokens from transformers itself."""
+    prompt = torch.tensor([ids])
+    output = runtime.model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),  # else it hides every token equal to the padding
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return output[0, len(ids) :].tolist()

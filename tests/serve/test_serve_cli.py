@@ -1,0 +1,171 @@
+"""`quantkit serve` and `quantkit bench decode`, up to the real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import httpx
+import pytest
+import typer
+from serve_helpers import wait_until
+from typer.testing import CliRunner
+
+from quantkit.cli import bench, serve
+from quantkit.errors import UsageError
+from quantkit.models.runtime import Runtime
+
+OPTIONS = ("--port", "0", "--threads", "1", "--json")
+
+
+class Process:
+    """`quantkit serve` as users run it."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "quantkit.cli.main", "serve", str(checkpoint), *OPTIONS],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
+        self.url = ""
+
+    def wait(self) -> Process:
+        """Until it serves."""
+        assert self.popen.stdout is not None
+        line = self.popen.stdout.readline()
+        if not line:
+            pytest.fail(self.popen.communicate()[1])
+        self.url = json.loads(line)["url"]
+        return self
+
+    def generate_slowly(self) -> tuple[threading.Thread, list[httpx.Response | Exception]]:
+        """Start a long answer in the background and return when it runs."""
+        answers: list[httpx.Response | Exception] = []
+        body = {"prompt": "a", "max_tokens": 500, "temperature": 0, "stream": True}
+
+        def ask() -> None:
+            try:
+                answers.append(httpx.post(self.url + "/v1/completions", json=body, timeout=60))
+            except httpx.HTTPError as error:
+                answers.append(error)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        wait_until(
+            lambda: "requests_running 1.0" in httpx.get(self.url + "/metrics").text, seconds=20
+        )
+        return thread, answers
+
+
+@pytest.fixture(scope="module")
+def processes(
+    runtime: Runtime, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[Process]]:
+    """Two servers, started side by side because importing torch takes its seconds."""
+    checkpoint = tmp_path_factory.mktemp("model") / "tiny"
+    runtime.model.save_pretrained(checkpoint)
+    runtime.tokenizer.save_pretrained(checkpoint)
+    started = [Process(checkpoint), Process(checkpoint)]
+    yield started
+    for process in started:
+        process.popen.kill()
+        process.popen.communicate()
+
+
+def test_a_signal_drains_and_exits_with_0(processes: list[Process]) -> None:
+    process = processes[0].wait()
+    asking, answers = process.generate_slowly()
+    process.popen.send_signal(signal.SIGINT)
+    _, stderr = process.popen.communicate(timeout=40)
+    asking.join(5)
+    assert process.popen.returncode == 0, stderr
+    assert "Traceback" not in stderr
+    assert isinstance(answers[0], httpx.Response)
+    assert answers[0].text.endswith("data: [DONE]\n\n")
+    assert "error" not in answers[0].text
+    assert f"at {process.url} " in stderr
+
+
+def test_a_second_signal_interrupts(processes: list[Process]) -> None:
+    process = processes[1].wait()
+    asking, _ = process.generate_slowly()
+    process.popen.send_signal(signal.SIGTERM)
+    wait_until(lambda: _refuses(process.url))
+    process.popen.send_signal(signal.SIGTERM)
+    _, stderr = process.popen.communicate(timeout=20)
+    asking.join(5)
+    assert process.popen.returncode == 130, stderr
+
+
+def _refuses(url: str) -> bool:
+    try:
+        httpx.get(url + "/health")
+    except httpx.TransportError:
+        return True
+    return False
+
+
+@pytest.fixture
+def cli(runtime: Runtime, monkeypatch) -> typer.Typer:
+    """The two commands over a loader that returns the tiny model."""
+    loader = ModuleType("quantkit.models.load")
+    loader.load_runtime = lambda path, **options: runtime  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "quantkit.models.load", loader)
+    app = typer.Typer()
+    app.command("serve")(serve.command)
+    app.add_typer(bench.app, name="bench")
+    return app
+
+
+def test_bench_decode(cli: typer.Typer) -> None:
+    options = ["--prompt-tokens", "20", "--new-tokens", "4", "--batch", "2", "--repeats", "2"]
+    result = CliRunner().invoke(cli, ["bench", "decode", "tiny", *options, "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["prefill_tok_s"] > 0
+    assert report["decode_tok_s"] > 0
+    assert (report["batch"], report["model"]) == (2, "tiny")
+    assert report["kernels"] == "reference/f32"
+    plain = CliRunner().invoke(cli, ["bench", "decode", "tiny", *options])
+    assert "decode_tok_s" in plain.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--host", "0.0.0.0"], "no API keys"),
+        (["--host", "example.org"], "no API keys"),
+        (["--api-keys", "/does/not/exist"], "cannot be read"),
+        (["--host", "203.0.113.1", "--allow-unauthenticated"], "cannot listen"),
+        (["--port", "0", "--max-context", "100000"], "not between 2 and the model's 512"),
+    ],
+)
+def test_refusals(cli: typer.Typer, options: list[str], message: str) -> None:
+    result = CliRunner().invoke(cli, ["serve", "tiny", *options])
+    assert isinstance(result.exception, UsageError)
+    assert message in str(result.exception)
+
+
+def test_a_taken_port_is_a_usage_error(cli: typer.Typer) -> None:
+    from quantkit.serve.api.server import bind
+
+    with bind("127.0.0.1", 0) as sock:
+        sock.listen()
+        port = sock.getsockname()[1]
+        result = CliRunner().invoke(cli, ["serve", "tiny", "--port", str(port)])
+    assert isinstance(result.exception, UsageError)
+    assert "choose another --port" in str(result.exception)
+
+
+def test_the_commands_import_no_torch() -> None:
+    code = "import sys, quantkit.cli.serve, quantkit.cli.bench; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
