@@ -61,14 +61,21 @@ Tensor w4_linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> ze
 }
 
 // Row-major [N, K] codes are packed here, on every call: correct, and as slow as it sounds.
-Tensor packed_bytes(const Tensor& codes) { return codes.dim() == 2 ? pack_w8(codes) : codes; }
+Tensor packed_bytes(const char* op, const Tensor& codes, int64_t n, int64_t k) {
+  if (codes.dim() != 2) return codes;
+  require(codes.size(0) == n && codes.size(1) == k, op, "weight has shape ", shape_of(codes),
+          ", must be [", n, ", ", k, "], or the result of quantkit.ops.pack_w8 on such a tensor");
+  return pack_w8(codes);
+}
 
 Tensor w8_linear(Tensor x, Tensor codes, Tensor scale, std::optional<Tensor> zero,
                  std::optional<Tensor> bias, int64_t kind, int64_t group_size) {
   const char* op = "w8_linear";
   require(scale.dim() == 2, op, "scale has shape ", shape_of(scale),
           ", must be [N, ceil(K / group_size)]");
-  WeightOnlyCall call(op, x, packed_bytes(codes), scale, zero, bias, scale.size(0),
+  require(x.dim() >= 1, op, "x is a scalar, must be [..., K]; add a dimension");
+  const Tensor packed = packed_bytes(op, codes, scale.size(0), x.size(x.dim() - 1));
+  WeightOnlyCall call(op, x, packed, scale, zero, bias, scale.size(0),
                       byte_format(op, kind), group_size);
   return run_weight_only(op, call, x);
 }
@@ -122,7 +129,7 @@ Tensor w8a8_linear(Tensor xq, Tensor x_scale, Tensor wq, Tensor w_scale, std::op
           " must be in 1..131071, where no int32 sum can overflow");
   require(x_scale.numel() == 1 || x_scale.numel() == x.m, op, "x_scale has ", x_scale.numel(),
           " values, must have 1 or one a row of xq (", x.m, ")");
-  const Tensor packed = packed_bytes(wq);
+  const Tensor packed = packed_bytes(op, wq, n, k);
   require(packed.dim() == 3 && packed.size(0) == (n + 15) / 16 && packed.size(1) == (k + 3) / 4 &&
               packed.size(2) == 64 && packed.is_contiguous() &&
               packed.scalar_type() == ScalarType::Byte,

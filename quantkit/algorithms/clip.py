@@ -6,11 +6,16 @@ import torch
 from torch import Tensor
 
 from quantkit import numerics
-from quantkit.schemes import QuantSpec, ScaleFormat
+from quantkit.errors import QuantkitError
+from quantkit.ops import CODE_E2M1, CODE_E4M3, CODE_INT, Backend, get_backend
+from quantkit.schemes import DType, Granularity, QuantSpec, ScaleFormat
 
 #: Shares of the min-max range that are tried. Below one half saturation always costs more
 #: than finer steps gain, for any bell-shaped group.
 SHARES = tuple(1.0 - 0.025 * i for i in range(21))
+
+#: Candidate scales that are held at a time: some 16 MB a table.
+_CANDIDATES = 1 << 22
 
 
 def mse_scales(
@@ -19,7 +24,8 @@ def mse_scales(
     """Scales that minimise the squared error of rounding each group to nearest.
 
     A grid search over `SHARES` of the min-max range, each group by itself; the min-max
-    scale is among the candidates, so the result is never worse.
+    scale is among the candidates, so the result is never worse. Candidates are scales in
+    the weight's dtype. Their errors are computed in fp32 where each row has its own scales.
 
     Args:
         weight: ``[N, K]``.
@@ -29,6 +35,73 @@ def mse_scales(
 
     Returns:
         (scale, zero, global_scale) as `numerics.quantize` takes them.
+
+    Raises:
+        QuantkitError: the weight holds NaN or infinity.
+    """
+    if spec.granularity not in (Granularity.CHANNEL, Granularity.GROUP):
+        return dense_search(weight, spec, importance)
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise QuantkitError(
+            f"weight {tuple(weight.shape)} holds {bad} NaN or infinite values",
+            remedy="the source checkpoint is damaged; `quantkit verify` or download it again",
+        )
+    global_scale = numerics.global_scale_for(weight) if spec.scale is ScaleFormat.E4M3 else None
+    if importance is not None:
+        importance = importance.float().contiguous()
+    groups = spec.scale_shape((weight.shape[0], weight.shape[1]))[1]
+    rows = max(_CANDIDATES // (len(SHARES) * groups), 1)
+    found = [_search(part, spec, importance, global_scale) for part in weight.split(rows)]
+    scale = torch.cat([scale for scale, _ in found])
+    zeros = [zero for _, zero in found if zero is not None]
+    return scale, torch.cat(zeros) if zeros else None, global_scale
+
+
+def _search(
+    weight: Tensor, spec: QuantSpec, importance: Tensor | None, global_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The best scale and zero of every group of these rows, ``[N, G]``."""
+    low, high = numerics.value_range(weight, spec)
+    scales, zeros = numerics.compute_scales(
+        torch.stack([low * share for share in SHARES]),
+        torch.stack([high * share for share in SHARES]),
+        spec,
+        global_scale,
+    )
+    errors = backend_for(weight).rounding_errors(
+        weight if weight.dtype in (torch.bfloat16, torch.float16) else weight.float(),
+        (scales if global_scale is None else scales / global_scale).float(),
+        None if zeros is None else zeros.float(),
+        importance,
+        spec.group_size or weight.shape[1],
+        code_kind(spec),
+        spec.qmin,
+        spec.qmax,
+    )
+    best = errors.argmin(0, keepdim=True)  # the first of equals, which is the widest
+    zero = None if zeros is None else zeros.gather(0, best)[0]
+    return scales.gather(0, best)[0], zero
+
+
+def backend_for(tensor: Tensor) -> Backend:
+    """The calibration kernels are written for CPUs; elsewhere their torch form runs."""
+    return get_backend("native" if tensor.device.type == "cpu" else "reference")
+
+
+def code_kind(spec: QuantSpec) -> int:
+    """What the operators of `quantkit.ops.solvers` call the codes of this spec."""
+    if spec.dtype is DType.INT:
+        return CODE_INT
+    return CODE_E4M3 if spec.bits == 8 else CODE_E2M1
+
+
+def dense_search(
+    weight: Tensor, spec: QuantSpec, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`mse_scales` for scales that rows share, and its plain form for any other.
+
+    Every candidate is quantized and dequantized as a whole, in the weight's dtype.
     """
     low, high = numerics.value_range(weight, spec)
     global_scale = numerics.global_scale_for(weight) if spec.scale is ScaleFormat.E4M3 else None

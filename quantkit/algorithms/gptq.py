@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quantkit import numerics
-from quantkit.algorithms.clip import mse_scales
+from quantkit.algorithms.clip import backend_for, code_kind, mse_scales
 from quantkit.errors import QuantkitError
 from quantkit.numerics import QTensor
 from quantkit.schemes import DType, Granularity, QuantSpec, ScaleFormat
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 #: damp: share of the mean diagonal that is added to the Hessian's diagonal.
 #: actorder: ``static`` rounds columns with the largest diagonal first; ``none`` in order.
-#: block_size: columns between two lazy updates of the columns that follow.
+#: block_size: columns of a lazy block, in solvers that have one; here it changes nothing.
 #: clip: ``mse`` narrows scales by column-weighted rounding error; ``none`` keeps min-max.
 OPTIONS: dict[str, Any] = {"damp": 0.01, "actorder": "static", "block_size": 128, "clip": "mse"}
 
@@ -58,9 +58,16 @@ def solve(weight: Tensor, stats: Stats, spec: QuantSpec, options: Mapping[str, A
         else torch.arange(weight.shape[1], device=weight.device)
     )
     upper = inverse_factor(stats.hessian[order][:, order], float(options["damp"]))
-    steps, zeros = _per_column(scale, zero, global_scale, spec, weight.shape, order)
-    rounded = _round_columns(
-        weight.float()[:, order], upper, steps, zeros, spec, int(options["block_size"])
+    steps, zeros, group = _tables(scale, zero, global_scale, spec, weight.shape, order)
+    rounded = backend_for(weight).gptq_round(
+        weight.float()[:, order],
+        upper,
+        steps,
+        zeros,
+        group,
+        code_kind(spec),
+        spec.qmin,
+        spec.qmax,
     )
     restored = torch.empty_like(rounded)
     restored[:, order] = rounded
@@ -92,10 +99,14 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     dead = diagonal == 0
     damped.diagonal()[dead] = 1.0
     damped.diagonal().add_(damp * diagonal.mean())
-    lower, info = torch.linalg.cholesky_ex(damped)
+    # With J the reversal of rows and columns, J H J = M Mᵀ gives H = R Rᵀ for the upper
+    # triangular R = J M J, so U = R⁻¹: one factorization and one triangular inverse, where
+    # the usual chol(inverse(chol)) pays for three and loses more digits.
+    lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if int(info) == 0:
-        inverse = torch.cholesky_inverse(lower)
-        upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
+        eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+        upper = inverse.flip(0, 1).contiguous()
     if int(info) != 0 or not torch.isfinite(upper).all():
         raise QuantkitError(
             f"GPTQ: the Hessian [{hessian.shape[0]}] is not positive definite with damp {damp}",
@@ -104,69 +115,33 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     return upper
 
 
-def _per_column(
+def _tables(
     scale: Tensor,
     zero: Tensor | None,
     global_scale: Tensor | None,
     spec: QuantSpec,
     shape: torch.Size,
     order: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero of every weight, fp32 ``[N, K]`` (views where possible), in order."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Scale and zero fp32 ``[N, G]``, and which of the G each ordered column uses, ``[K]``."""
     effective = (scale if global_scale is None else scale / global_scale).float()
 
     def spread(values: Tensor) -> Tensor:
         if spec.granularity is Granularity.TENSOR:
-            return values.reshape(1, 1).expand(shape)
-        if spec.granularity is Granularity.CHANNEL:
-            return values.expand(shape)
+            return values.reshape(1, 1).expand(shape[0], 1)
         if spec.granularity is Granularity.BLOCK:
             assert spec.block is not None
-            rows, cols = spec.block
-            values = values.repeat_interleave(rows, 0)[: shape[0]]
-            return values.repeat_interleave(cols, 1)[:, : shape[1]][:, order]
+            return values.repeat_interleave(spec.block[0], 0)[: shape[0]]
+        return values
+
+    width = shape[1]  # columns that share a scale
+    if spec.granularity is Granularity.BLOCK:
+        assert spec.block is not None
+        width = spec.block[1]
+    elif spec.granularity is Granularity.GROUP:
         assert spec.group_size is not None
-        return values[:, order // spec.group_size]
-
-    return spread(effective), None if zero is None else spread(zero.float())
-
-
-def _round_columns(
-    weight: Tensor,
-    upper: Tensor,
-    steps: Tensor,
-    zeros: Tensor | None,
-    spec: QuantSpec,
-    block_size: int,
-) -> Tensor:
-    """Algorithm 1 of the paper; returns code values (before scaling), fp32 ``[N, K]``.
-
-    The work is on transposed tensors: a column of the weight is then contiguous.
-    """
-    columns = weight.shape[1]
-    w = weight.t().contiguous()
-    s = steps.t().contiguous()
-    z = None if zeros is None else zeros.t().contiguous()
-    codes = torch.empty_like(w)
-    for start in range(0, columns, block_size):
-        stop = min(start + block_size, columns)
-        errors = torch.empty_like(w[start:stop])
-        factor = upper[start:stop, start:stop]
-        for i in range(stop - start):
-            j = start + i
-            scaled = w[j] / s[j]
-            if z is not None:
-                scaled += z[j]
-            code = numerics.round_to_codes(scaled, spec)
-            codes[j] = code
-            value = (code - z[j]) * s[j] if z is not None else code * s[j]
-            error = (w[j] - value) / factor[i, i]
-            errors[i] = error
-            if i + 1 < stop - start:
-                w[j + 1 : stop].addr_(factor[i, i + 1 :], error, alpha=-1.0)
-        if stop < columns:
-            w[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1.0)
-    return codes.t()
+        width = spec.group_size
+    return spread(effective), None if zero is None else spread(zero.float()), order // width
 
 
 def _to_codes(
@@ -185,6 +160,4 @@ def _to_codes(
     else:
         ones = torch.ones(spec.scale_shape((values.shape[0], values.shape[1])))
         codes = numerics.quantize(values, ones.to(values), None, unit).codes
-    return QTensor(
-        codes.contiguous(), numerics.store_scale(scale, spec), zero, spec, global_scale
-    )
+    return QTensor(codes.contiguous(), numerics.store_scale(scale, spec), zero, spec, global_scale)

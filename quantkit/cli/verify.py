@@ -22,7 +22,7 @@ def command(
     """
     from dataclasses import asdict
 
-    from quantkit.checkpoint.verify import require_ok, verify_files, verify_reload
+    from quantkit.models.verify import require_ok, verify_files, verify_reload
 
     findings = verify_files(checkpoint)
     if reload and all(f.ok for f in findings):

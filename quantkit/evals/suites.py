@@ -361,10 +361,15 @@ def _check_scoring(lines: _Lines) -> None:
     for pipeline in filters:
         if not isinstance(pipeline, dict) or not isinstance(pipeline.get("filter"), list):
             lines.fail("filter_list", "filter_list: each entry needs a name and a list of filters")
+        name = None
         for step in pipeline["filter"]:
             name = step.get("function") if isinstance(step, dict) else step
             if name not in FILTERS:
                 lines.fail("filter_list", f"unknown filter {name!r}", _nearest(str(name), FILTERS))
+        if name != "take_first":
+            lines.fail(
+                "filter_list", f"the last filter is {name!r}", "end with take_first, one answer"
+            )
 
 
 def _metrics(config: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,8 @@ functions in plain torch: the oracle of the tests, and what ``--kernels referenc
 kernel that is not built raises ``KernelMissingError``; nothing falls back silently.
 
 Files: ``schema`` signatures, ``native`` functions, ``reference`` oracle, ``fake`` shapes for
-torch.compile, ``library`` loading, ``status`` what is built and in use.
+torch.compile, ``library`` loading, ``status`` what is built and in use. ``solvers``,
+``reference_solvers`` and ``fake_solvers`` are the same for the operators of calibration.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from quantkit.errors import UsageError
 from quantkit.ops import fake as _fake  # noqa: F401  registers the fake implementations
-from quantkit.ops import native, reference
+from quantkit.ops import fake_solvers as _fake_solvers  # noqa: F401
+from quantkit.ops import native, reference, reference_solvers, solvers
 from quantkit.ops.native import (
     dequantize_w4,
     dequantize_w8,
@@ -41,6 +43,14 @@ from quantkit.ops.native import (
 )
 from quantkit.ops.reference import unpack_w4, unpack_w8
 from quantkit.ops.schema import KIND_FP8, KIND_INT8, SCHEMAS
+from quantkit.ops.solvers import (
+    CODE_E2M1,
+    CODE_E4M3,
+    CODE_INT,
+    gptq_round,
+    rounding_errors,
+    syrk_accumulate,
+)
 from quantkit.ops.status import (
     available_isas,
     get_isa,
@@ -51,6 +61,9 @@ from quantkit.ops.status import (
 )
 
 __all__ = [
+    "CODE_E2M1",
+    "CODE_E4M3",
+    "CODE_INT",
     "KIND_FP8",
     "KIND_INT8",
     "Backend",
@@ -60,6 +73,7 @@ __all__ = [
     "get_backend",
     "get_isa",
     "get_num_threads",
+    "gptq_round",
     "kernel_status",
     "pack_scale",
     "pack_w4",
@@ -69,8 +83,10 @@ __all__ = [
     "quantize_fp8_static",
     "quantize_int8_per_token",
     "quantize_int8_static",
+    "rounding_errors",
     "set_isa",
     "set_num_threads",
+    "syrk_accumulate",
     "unpack_w4",
     "unpack_w8",
     "w4_linear",
@@ -93,15 +109,19 @@ class Backend:
     """The operators of one implementation, by name: ``backend.w4_linear(...)``."""
 
     name: str
-    module: ModuleType
+    modules: tuple[ModuleType, ...]
 
     def __getattr__(self, operator: str) -> Any:
         if operator not in SCHEMAS:
             raise AttributeError(f"{operator!r} is not an operator; one of {', '.join(SCHEMAS)}")
-        return getattr(self.module, operator)
+        module = next(m for m in self.modules if hasattr(m, operator))
+        return getattr(module, operator)
 
 
-_BACKENDS = {"native": Backend("native", native), "reference": Backend("reference", reference)}
+_BACKENDS = {
+    "native": Backend("native", (native, solvers)),
+    "reference": Backend("reference", (reference, reference_solvers)),
+}
 
 
 def get_backend(name: str) -> Backend:

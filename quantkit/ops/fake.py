@@ -1,4 +1,4 @@
-"""Shapes and dtypes of every operator without running it, for ``torch.compile`` and meta tensors."""
+"""Shapes and dtypes of every operator without running it, for torch.compile and meta tensors."""
 
 from __future__ import annotations
 

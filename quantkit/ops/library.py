@@ -74,3 +74,14 @@ def require_for(tensor: torch.Tensor) -> None:
     library = CUDA if tensor.is_cuda else CPU
     if library.handle is None:
         library.require()
+
+
+def require_cpu_kernel(operator: str, tensor: torch.Tensor) -> None:
+    """The same for an operator that only the CPU library has."""
+    if tensor.device.type != "cpu":
+        device = tensor.device.type.upper()
+        raise KernelMissingError(
+            f"{operator} has no {device} kernel",
+            remedy="use get_backend('reference') there, or move the tensor to the CPU",
+        )
+    require_for(tensor)

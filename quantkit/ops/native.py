@@ -2,8 +2,8 @@
 
 Every function raises ``quantkit.errors.KernelMissingError`` when the library for the tensor's
 device is not built, and ``RuntimeError`` with the value, the rule and the remedy when an argument
-is wrong. Inputs may have any strides; outputs are contiguous. Weight-only formats share one meaning,
-with fp32 accumulation (K a row of the weight, g a group of ``group_size`` columns)::
+is wrong. Inputs may have any strides; outputs are contiguous. Weight-only formats share one
+meaning, with fp32 accumulation (K a row of the weight, g a group of ``group_size`` columns)::
 
     y[m, n] = sum_g scale[n, g] * sum_{k in g} (decode(code[n, k]) - zero[n, g]) * x[m, k] + bias[n]
 
@@ -18,8 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.ops import schema
-from quantkit.ops.library import require_for
+from quantkit.ops import reference, schema
+from quantkit.ops.library import require_cpu_kernel, require_for
 
 _ops = torch.ops.quantkit
 
@@ -35,6 +35,8 @@ def pack_w4(codes: Tensor) -> Tensor:
         little-endian 32-bit word a row, column ``2j`` in bits ``4j..4j+3`` and column ``2j+1`` in
         bits ``16+4j..16+4j+3``. The same on every device.
     """
+    if codes.is_cuda:  # a few tensor operations there: the layout is the same, to the byte
+        return reference.pack_w4(codes)
     require_for(codes)
     return _ops.pack_w4.default(codes)
 
@@ -48,6 +50,8 @@ def pack_w8(codes: Tensor) -> Tensor:
     Returns:
         uint8 [ceil(N/16), ceil(K/4), 64], padded with 0: four neighbouring columns of 16 rows.
     """
+    if codes.is_cuda:  # a few tensor operations there: the layout is the same, to the byte
+        return reference.pack_w8(codes)
     require_for(codes)
     return _ops.pack_w8.default(codes)
 
@@ -133,7 +137,7 @@ def w8a8_linear(
     Returns:
         [..., N].
     """
-    require_for(xq)
+    require_cpu_kernel("w8a8_linear", xq)
     code = schema.dtype_code(out_dtype)
     return _ops.w8a8_linear.default(xq, x_scale, wq, w_scale, bias, code)
 
@@ -183,7 +187,7 @@ def quantize_int8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         int8 [..., K] and the scale [..., 1] in the dtype of x. A row with a NaN has a NaN scale.
     """
-    require_for(x)
+    require_cpu_kernel("quantize_int8_per_token", x)
     return _ops.quantize_int8_per_token.default(x)
 
 
@@ -192,13 +196,13 @@ def quantize_int8_static(x: Tensor, scale: Tensor) -> Tensor:
 
     The division is done in the dtype that torch promotes x and scale to.
     """
-    require_for(x)
+    require_cpu_kernel("quantize_int8_static", x)
     return _ops.quantize_int8_static.default(x, scale)
 
 
 def quantize_fp8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`quantize_int8_per_token`, to float8_e4m3fn with scale = absmax / 448."""
-    require_for(x)
+    require_cpu_kernel("quantize_fp8_per_token", x)
     return _ops.quantize_fp8_per_token.default(x)
 
 
@@ -208,11 +212,11 @@ def quantize_fp8_per_block(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]
     Returns:
         float8_e4m3fn [..., K] and the scale [..., ceil(K/block)]; the last block may be short.
     """
-    require_for(x)
+    require_cpu_kernel("quantize_fp8_per_block", x)
     return _ops.quantize_fp8_per_block.default(x, block)
 
 
 def quantize_fp8_static(x: Tensor, scale: Tensor) -> Tensor:
     """float8_e4m3fn codes [..., K] with a given scale of one value."""
-    require_for(x)
+    require_cpu_kernel("quantize_fp8_static", x)
     return _ops.quantize_fp8_static.default(x, scale)

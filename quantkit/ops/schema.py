@@ -4,7 +4,7 @@ The schemas are defined here and not in C++ so that the package imports, traces 
 where nothing is built. ``libquantkit_cpu.so`` and ``libquantkit_cuda.so`` only add implementations;
 ``fake.py`` adds the shapes that ``torch.compile`` needs.
 
-No operator mutates its arguments, and none has a gradient.
+Only ``syrk_accumulate`` mutates an argument, and none has a gradient.
 """
 
 from __future__ import annotations
@@ -46,6 +46,15 @@ SCHEMAS = {
     "quantize_fp8_per_token": "(Tensor x) -> (Tensor, Tensor)",
     "quantize_fp8_per_block": "(Tensor x, int block) -> (Tensor, Tensor)",
     "quantize_fp8_static": "(Tensor x, Tensor scale) -> Tensor",
+    "gptq_round": (
+        "(Tensor weight, Tensor upper, Tensor scale, Tensor? zero, Tensor group, int kind,"
+        " float qmin, float qmax) -> Tensor"
+    ),
+    "rounding_errors": (
+        "(Tensor weight, Tensor scales, Tensor? zeros, Tensor? importance, int group_size,"
+        " int kind, float qmin, float qmax) -> Tensor"
+    ),
+    "syrk_accumulate": "(Tensor(a!) acc, Tensor x) -> ()",
 }
 
 _library = torch.library.Library("quantkit", "FRAGMENT")
@@ -55,7 +64,7 @@ for _name, _signature in SCHEMAS.items():
 
 def kind_code(kind: int | str) -> int:
     """``"int8"`` or ``"fp8"``, or the number of one of them, to the number."""
-    code = KINDS.get(kind) if isinstance(kind, str) else kind
+    code = KINDS.get(kind, -1) if isinstance(kind, str) else kind
     if code not in KINDS.values():
         raise ValueError(f"kind {kind!r} is unknown; use 'int8' or 'fp8'")
     return code

@@ -15,11 +15,23 @@ from quantkit.ops.library import CPU, CUDA, NativeLibrary
 
 ISAS = ("generic", "avx2", "avx512", "avx512bf16")  # slowest first
 
-_CPU_FLAGS = (
-    ("avx2", "fma", "f16c")
-    + ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi")
-    + ("avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16")
-)
+# What the kernels use, and what later ones might.
+_CPU_FLAGS = [
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512dq",
+    "avx512vl",
+    "avx512vbmi",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx_vnni",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+]
 
 
 def set_num_threads(threads: int) -> None:

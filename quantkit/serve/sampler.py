@@ -17,6 +17,15 @@ from quantkit.errors import QuantkitError
 from quantkit.serve.events import TokenLogprob
 from quantkit.serve.request import SamplingParams
 
+HOPELESS = -9999.0
+
+
+class NotFiniteError(QuantkitError):
+    """NaN or infinite logits: a broken checkpoint or an overflow, never something to sample."""
+
+    def __init__(self) -> None:
+        super().__init__("the model produced logits that are not finite")
+
 
 def make_generator(seed: int | None, device: torch.device | str = "cpu") -> torch.Generator:
     """A request's own random stream; ``None`` draws a seed that nobody can repeat."""
@@ -37,11 +46,11 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
         token = int(logits.argmax())
         # argmax names a NaN's position if there is one: this checks the whole row for free.
         if not torch.isfinite(logits[token]):
-            raise QuantkitError("the model produced logits that are not finite")
+            raise NotFiniteError
         return token
     probabilities = distribution(logits, params)
     if not torch.isfinite(probabilities).all():
-        raise QuantkitError("the model produced logits that are not finite")
+        raise NotFiniteError
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
@@ -75,7 +84,11 @@ def score(logits: Tensor, token_ids: list[int], top: int) -> list[TokenLogprob]:
         top: how many alternatives to report per row.
     """
     rows = logits.float()
-    logprobs = rows - rows.logsumexp(-1, keepdim=True)
+    total = rows.logsumexp(-1, keepdim=True)
+    if not torch.isfinite(total).all():
+        raise NotFiniteError
+    # JSON has no infinity: a token that the model rules out gets a finite, hopeless number.
+    logprobs = (rows - total).clamp_min(HOPELESS)
     chosen = logprobs.gather(1, torch.tensor(token_ids, device=rows.device)[:, None])[:, 0].tolist()
     values, indices = logprobs.topk(min(top, logprobs.shape[-1]), dim=-1)
     alternatives = zip(indices.tolist(), values.tolist(), strict=True)

@@ -113,6 +113,17 @@ def test_generation_is_that_of_lm_eval(
     assert [r.target for r in ours.rows] == [w["word"] for w in WORDS]
 
 
+def test_filters_are_those_of_lm_eval(
+    runtime: Runtime, suite_path: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    steps = [{"function": "remove_whitespace"}, {"function": "take_first"}]
+    path = suite_path(GENERATE, WORDS, filter_list=[{"name": "stripped", "filter": steps}])
+    ours = run(runtime, path)
+    totals, samples = plain_lm_eval(runtime, path, monkeypatch, tmp_path)
+    assert ours.value == totals["exact_match,stripped"]
+    assert [r.prediction for r in ours.rows] == [s["filtered_resps"][0] for s in samples]
+
+
 def test_loglikelihood_is_scored_larger_is_better(
     runtime: Runtime, suite_path: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

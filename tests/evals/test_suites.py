@@ -89,6 +89,10 @@ BAD_YAML = [
     ({"metadata": "x"}, r"metadata: 'x' is not a mapping"),
     ({"filter_list": [{"name": "a", "filter": [{"function": "custom"}]}]}, r"unknown filter"),
     (
+        {"filter_list": [{"name": "a", "filter": [{"function": "lowercase"}]}]},
+        r"the last filter is 'lowercase'; end with take_first",
+    ),
+    (
         {"filter_list": [{"name": n, "filter": [{"function": "take_first"}]} for n in "ab"]},
         r"2 filters; an item has one score",
     ),

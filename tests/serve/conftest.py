@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import httpx
+import openai
 import pytest
 import torch
 from serve_helpers import assert_empty
@@ -123,3 +126,25 @@ def live(runtime: Runtime) -> Iterator[Callable[..., Live]]:
         assert not instance.thread.is_alive(), "the server did not end"
         assert instance.engine.stop()
         assert_empty(instance.engine)
+
+
+@pytest.fixture
+def server(live):
+    return live()
+
+
+@pytest.fixture
+def client(server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
+
+
+@pytest.fixture
+def post(server) -> Iterator[Callable[[str, object], httpx.Response]]:
+    """Sends JSON, or bytes as they are."""
+    with httpx.Client(base_url=server.url, timeout=30) as http:
+
+        def send(path: str, body: object) -> httpx.Response:
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            return http.post(path, content=content, headers={"content-type": "application/json"})
+
+        yield send

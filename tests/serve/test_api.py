@@ -4,46 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import socket
-import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
 import torch
-from serve_helpers import oracle, wait_until
+from serve_helpers import oracle
 
-from quantkit.errors import UsageError
 from quantkit.models.runtime import Runtime
-from quantkit.serve.api.middleware import read_api_keys
-from quantkit.serve.engine import EngineConfig
 
 GREEDY = {"model": "tiny", "temperature": 0}
 HELLO = [{"role": "user", "content": "how are you today?"}]
-
-
-@pytest.fixture
-def server(live):
-    return live()
-
-
-@pytest.fixture
-def client(server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
-
-
-@pytest.fixture
-def post(server) -> Iterator[Callable[[str, object], httpx.Response]]:
-    """Sends JSON, or bytes as they are."""
-    with httpx.Client(base_url=server.url, timeout=30) as http:
-
-        def send(path: str, body: object) -> httpx.Response:
-            content = body if isinstance(body, bytes) else json.dumps(body).encode()
-            return http.post(path, content=content, headers={"content-type": "application/json"})
-
-        yield send
 
 
 def generated(runtime: Runtime, ids: list[int], new_tokens: int) -> str:
@@ -346,119 +318,3 @@ def test_failure_in_mid_stream_is_one_error_event(
     calls.clear()
     with pytest.raises(openai.APIError, match="internal error"):
         list(client.completions.create(prompt="a", stream=True, **GREEDY))
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_disconnect_releases_the_sequence(server, stream: bool) -> None:
-    body = json.dumps({"prompt": "a", "max_tokens": 500, "stream": stream}).encode()
-    host, port = server.url.removeprefix("http://").split(":")
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
-    )
-    with socket.create_connection((host, int(port))) as sock:
-        sock.sendall(head.encode() + body)
-        wait_until(lambda: server.engine.running == 1)
-        if stream:
-            assert b"200 OK" in sock.recv(1000)
-    wait_until(lambda: server.engine.live == 0)
-    assert server.engine.budget.used == 0
-    assert 'outcome="cancelled"} 1.0' in server.engine.metrics.render().decode()
-
-
-def test_health_ready_and_metrics(server, client: openai.OpenAI) -> None:
-    client.completions.create(prompt="The", max_tokens=3, **GREEDY)
-    assert httpx.get(server.url + "/health").json() == {"live": True}
-    assert httpx.get(server.url + "/ready").status_code == 200
-    text = httpx.get(server.url + "/metrics").text
-    assert 'quantkit_requests_total{outcome="length"} 1.0' in text
-    assert "quantkit_requests_running 0.0" in text
-    assert "quantkit_kv_reserved_tokens 0.0" in text
-    server.engine.close_intake()
-    assert httpx.get(server.url + "/ready").status_code == 503
-    response = httpx.post(server.url + "/v1/completions", json={"prompt": "a"})
-    assert response.status_code == 503
-    server.engine.stop()
-    assert httpx.get(server.url + "/health").status_code == 503
-
-
-def test_full_queue_is_429(live) -> None:
-    server = live(EngineConfig(max_sequences=1, max_queue=1))
-    body = {"prompt": ["a"] * 5, "max_tokens": 200}
-    response = httpx.post(server.url + "/v1/completions", json=body)
-    assert response.status_code == 429
-    assert response.headers["retry-after"]
-    wait_until(lambda: server.engine.live == 0)  # the part that had been queued is gone
-
-
-def test_api_keys(live, tmp_path) -> None:
-    path = tmp_path / "keys"
-    path.write_text("# team a\nsecret-a\n\n  secret-b  \n")
-    server = live(api_keys=read_api_keys(path))
-
-    def status(path: str, authorization: str | bytes | None) -> int:
-        headers = {} if authorization is None else {"Authorization": authorization}
-        return httpx.get(server.url + path, headers=headers).status_code
-
-    wrong = (None, "", "Bearer", "Bearer secret", "secret-a", "Basic secret-a", b"\xff")
-    for authorization in wrong:
-        assert status("/v1/models", authorization) == 401
-        assert status("/metrics", authorization) == 401
-    for authorization in ("Bearer secret-a", "bearer secret-b"):
-        assert status("/v1/models", authorization) == 200
-    assert status("/health", None) == status("/ready", None) == 200
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="nope", max_retries=0)
-    with pytest.raises(openai.AuthenticationError, match="missing or wrong API key"):
-        client.models.list()
-
-    path.write_text("# nothing\n")
-    with pytest.raises(UsageError, match="holds no key"):
-        read_api_keys(path)
-    with pytest.raises(UsageError, match="cannot be read"):
-        read_api_keys(tmp_path / "missing")
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_drain_finishes_what_runs(live, stream: bool) -> None:
-    server = live()
-    answers: list[httpx.Response] = []
-    body = {"prompt": "a", "max_tokens": 300, "stream": stream}
-
-    def ask() -> None:
-        answers.append(httpx.post(server.url + "/v1/completions", json=body, timeout=30))
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    wait_until(lambda: server.engine.running == 1)
-    server.server.handle_exit(2, None)
-    server.thread.join(20)
-    asking.join(5)
-    assert answers[0].status_code == 200
-    assert re.search(r'"finish_reason": ?"(stop|length)"', answers[0].text)
-    assert server.server.cut == 0
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(server.url + "/health")
-
-
-def test_drain_is_bounded(live, monkeypatch) -> None:
-    server = live(drain_seconds=0.3)
-    forward = server.engine.runner.forward
-
-    def slow(*arguments, **options):
-        threading.Event().wait(0.05)
-        return forward(*arguments, **options)
-
-    monkeypatch.setattr(server.engine.runner, "forward", slow)
-    answers: list[httpx.Response] = []
-    body = {"prompt": "a", "max_tokens": 500, "stream": True}
-    asking = threading.Thread(
-        target=lambda: answers.append(httpx.post(server.url + "/v1/completions", json=body))
-    )
-    asking.start()
-    wait_until(lambda: server.engine.running == 1)
-    server.server.handle_exit(15, None)
-    server.thread.join(10)
-    asking.join(5)
-    assert server.server.cut == 1
-    assert '"type": "service_unavailable"' in answers[0].text
-    assert answers[0].text.endswith("data: [DONE]\n\n")

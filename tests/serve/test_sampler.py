@@ -93,6 +93,15 @@ def test_logits_that_are_not_finite(value: float, temperature: float) -> None:
     row[7] = value
     with pytest.raises(QuantkitError, match="not finite"):
         sampler.sample(row, SamplingParams(temperature=temperature), sampler.make_generator(0))
+    with pytest.raises(QuantkitError, match="not finite"):
+        sampler.score(row[None], [3], top=1)
+
+
+def test_a_token_that_is_ruled_out_has_a_finite_logprob() -> None:
+    row = ROW.clone()
+    row[7] = -torch.inf
+    assert sampler.score(row[None], [7], top=0)[0].logprob == sampler.HOPELESS
+    assert sampler.distribution(row, SamplingParams())[7] == 0
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,7 @@ QK_EXPORT const char* qk_status_message(int status);
 // ---- CUDA: the same arguments and the same packed layout, on a stream ------------------------
 
 QK_EXPORT int qk_cuda_weight_only_linear(const qk_weight_only_args* args, void* stream);
+QK_EXPORT int qk_cuda_dequantize(const qk_weight_only_args* args, void* stream);
 QK_EXPORT int32_t qk_cuda_abi_version(void);
 
 #ifdef __cplusplus

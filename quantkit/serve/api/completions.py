@@ -3,6 +3,9 @@
 With ``echo``, ``logprobs`` and ``max_tokens`` 0 or 1 this is what evaluation harnesses score
 prompts with: the first token has no log-probability, every other one its own, and
 ``top_logprobs`` always holds the most likely token, so that "was it greedy" can be told.
+
+Several prompts and ``n`` answers become one engine request each, with choices numbered prompt by
+prompt; every one of them reads its prompt anew.
 """
 
 from __future__ import annotations

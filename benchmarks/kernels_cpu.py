@@ -1,0 +1,265 @@
+"""CPU linear kernels against torch's bf16 product and the machine's measured limits.
+
+    python benchmarks/kernels_cpu.py [--shapes 576x576,1536x576] [--rows 1,4,16,512] [--json]
+
+Every kernel is checked against its reference before it is timed. Candidates are interleaved, round
+by round, and each figure is the median of the rounds with its 10th and 90th percentile, so that a
+neighbour on the same cores disturbs all of them alike. Up to 8 rows the weights rotate through
+copies larger than the caches: decode reads them from memory. ``roof`` is the share of the larger of
+the two limits: bytes at the measured read bandwidth, or operations at torch's bf16 rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantkit import ops
+
+COLD_BYTES = 128 * 2**20  # weights of one rotation: several times a last-level cache share
+GROUP = 64
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One kernel on one shape: ``run(i)`` uses the i-th copy of the weight."""
+
+    name: str
+    weight_bytes: int
+    run: Callable[[int], Tensor]
+    copies: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    kernel: str
+    n: int
+    k: int
+    m: int
+    microseconds: float
+    p10: float
+    p90: float
+    gb_s: float
+    gflop_s: float
+    roof_share: float
+    speedup_over_bf16: float
+
+
+def read_bandwidth(rounds: int = 9) -> float:
+    """Bytes a second of summing an array that no cache holds."""
+    data = torch.ones(64 * 2**20)
+    return data.nbytes / min(seconds(lambda: data.sum()) for _ in range(rounds))
+
+
+def product_rate(rounds: int = 9) -> float:
+    """Operations a second of torch's bf16 matrix product."""
+    a, b = (torch.randn(1024, 1024).bfloat16() for _ in range(2))
+    torch.mm(a, b)
+    return 2 * 1024**3 / min(seconds(lambda: torch.mm(a, b)) for _ in range(rounds))
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def candidates(n: int, k: int, m: int) -> list[Candidate]:
+    x = torch.randn(m, k).bfloat16()
+    groups = -(-k // GROUP)
+    scale = ops.pack_scale(torch.rand(n, groups) * 0.02)
+    zero = ops.pack_scale(torch.randint(0, 16, (n, groups)).float())
+    channel = ops.pack_scale(torch.rand(n, 1) * 0.02)
+    w_scale = torch.rand(n)
+    lut = torch.arange(16.0)
+    codes4 = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    codes8 = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+    fp8 = torch.randn(n, k).to(torch.float8_e4m3fn)
+    xq, x_scale = ops.quantize_int8_per_token(x)
+
+    def rotation(tensor: Tensor) -> list[Tensor]:
+        copies = max(1, COLD_BYTES // tensor.nbytes) if m <= 8 else 1
+        return [tensor.clone() for _ in range(copies)]
+
+    bf16 = rotation(torch.randn(n, k).bfloat16())
+    w4 = rotation(ops.pack_w4(codes4))
+    i8 = rotation(ops.pack_w8(codes8))
+    f8 = rotation(ops.pack_w8(fp8))
+    return [
+        Candidate(
+            "torch bf16",
+            2 * n * k,
+            lambda i: torch.nn.functional.linear(x, bf16[i]),
+            len(bf16),
+        ),
+        Candidate(
+            f"w4 g{GROUP}",
+            w4[0].nbytes + scale.nbytes,
+            lambda i: ops.w4_linear(x, w4[i], scale, None, lut, None, n, GROUP),
+            len(w4),
+        ),
+        Candidate(
+            f"w4 g{GROUP} zero",
+            w4[0].nbytes + 2 * scale.nbytes,
+            lambda i: ops.w4_linear(x, w4[i], scale, zero, lut, None, n, GROUP),
+            len(w4),
+        ),
+        Candidate(
+            "int8 channel",
+            i8[0].nbytes,
+            lambda i: ops.w8_linear(x, i8[i], channel, None, None, "int8", -1),
+            len(i8),
+        ),
+        Candidate(
+            f"fp8 g{GROUP}",
+            f8[0].nbytes + scale.nbytes,
+            lambda i: ops.w8_linear(x, f8[i], scale, None, None, "fp8", GROUP),
+            len(f8),
+        ),
+        Candidate(
+            "w8a8 + quantize",
+            i8[0].nbytes,
+            lambda i: ops.w8a8_linear(
+                *ops.quantize_int8_per_token(x), i8[i], w_scale, None, torch.bfloat16
+            ),
+            len(i8),
+        ),
+        Candidate(
+            "w8a8",
+            i8[0].nbytes,
+            lambda i: ops.w8a8_linear(xq, x_scale, i8[i], w_scale, None, torch.bfloat16),
+            len(i8),
+        ),
+    ]
+
+
+def check(n: int, k: int, m: int) -> None:
+    """Every kernel agrees with its reference on this shape, or this raises."""
+    reference = ops.get_backend("reference")
+    x = torch.randn(m, k).bfloat16()
+    packed4 = ops.pack_w4(torch.randint(0, 16, (n, k), dtype=torch.uint8))
+    packed8 = ops.pack_w8(torch.randint(-127, 128, (n, k), dtype=torch.int8))
+    scale, lut = torch.rand(n, -(-k // GROUP)), torch.arange(16.0)
+    four = (x, packed4, scale, None, lut, None, n, GROUP)
+    eight = (x, packed8, scale, None, None, "int8", GROUP)
+    for name, arguments in (("w4_linear", four), ("w8_linear", eight)):
+        y, expected = getattr(ops, name)(*arguments), getattr(reference, name)(*arguments)
+        error = (y.float() - expected.float()).norm() / expected.float().norm()
+        if error > 1e-2:
+            raise SystemExit(f"{name} {n}x{k} M={m} is wrong: relative error {error:.2e}")
+    xq, x_scale = ops.quantize_int8_per_token(x)
+    int8 = (xq, x_scale, packed8, torch.rand(n), None, torch.bfloat16)
+    if not torch.equal(ops.w8a8_linear(*int8), reference.w8a8_linear(*int8)):
+        raise SystemExit(f"w8a8_linear {n}x{k} M={m} is not exact")
+
+
+def measure(n: int, k: int, m: int, rounds: int, bandwidth: float, rate: float) -> list[Timing]:
+    check(n, k, m)
+    entries = candidates(n, k, m)
+    calls = [
+        max(1, min(200, int(3e-3 * bandwidth / (e.weight_bytes * max(1, m / 8))))) for e in entries
+    ]
+    samples: list[list[float]] = [[] for _ in entries]
+    position = [0] * len(entries)
+    for round_index in range(rounds + 1):
+        for index, entry in enumerate(entries):
+            start = time.perf_counter()
+            for _ in range(calls[index]):
+                entry.run(position[index])
+                position[index] = (position[index] + 1) % entry.copies
+            elapsed = (time.perf_counter() - start) / calls[index]
+            if round_index > 0:  # the first round warms up
+                samples[index].append(elapsed)
+    medians = [statistics.median(times) for times in samples]
+    timings = []
+    for entry, times, median in zip(entries, samples, medians, strict=True):
+        ordered = sorted(times)
+        operations = 2.0 * m * n * k
+        floor = max(entry.weight_bytes / bandwidth, operations / rate)
+        timings.append(
+            Timing(
+                entry.name,
+                n,
+                k,
+                m,
+                median * 1e6,
+                ordered[len(ordered) // 10] * 1e6,
+                ordered[-1 - len(ordered) // 10] * 1e6,
+                entry.weight_bytes / median / 1e9,
+                operations / median / 1e9,
+                floor / median,
+                medians[0] / median,
+            )
+        )
+    return timings
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default="576x576,1536x576,576x1536,2048x2048", help="NxK,…")
+    parser.add_argument("--rows", type=numbers, default=numbers("1,2,4,8,16,64,512"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--isa", default="auto", help="force an instruction set")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    options = parser.parse_args()
+
+    torch.set_num_threads(options.threads)
+    ops.set_isa(options.isa)
+    bandwidth, rate = read_bandwidth(), product_rate()
+    if not options.json:
+        print(f"{cpu_name()}, {options.threads} threads, kernels {ops.get_isa()}")
+        print(f"roof: reads {bandwidth / 1e9:.1f} GB/s, torch bf16 {rate / 1e9:.0f} GFLOP/s\n")
+        print(
+            f"{'N x K':>12} {'M':>4}  {'kernel':<16} {'us':>9} {'p10':>8} {'p90':>9}"
+            f" {'GB/s':>6} {'GFLOP/s':>8} {'roof':>5} {'x bf16':>7}"
+        )
+    results = []
+    for shape in options.shapes.split(","):
+        n, k = (int(part) for part in shape.split("x"))
+        for m in options.rows:
+            for timing in measure(n, k, m, options.rounds, bandwidth, rate):
+                results.append(timing)
+                if not options.json:
+                    print(
+                        f"{f'{n} x {k}':>12} {m:>4}  {timing.kernel:<16}"
+                        f" {timing.microseconds:9.1f} {timing.p10:8.1f} {timing.p90:9.1f}"
+                        f" {timing.gb_s:6.1f} {timing.gflop_s:8.1f} {timing.roof_share:5.0%}"
+                        f" {timing.speedup_over_bf16:7.2f}",
+                        flush=True,
+                    )
+    if options.json:
+        document = {
+            "cpu": cpu_name(),
+            "threads": options.threads,
+            "isa": ops.get_isa(),
+            "read_gb_s": bandwidth / 1e9,
+            "bf16_gflop_s": rate / 1e9,
+            "timings": [asdict(timing) for timing in results],
+        }
+        print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()

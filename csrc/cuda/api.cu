@@ -1,0 +1,33 @@
+// The CUDA half of the C ABI.
+#include "weight_only.cuh"
+
+namespace {
+
+int check(const qk_weight_only_args& a) {
+  if (a.m < 0 || a.n < 0 || a.k <= 0 || a.group_size <= 0) return QK_INVALID_ARGUMENT;
+  if (a.group_size < a.k && a.group_size % 16 != 0) return QK_INVALID_ARGUMENT;
+  if (a.x_dtype != QK_F16 && a.x_dtype != QK_BF16) return QK_UNSUPPORTED;
+  if (a.format < QK_W4 || a.format > QK_F8) return QK_UNSUPPORTED;
+  if (a.format == QK_W4 && a.lut == nullptr) return QK_INVALID_ARGUMENT;
+  return QK_OK;
+}
+
+}  // namespace
+
+int qk_cuda_weight_only_linear(const qk_weight_only_args* args, void* stream) {
+  if (const int status = check(*args)) return status;
+  if (args->m == 0 || args->n == 0) return QK_OK;
+  const auto on = static_cast<cudaStream_t>(stream);
+  return args->format == QK_W4 ? quantkit::cuda::w4_linear(*args, on)
+                               : quantkit::cuda::w8_linear(*args, on);
+}
+
+int qk_cuda_dequantize(const qk_weight_only_args* args, void* stream) {
+  if (const int status = check(*args)) return status;
+  if (args->n == 0) return QK_OK;
+  const auto on = static_cast<cudaStream_t>(stream);
+  return args->format == QK_W4 ? quantkit::cuda::w4_dequantize(*args, on)
+                               : quantkit::cuda::w8_dequantize(*args, on);
+}
+
+int32_t qk_cuda_abi_version(void) { return QK_ABI_VERSION; }

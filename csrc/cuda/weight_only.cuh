@@ -1,0 +1,249 @@
+// Weight-only linear layers on a GPU, for few rows of x, in the packed layout of quantkit.h.
+//
+// Ladder:
+//   1. One thread an output, codes read byte by byte: uncoalesced, a small share of the bandwidth.
+//   2. Sixteen-byte loads that a warp reads as 512 neighbouring bytes (this file): a thread owns
+//      4 rows x one chunk of k, eight threads split k, and a block's warps take turns at slabs.
+//      Each weight is read once for up to 16 rows of x; the arithmetic is fp32 on the CUDA cores,
+//      which bounds it from about M = 4 on.
+//   3. Tensor cores with the weight as the 16-row operand (mma.m16n8k16), split over k: not here.
+// For many rows the binding dequantizes once and calls the library's matrix product instead.
+//
+// Sums: each chunk's products are added in k order and scaled in fp32; lanes and then warps are
+// added in a fixed tree. A row of y has the same bits whatever the other rows are.
+#pragma once
+
+#include "device.cuh"
+
+namespace quantkit::cuda {
+
+constexpr int kBlockRows = 16;
+constexpr int kChunkBytes = 64;
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * 32;
+constexpr int kRowsAThread = 4;
+constexpr int kLanesAlongK = 8;  // lanes of a warp that share rows and split k
+
+struct W4 {
+  static constexpr int kCodes = 8;
+  __device__ static void decode(uint32_t word, const float* lut, float (&w)[kCodes]) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      w[2 * j] = lut[(word >> (4 * j)) & 15u];
+      w[2 * j + 1] = lut[(word >> (16 + 4 * j)) & 15u];
+    }
+  }
+};
+
+struct I8 {
+  static constexpr int kCodes = 4;
+  __device__ static void decode(uint32_t word, const float*, float (&w)[kCodes]) {
+#pragma unroll
+    for (int j = 0; j < kCodes; ++j) {
+      w[j] = static_cast<float>(static_cast<int32_t>(word << (24 - 8 * j)) >> 24);
+    }
+  }
+};
+
+struct F8 {
+  static constexpr int kCodes = 4;
+  __device__ static void decode(uint32_t word, const float*, float (&w)[kCodes]) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const __half2 pair = __half2(__nv_cvt_fp8x2_to_halfraw2(
+          static_cast<__nv_fp8x2_storage_t>(word >> (16 * j)), __NV_E4M3));
+      w[2 * j] = __low2float(pair);
+      w[2 * j + 1] = __high2float(pair);
+    }
+  }
+};
+
+__device__ inline float to_float(__half v) { return __half2float(v); }
+__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ inline void from_float(float f, __half* out) { *out = __float2half_rn(f); }
+__device__ inline void from_float(float f, __nv_bfloat16* out) { *out = __float2bfloat16_rn(f); }
+
+__device__ inline float load_bias(const void* bias, int dtype, int64_t i) {
+  if (dtype == QK_F32) return static_cast<const float*>(bias)[i];
+  if (dtype == QK_F16) return __half2float(static_cast<const __half*>(bias)[i]);
+  return __bfloat162float(static_cast<const __nv_bfloat16*>(bias)[i]);
+}
+
+// kCodes values of one row of x from column k on, zero past the end.
+template <class T, int kCodes>
+__device__ inline void load_x(const T* row, int64_t k, int64_t columns, bool vector,
+                              float (&x)[kCodes]) {
+  if (vector) {  // aligned, and columns is a multiple of kCodes
+    alignas(16) T raw[kCodes];
+    if constexpr (kCodes == 8) {
+      *reinterpret_cast<uint4*>(raw) = load_shared_by_many(reinterpret_cast<const uint4*>(row + k));
+    } else {
+      *reinterpret_cast<uint2*>(raw) = load_shared_by_many(reinterpret_cast<const uint2*>(row + k));
+    }
+#pragma unroll
+    for (int j = 0; j < kCodes; ++j) x[j] = to_float(raw[j]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kCodes; ++j) x[j] = k + j < columns ? to_float(row[k + j]) : 0.0f;
+  }
+}
+
+// Grid: x over blocks of 16 weight rows, y over tiles of MT rows of x.
+template <class T, class Format, int MT>
+__global__ void __launch_bounds__(kThreads)
+    linear_kernel(const qk_weight_only_args a, int64_t chunks, bool vector_x) {
+  constexpr int kCodes = Format::kCodes;
+  __shared__ float lut[16];
+  __shared__ float partial[kWarps][MT][kBlockRows];
+  if (a.lut != nullptr && threadIdx.x < 16) lut[threadIdx.x] = a.lut[threadIdx.x];
+  barrier();
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int quad = lane % 4;  // rows 4 * quad .. 4 * quad + 3 of the block
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kBlockRows + quad * kRowsAThread;
+  const int64_t first_m = static_cast<int64_t>(blockIdx.y) * MT;
+  const T* x = static_cast<const T*>(a.x) + first_m * a.ldx;
+  const uint8_t* packed = static_cast<const uint8_t*>(a.packed) +
+                          static_cast<int64_t>(blockIdx.x) * chunks * kChunkBytes + quad * 16;
+
+  float acc[MT][kRowsAThread] = {};
+  constexpr int kStride = kWarps * kLanesAlongK;
+  int64_t chunk = warp * kLanesAlongK + lane / 4;
+  uint4 next = {};
+  if (chunk < chunks) next = load_once(packed + chunk * kChunkBytes);
+  for (; chunk < chunks; chunk += kStride) {
+    const uint4 codes = next;  // the load of the next chunk overlaps this one's arithmetic
+    if (chunk + kStride < chunks) next = load_once(packed + (chunk + kStride) * kChunkBytes);
+
+    const int64_t k = chunk * kCodes;
+    const int64_t group = k / a.group_size;
+    const uint32_t words[kRowsAThread] = {codes.x, codes.y, codes.z, codes.w};
+    float scale[kRowsAThread], zero[kRowsAThread];
+#pragma unroll
+    for (int r = 0; r < kRowsAThread; ++r) {
+      const int64_t row = first_row + r;
+      const bool valid = row < a.n;
+      scale[r] = valid ? load_shared_by_many(a.scale + row * a.scale_stride_n + group * a.scale_stride_g) : 0.0f;
+      zero[r] = valid && a.zero != nullptr
+                    ? load_shared_by_many(a.zero + row * a.zero_stride_n + group * a.zero_stride_g)
+                    : 0.0f;
+    }
+    float weight[kRowsAThread][kCodes];
+#pragma unroll
+    for (int r = 0; r < kRowsAThread; ++r) {
+      Format::decode(words[r], lut, weight[r]);
+#pragma unroll
+      for (int j = 0; j < kCodes; ++j) weight[r][j] -= zero[r];
+    }
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      if (first_m + m >= a.m) break;
+      float value[kCodes];
+      load_x<T, kCodes>(x + m * a.ldx, k, a.k, vector_x, value);
+#pragma unroll
+      for (int r = 0; r < kRowsAThread; ++r) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int j = 0; j < kCodes; ++j) sum = fmaf(weight[r][j], value[j], sum);
+        acc[m][r] = fmaf(scale[r], sum, acc[m][r]);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int m = 0; m < MT; ++m) {
+#pragma unroll
+    for (int r = 0; r < kRowsAThread; ++r) {
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) {
+        acc[m][r] += shuffle_xor(acc[m][r], step);
+      }
+      if (lane < 4) partial[warp][m][quad * kRowsAThread + r] = acc[m][r];
+    }
+  }
+  barrier();
+  for (int i = threadIdx.x; i < MT * kBlockRows; i += kThreads) {
+    const int m = i / kBlockRows, r = i % kBlockRows;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * kBlockRows + r;
+    if (first_m + m >= a.m || row >= a.n) continue;
+    float y = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) y += partial[w][m][r];
+    if (a.bias != nullptr) y += load_bias(a.bias, a.bias_dtype, row);
+    from_float(y, static_cast<T*>(a.y) + (first_m + m) * a.ldy + row);
+  }
+}
+
+// y[n, k] = (decode(code) - zero) * scale in fp32, rounded once. One thread a word of codes.
+template <class T, class Format>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_kernel(const qk_weight_only_args a, int64_t chunks) {
+  constexpr int kCodes = Format::kCodes;
+  __shared__ float lut[16];
+  if (a.lut != nullptr && threadIdx.x < 16) lut[threadIdx.x] = a.lut[threadIdx.x];
+  barrier();
+  const int64_t chunk = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t row = blockIdx.y;
+  if (chunk >= chunks) return;
+  const uint8_t* word = static_cast<const uint8_t*>(a.packed) +
+                        (row / kBlockRows * chunks + chunk) * kChunkBytes + row % kBlockRows * 4;
+  float weight[kCodes];
+  Format::decode(*reinterpret_cast<const uint32_t*>(word), lut, weight);
+  const int64_t k = chunk * kCodes, group = k / a.group_size;
+  const float scale = a.scale[row * a.scale_stride_n + group * a.scale_stride_g];
+  const float zero =
+      a.zero == nullptr ? 0.0f : a.zero[row * a.zero_stride_n + group * a.zero_stride_g];
+  T* out = static_cast<T*>(a.y) + row * a.ldy + k;
+#pragma unroll
+  for (int j = 0; j < kCodes; ++j) {
+    if (k + j < a.k) from_float((weight[j] - zero) * scale, out + j);
+  }
+}
+
+template <class T, class Format, int MT>
+int launch_tiles(const qk_weight_only_args& a, int64_t chunks, bool vector_x,
+                  cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>((a.n + kBlockRows - 1) / kBlockRows),
+                  static_cast<unsigned>((a.m + MT - 1) / MT));
+  return launch(linear_kernel<T, Format, MT>, grid, kThreads, stream, a, chunks, vector_x);
+}
+
+template <class T, class Format>
+int launch_linear(const qk_weight_only_args& a, cudaStream_t stream) {
+  const int64_t chunks = (a.k + Format::kCodes - 1) / Format::kCodes;
+  constexpr int kVectorBytes = Format::kCodes * static_cast<int>(sizeof(T));
+  const bool vector_x = a.k % Format::kCodes == 0 && (a.ldx * sizeof(T)) % kVectorBytes == 0 &&
+                        reinterpret_cast<uintptr_t>(a.x) % kVectorBytes == 0;
+  if (a.m <= 1) return launch_tiles<T, Format, 1>(a, chunks, vector_x, stream);
+  if (a.m <= 2) return launch_tiles<T, Format, 2>(a, chunks, vector_x, stream);
+  if (a.m <= 4) return launch_tiles<T, Format, 4>(a, chunks, vector_x, stream);
+  if (a.m <= 8) return launch_tiles<T, Format, 8>(a, chunks, vector_x, stream);
+  return launch_tiles<T, Format, 16>(a, chunks, vector_x, stream);
+}
+
+template <class T, class Format>
+int launch_dequantize(const qk_weight_only_args& a, cudaStream_t stream) {
+  const int64_t chunks = (a.k + Format::kCodes - 1) / Format::kCodes;
+  // gridDim.y ends at 65535: more rows take more launches.
+  for (int64_t first = 0; first < a.n; first += 65520) {
+    qk_weight_only_args part = a;
+    const int64_t rows = a.n - first < 65520 ? a.n - first : 65520;
+    part.packed = static_cast<const uint8_t*>(a.packed) + first / kBlockRows * chunks * kChunkBytes;
+    part.scale += first * a.scale_stride_n;
+    if (part.zero != nullptr) part.zero += first * a.zero_stride_n;
+    part.y = static_cast<T*>(a.y) + first * a.ldy;
+    const dim3 grid(static_cast<unsigned>((chunks + kThreads - 1) / kThreads),
+                    static_cast<unsigned>(rows));
+    const int status = launch(dequantize_kernel<T, Format>, grid, kThreads, stream, part, chunks);
+    if (status != QK_OK) return status;
+  }
+  return QK_OK;
+}
+
+// One function a format, each in its own translation unit.
+int w4_linear(const qk_weight_only_args& a, cudaStream_t stream);
+int w4_dequantize(const qk_weight_only_args& a, cudaStream_t stream);
+int w8_linear(const qk_weight_only_args& a, cudaStream_t stream);
+int w8_dequantize(const qk_weight_only_args& a, cudaStream_t stream);
+
+}  // namespace quantkit::cuda

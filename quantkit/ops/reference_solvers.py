@@ -1,0 +1,105 @@
+"""The calibration operators in plain torch: the oracle of the native kernels, same signatures.
+
+They run on any device, in the dtype of their fp32 or fp64 arguments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantkit.ops.solvers import CODE_E4M3, CODE_INT
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E2M1_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+
+#: Columns between two lazy updates of the columns that follow, in `gptq_round`.
+_LAZY = 128
+
+
+def round_codes(x: Tensor, kind: int, qmin: float, qmax: float) -> Tensor:
+    """The nearest code of each value, ties to the even code; same shape and dtype."""
+    x = x.clamp(qmin, qmax)
+    if kind == CODE_INT:
+        return torch.round(x)
+    if kind == CODE_E4M3:
+        return x.to(torch.float8_e4m3fn).to(x.dtype)
+    magnitude = x.abs()
+    index = torch.zeros(x.shape, dtype=torch.int64, device=x.device)
+    for i, midpoint in enumerate(_E2M1_MIDPOINTS):
+        index += (magnitude > midpoint) if i % 2 == 0 else (magnitude >= midpoint)
+    values = torch.tensor(_E2M1, dtype=x.dtype, device=x.device)[index]
+    return torch.where(x.isnan(), x, torch.copysign(values, x))
+
+
+def gptq_round(
+    weight: Tensor,
+    upper: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group: Tensor,
+    kind: int,
+    qmin: float,
+    qmax: float,
+) -> Tensor:
+    """Algorithm 1 of arXiv 2210.17323 as it is written, a column of all rows at a time.
+
+    The work is on transposed tensors: a column of the weight is then contiguous.
+    """
+    columns = weight.shape[1]
+    w = weight.t().contiguous()
+    s = scale.t()[group.long()]
+    z = None if zero is None else zero.t()[group.long()]
+    codes = torch.empty_like(w)
+    for start in range(0, columns, _LAZY):
+        stop = min(start + _LAZY, columns)
+        errors = torch.empty_like(w[start:stop])
+        factor = upper[start:stop, start:stop]
+        for i in range(stop - start):
+            j = start + i
+            scaled = w[j] / s[j]
+            if z is not None:
+                scaled += z[j]
+            code = round_codes(scaled, kind, qmin, qmax)
+            codes[j] = code
+            value = (code - z[j]) * s[j] if z is not None else code * s[j]
+            error = (w[j] - value) / factor[i, i]
+            errors[i] = error
+            if i + 1 < stop - start:
+                w[j + 1 : stop].addr_(factor[i, i + 1 :], error, alpha=-1.0)
+        if stop < columns:
+            w[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1.0)
+    return codes.t().contiguous()
+
+
+def rounding_errors(
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    importance: Tensor | None,
+    group_size: int,
+    kind: int,
+    qmin: float,
+    qmax: float,
+) -> Tensor:
+    """Each candidate as a pass over the whole weight."""
+    n, k = weight.shape
+    groups = scales.shape[2]
+    wide = weight.to(scales.dtype)
+    group = torch.arange(k, device=weight.device) // group_size
+    errors = torch.zeros_like(scales)
+    for i, scale in enumerate(scales):
+        s = scale[:, group]
+        z = None if zeros is None else zeros[i][:, group]
+        code = round_codes(wide / s if z is None else wide / s + z, kind, qmin, qmax)
+        error = ((code if z is None else code - z) * s - wide).square()
+        if importance is not None:
+            error = error * importance
+        errors[i] = errors.new_zeros(n, groups).index_add_(1, group, error)
+    return errors
+
+
+def syrk_accumulate(acc: Tensor, x: Tensor) -> None:
+    """The whole product, of which the lower triangle is added."""
+    wide = x.to(acc.dtype)
+    acc.add_((wide.t() @ wide).tril())

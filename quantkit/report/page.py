@@ -1,0 +1,46 @@
+"""The page: sections into the template, everything escaped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from quantkit.report import sections
+from quantkit.report.layers import layers
+from quantkit.report.run_folder import Run
+
+_HERE = Path(__file__).parent
+TEMPLATE = "template.html.jinja"
+STYLE = "style.css"
+
+#: Control characters, which HTML forbids, as their visible pictures: ESC is ␛.
+_CONTROLS = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {0x7F: 0x2421}
+
+
+def render(run: Run) -> str:
+    """One HTML document. The same run gives the same bytes."""
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,  # model output may hold HTML
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template(TEMPLATE).render(
+        run=run,
+        style=Markup((_HERE / STYLE).read_text(encoding="utf-8")),
+        verdict=sections.verdict(run),
+        warnings=[*run.warnings, *(run.verdict.warnings if run.verdict else ())],
+        key_numbers=sections.key_numbers(run),
+        gates=sections.gates(run.verdict),
+        layers=layers(run.layers),
+        text=sections.text(run.candidate),
+        tasks=sections.tasks(run),
+        flips=sections.flips(run.flips),
+        calibration=sections.calibration(run),
+        provenance=sections.provenance(run),
+    )
+    # A model may write half a character; UTF-8 has no bytes for that.
+    return page.translate(_CONTROLS).encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,103 @@
+"""Imports go downwards only, and importing the command line costs next to nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "quantkit"
+
+#: Layers from the bottom up; a module imports its own layer and those below.
+LAYERS = (
+    {"errors", "strict_yaml", "progress"},
+    {"schemes", "recipe", "results"},
+    {"numerics", "packing", "ops"},
+    {"observers", "algorithms", "layers"},
+    {"data", "model", "plan", "paused", "calibrate", "quantize", "checkpoint"},
+    {"models"},
+    {"evals", "serve", "gate", "report"},
+    {"run"},
+    {"cli"},
+)
+LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+
+#: Tighter than the layers: what may be imported at all.
+ONLY = {
+    "gate": {"errors", "results", "gate"},
+    "report": {"errors", "results", "report"},
+    "ops": {"errors", "ops"},
+    "data": {"errors", "data"},
+    "observers": {"errors", "schemes", "numerics", "ops", "observers"},
+}
+NEVER = {
+    "serve": {"calibrate", "quantize", "plan", "paused", "recipe", "evals", "gate"},
+    "algorithms": {"model", "models", "layers"},
+    "evals": {"serve", "gate"},
+}
+
+
+def modules() -> list[Path]:
+    return [p for p in sorted(PACKAGE.rglob("*.py")) if p.parent != PACKAGE or p.stem != "__init__"]
+
+
+def owner(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level parts of quantkit that a file imports at run time."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for node in ast.walk(branch)
+    }
+    names = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{a.name}" for a in node.names}
+    parts = {n.split(".")[1] for n in names if n.startswith("quantkit.") and n.count(".")}
+    return parts & set(LEVEL)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_downwards(path: Path) -> None:
+    me = owner(path)
+    assert me in LEVEL, f"{me} has no layer: add it to LAYERS"
+    for other in imported(path):
+        assert LEVEL[other] <= LEVEL[me], f"{me} imports {other}, which lies above it"
+        assert other in ONLY.get(me, LEVEL), f"{me} may import only {ONLY.get(me)}, not {other}"
+        assert other not in NEVER.get(me, ()), f"{me} must not import {other}"
+
+
+@pytest.mark.parametrize("name", ["quantkit.gate", "quantkit.results", "quantkit.report"])
+def test_gate_and_report_need_no_torch(name: str) -> None:
+    code = f"import sys, {name}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    heavy = "torch transformers numpy scipy lm_eval fastapi matplotlib"
+    code = (
+        "import sys, quantkit.cli.main; "
+        f"print([m for m in {heavy.split()!r} if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_no_environment_variables_in_the_library() -> None:
+    for path in modules():
+        if owner(path) != "cli":
+            assert "os.environ" not in path.read_text(), path
+            assert "getenv" not in path.read_text(), path
