@@ -71,35 +71,34 @@ def main() -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    import click
-
     try:
         code = app(arguments, standalone_mode=False)
-        return code if isinstance(code, int) else errors.EXIT_PASS
-    except click.exceptions.Exit as e:
-        return e.exit_code
-    except click.exceptions.Abort:
-        return _interrupted()
-    except click.ClickException as e:
-        e.show()
-        return errors.EXIT_USAGE
+        return _ended(code) if isinstance(code, int) else errors.EXIT_PASS
     except errors.QuantkitError as e:
         typer.echo(f"error: {e}", err=True)
         return e.exit_code
-    except KeyboardInterrupt:
-        return _interrupted()
+    except typer.Exit as e:
+        return _ended(e.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _ended(errors.EXIT_INTERRUPTED)
     except MemoryError:
         typer.echo("error: out of memory; use a smaller model, batch or context", err=True)
         return errors.EXIT_RUNTIME
     except BrokenPipeError:
         return errors.EXIT_RUNTIME
     except Exception as e:
+        # The parser's own errors: their classes are typer's or click's, by version.
+        if hasattr(e, "show") and hasattr(e, "exit_code"):
+            e.show()
+            return errors.EXIT_USAGE
         return _unexpected(e)
 
 
-def _interrupted() -> int:
-    typer.echo("interrupted", err=True)
-    return errors.EXIT_INTERRUPTED
+def _ended(code: int) -> int:
+    # Typer turns Ctrl-C into this code without a word.
+    if code == errors.EXIT_INTERRUPTED:
+        typer.echo("interrupted", err=True)
+    return code
 
 
 def _unexpected(error: Exception) -> int:

@@ -1,0 +1,330 @@
+"""Bad input: a clear message, the documented exit code, nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantkit.cli.main import run
+
+RECIPE = """\
+scheme: w4a16-g64
+algorithm: gptq
+keep: [lm_head]
+calibrate: {samples: 4, seq_len: 64}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def arguments(model: Path | str, recipe: Path | str, data: Path | str, out: Path) -> list[str]:
+    return [
+        "calibrate", str(model), "--recipe", str(recipe), "--data", str(data), "--no-gate",
+        "-o", str(out),
+    ]  # fmt: skip
+
+
+def leftovers(out: Path) -> list[str]:
+    """What lies beside OUT that a failed run must not leave, ``.partial`` work aside."""
+    names = [p.name for p in out.parent.glob(f"{out.name}*")]
+    names += [p.name for p in out.parent.glob(f".{out.name}*")]
+    return [name for name in names if not name.endswith(".partial")]
+
+
+def edited(source: Path, folder: Path, change: Callable[[Path], None]) -> Path:
+    """A copy of a model folder with one thing broken."""
+    shutil.copytree(source, folder)
+    change(folder)
+    return folder
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def poison(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def rename_architecture(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "perceptron9000"
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def quantize_already(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def drop_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (truncate, 4, "truncated or not a safetensors file"),
+        (poison, 4, "model.layers.1.mlp.down_proj: the weight holds 1 NaN"),
+        (rename_architecture, 2, "unknown architecture"),
+        (quantize_already, 2, "is quantized already"),
+        (drop_config, 2, "no config.json"),
+    ],
+)
+def test_broken_models(
+    change: Callable[[Path], None],
+    code: int,
+    message: str,
+    tiny: Path,
+    traffic: Path,
+    recipe: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    model = edited(tiny, tmp_path / "model", change)
+    out = tmp_path / "out"
+    assert run(arguments(model, recipe, traffic, out)) == code
+    assert message in capfd.readouterr().err
+    assert leftovers(out) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("scheme: w4a16-g64\nalgoritm: gptq\n", "recipe.yaml:2 unknown key 'algoritm'; did you mean"),
+        ("scheme: w4a16-g60\n", "unknown scheme 'w4a16-g60'; did you mean"),
+        ("scheme: {weight: {bits: 4, group_size: 100}}\nkeep: [lm_head]\n",
+         "in_features 384 is not divisible by group 100; try"),
+        ("scheme: w4a16-g64\nalgorithm: {gptq: {dampp: 0.1}}\n", "'dampp'"),
+        ("scheme: [w8a16\n", "recipe.yaml:"),
+        ("", "recipe.yaml:1 is empty"),
+        ("keep: [lm_head]\n", "no scheme"),
+    ],
+)  # fmt: skip
+def test_broken_recipes(
+    text: str,
+    message: str,
+    tiny: Path,
+    traffic: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    out = tmp_path / "out"
+    assert run(arguments(tiny, path, traffic, out)) == 2
+    assert message in capfd.readouterr().err
+    assert leftovers(out) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such"),
+        ("", "hold"),
+        ('{"text": "hi"}\n', "do not fill one window"),
+        ('{"text": "hi"}\n{"text": \n', "data.jsonl:2"),
+        ('{"banana": 1}\n', "data.jsonl:1"),
+    ],
+)
+def test_broken_data(
+    content: str | None,
+    message: str,
+    tiny: Path,
+    recipe: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    data = tmp_path / "data.jsonl"
+    if content is not None:
+        data.write_text(content)
+    out = tmp_path / "out"
+    assert run(arguments(tiny, recipe, data, out)) == 2
+    assert message in capfd.readouterr().err.replace("does not exist", "no such")
+    assert leftovers(out) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["calibrate", "no/such/model", "-r", "w8a16", "-o", "x"], "no such folder"),
+        (["calibrate", "missing.gguf", "-r", "w8a16", "-o", "x"], "no such file"),
+        (["calibrate", "m", "-r", "w8a61", "-o", "x"], "did you mean 'w8a16'"),
+        (["calibrate", "m", "-r", "w8a16"], "no output folder; give -o OUT"),
+        (["calibrate", "m", "--no-such-option"], "No such option"),
+        (["eval"], "no CKPT"),
+        (["eval", "m", "--suite", "nothing_here"], "no such suite"),
+        (["gate", "missing.json", "--baseline", "missing.json"], "missing.json"),
+        (["verify", "nowhere"], "no such folder"),
+        (["inspect", "nowhere"], "has no quantkit.json"),
+        (["serve", "nowhere/at/all"], "no such folder"),
+        (["frobnicate"], "No such command"),
+    ],
+)
+def test_wrong_arguments(
+    argv: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(argv) == 2
+    assert message in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_that_is_something_else(
+    tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "precious"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    assert run(arguments(tiny, recipe, traffic, out)) == 2
+    assert "not a quantkit checkpoint" in capfd.readouterr().err
+    assert (out / "thesis.txt").read_text() == "years of work"
+
+
+def test_unwritable_output(
+    tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    assert run(arguments(tiny, recipe, traffic, blocker / "out")) == 2
+    assert "cannot be written" in capfd.readouterr().err
+
+
+def test_full_disk(
+    tiny: Path,
+    traffic: Path,
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The write of the weights fails as a full disk makes it fail."""
+
+    def full(tensors: object, path: Path, **_: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("quantkit.checkpoint.write.save_file", full)
+    out = tmp_path / "out"
+    assert run(arguments(tiny, recipe, traffic, out)) == 4
+    assert "the disk is full; free some space" in capfd.readouterr().err
+    assert leftovers(out) == []
+
+
+def test_nan_from_overflow_stops_the_run(
+    tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def inflate(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            tensors[f"model.layers.0.mlp.{name}.weight"] *= 1e18
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    model = edited(tiny, tmp_path / "model", inflate)
+    out = tmp_path / "out"
+    assert run(arguments(model, recipe, traffic, out)) == 4
+    err = capfd.readouterr().err
+    assert "NaN" in err or "not positive definite" in err
+    assert leftovers(out) == []
+
+
+def test_missing_library_names_the_build_command(
+    tiny: Path,
+    traffic: Path,
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from quantkit.errors import KernelMissingError
+
+    def missing(*_: object) -> None:
+        raise KernelMissingError("native kernels are not built", remedy="run `make native`")
+
+    monkeypatch.setattr("quantkit.ops.pack_w4", missing)
+    out = tmp_path / "out"
+    assert run(arguments(tiny, recipe, traffic, out)) == 4
+    assert "make native" in capfd.readouterr().err
+    assert not out.exists()
+
+
+def test_ctrl_c_leaves_resumable_work_only(
+    tiny: Path, traffic: Path, recipe: Path, tmp_path: Path
+) -> None:
+    """A real process, a real signal while blocks are being solved; then --resume ends it."""
+    slow = tmp_path / "slow.yaml"
+    slow.write_text(RECIPE.replace("samples: 4", "samples: 24"))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "quantkit.cli.main", *arguments(tiny, slow, traffic, out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        first = tmp_path / "out.partial" / "blocks" / "0000.json"
+        while process.poll() is None and not first.exists():
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        code = process.returncode
+    if code == 0:
+        pytest.skip("the run finished before the signal arrived")
+    assert code == 130
+    assert "interrupted" in err
+    assert leftovers(out) == []
+    assert run([*arguments(tiny, slow, traffic, out), "--resume"]) == 0
+    whole = tmp_path / "whole"
+    assert run(arguments(tiny, slow, traffic, whole)) == 0
+    for path in whole.iterdir():
+        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+
+
+def test_success_leaves_one_folder_and_its_run(
+    tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run([*arguments(tiny, recipe, traffic, out), "--json"]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert document["output"] == str(out)
+    assert document["verdict"] is None
+    assert set(document["seconds"]) == {"load", "calibrate", "quantize", "export", "eval"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.run", "recipe.yaml"]
+    assert run(["verify", str(out)]) == 0
+    assert run(["inspect", str(out)]) == 0
+    (out / "config.json").write_text((out / "config.json").read_text() + " ")
+    assert run(["verify", str(out), "--json"]) == 4
+    assert torch.get_num_threads() >= 1
+
+
+def test_dry_run_writes_nothing(
+    tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*arguments(tiny, recipe, traffic, tmp_path / "out"), "--dry-run"]
+    assert run(argv) == 0
+    assert "4 × 64 tokens" in capfd.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
+    assert run([*argv, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["bits_per_weight"] == pytest.approx(4.25)
