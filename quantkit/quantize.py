@@ -109,8 +109,8 @@ def _stackable(layers: Sequence[PlannedLayer]) -> list[list[PlannedLayer]]:
 
 
 def _check_finite(name: str, weight: Tensor) -> None:
-    bad = int((~torch.isfinite(weight)).sum())
-    if bad:
+    if not torch.isfinite(weight.sum(dtype=torch.float32)):
+        bad = int((~torch.isfinite(weight)).sum())
         raise QuantkitError(
             f"{name}: the weight holds {bad} NaN or infinite values",
             remedy="the source checkpoint is damaged; check it or download it again",

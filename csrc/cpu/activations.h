@@ -120,11 +120,11 @@ inline void quantize_row(const qk_quantize_args& a, int64_t row) {
 // One row of w = (decode(code) - zero) * scale, in fp32 and rounded once.
 inline void dequantize_row(const qk_weight_only_args& a, int64_t row) {
   const int64_t codes = chunk_codes(a.format);
-  const int64_t chunks = ceil_div(a.k, codes);
-  const uint8_t* packed = static_cast<const uint8_t*>(a.packed) +
-                          row / kBlockRows * chunks * kChunkBytes + row % kBlockRows * 4;
+  const PackedBlock at =
+      packed_block(row / kBlockRows, ceil_div(a.n, kBlockRows), ceil_div(a.k, codes));
+  const uint8_t* packed = static_cast<const uint8_t*>(a.packed) + at.base + row % kBlockRows * 4;
   for (int64_t k = 0; k < a.k; ++k) {
-    const uint8_t* word = packed + k / codes * kChunkBytes;
+    const uint8_t* word = packed + k / codes * at.step;
     float value;
     if (a.format == QK_W4) {
       uint32_t bits;

@@ -17,12 +17,20 @@ bool known_dtype(int32_t dtype) { return dtype >= QK_F32 && dtype <= QK_BF16; }
 // prompt is shared between threads even when the weight is narrow.
 constexpr int64_t kUnitRows = 240;
 
+constexpr int64_t kFewRows = 8;
+
 // Blocks of 16 weight rows cut into units: full ones first, then, so that no thread idles while
 // another runs a last full unit, the remainder in equal smaller ones.
 struct BlockPlan {
   int64_t full_units, full_blocks, small_blocks, blocks;
 
-  BlockPlan(int64_t total, int64_t unit_blocks, int64_t threads) {
+  // `few_rows`: the call is bound by reading the weight, so a unit is a longer run of it where
+  // that leaves each thread four or more.
+  BlockPlan(int64_t total, int64_t unit_blocks, int64_t threads, bool few_rows) {
+    if (few_rows) {
+      const int64_t run = total / (unit_blocks * threads * 4);
+      unit_blocks *= run < 1 ? 1 : (run > 8 ? 8 : run);
+    }
     blocks = total;
     full_blocks = unit_blocks;
     full_units = total / (unit_blocks * threads) * threads;
@@ -78,7 +86,8 @@ int qk_weight_only_linear(const qk_weight_only_args* args) {
   job.padded_k = ceil_div(a.k, codes) * codes;
   job.groups = a.group_size >= a.k ? 1 : ceil_div(a.k, a.group_size);
   job.group_size = job.groups == 1 ? job.padded_k : a.group_size;
-  job.block_bytes = job.padded_k / codes * kChunkBytes;
+  job.blocks = ceil_div(a.n, kBlockRows);
+  job.chunks = job.padded_k / codes;
 
   // Activations that already are whole words are read where they are.
   const int64_t element = a.x_dtype == QK_F32 ? 4 : 2;
@@ -109,7 +118,8 @@ int qk_weight_only_linear(const qk_weight_only_args* args) {
     });
   }
 
-  const BlockPlan plan(ceil_div(a.n, kBlockRows), kernel.tile_blocks(a.m), num_threads());
+  const BlockPlan plan(job.blocks, kernel.tile_blocks(a.m), num_threads(),
+                       a.m <= kFewRows);
   const int64_t row_units = ceil_div(a.m, kUnitRows);
   const int64_t unit_rows = ceil_div(a.m, row_units);
   int status = QK_OK;
@@ -150,9 +160,9 @@ int qk_w8a8_linear(const qk_w8a8_args* args) {
   const W8A8Kernel& kernel = kernels().w8a8;
   W8A8Job job;
   job.args = args;
-  const int64_t chunks = ceil_div(a.k, 4);
-  job.block_bytes = chunks * kChunkBytes;
-  job.row_bytes = ceil_div(chunks * kernel.bytes_per_chunk, 64) * 64;
+  job.blocks = ceil_div(a.n, kBlockRows);
+  job.chunks = ceil_div(a.k, 4);
+  job.row_bytes = ceil_div(job.chunks * kernel.bytes_per_chunk, 64) * 64;
   uint8_t* words = static_cast<uint8_t*>(scratch(kWordsSlot, a.m * job.row_bytes));
   if (words == nullptr) return QK_OUT_OF_MEMORY;
   job.words = words;
@@ -162,7 +172,8 @@ int qk_w8a8_linear(const qk_w8a8_args* args) {
     for (int64_t row = unit * rows_a_unit; row < end; ++row) kernel.prepare_row(job, row, words);
   });
 
-  const BlockPlan plan(ceil_div(a.n, kBlockRows), kernel.tile_blocks(a.m), num_threads());
+  const BlockPlan plan(job.blocks, kernel.tile_blocks(a.m), num_threads(),
+                       a.m <= kFewRows);
   const int64_t row_units = ceil_div(a.m, kUnitRows);
   const int64_t unit_rows = ceil_div(a.m, row_units);
   parallel_for(plan.units() * row_units, [&](int64_t unit) {

@@ -39,7 +39,8 @@ inline void transpose(const float* source, int64_t stride, int64_t valid, int64_
 }
 
 template <int kKind, bool kZero, int kVectors>
-void gptq_tile(const qk_gptq_round_args& a, const float* packed_upper, int64_t row, float* scratch) {
+void gptq_tile(const qk_gptq_round_args& a, const float* packed_upper, int64_t row,
+               float* scratch) {
   constexpr int kColumns = kGptqColumns;
   constexpr int64_t kWidth = kVectors * kVecLanes;
   const int64_t valid = kWidth < a.n - row ? kWidth : a.n - row;

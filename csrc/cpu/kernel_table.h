@@ -4,16 +4,10 @@
 
 #include <cstdint>
 
+#include "layout.h"
 #include "quantkit/quantkit.h"
 
 namespace quantkit {
-
-// Rows of a weight matrix are handled 16 at a time: one 512-bit vector of fp32 accumulators.
-inline constexpr int64_t kBlockRows = 16;
-// One 64-byte chunk of a packed block holds 16 rows x 8 codes (4 bit) or x 4 codes (8 bit).
-inline constexpr int64_t kChunkBytes = 64;
-inline constexpr int64_t chunk_codes(int32_t format) { return format == QK_W4 ? 8 : 4; }
-inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A weight-only call with its activations prepared: each row is a run of 32-bit words, an fp32
 // value or a pair of bf16 values, padded with zeros to whole chunks.
@@ -22,7 +16,7 @@ struct WeightOnlyJob {
   int64_t groups;
   int64_t group_size;       // padded k when there is one group
   int64_t padded_k;
-  int64_t block_bytes;      // from one packed block of 16 rows to the next
+  int64_t blocks, chunks;   // of 16 rows, and of codes along k
   const uint8_t* words;     // [m] rows of words
   int64_t row_bytes;
   const float* group_sums;  // [m, groups]: sum of x over a group; NULL without zero points
@@ -44,7 +38,7 @@ struct WeightOnlyKernel {
 // An INT8 x INT8 call whose activations are in the kernel's own operand order.
 struct W8A8Job {
   const qk_w8a8_args* args;
-  int64_t block_bytes;
+  int64_t blocks, chunks;
   const uint8_t* words;
   int64_t row_bytes;
 };

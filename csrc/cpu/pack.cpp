@@ -7,8 +7,9 @@
 namespace quantkit {
 namespace {
 
-void pack_w4_block(const uint8_t* codes, int64_t ldc, int64_t rows, int64_t k, uint8_t* out) {
-  for (int64_t c = 0; c < ceil_div(k, 8); ++c, out += kChunkBytes) {
+void pack_w4_block(const uint8_t* codes, int64_t ldc, int64_t rows, int64_t k, uint8_t* out,
+                   int64_t step) {
+  for (int64_t c = 0; c < ceil_div(k, 8); ++c, out += step) {
     for (int64_t r = 0; r < kBlockRows; ++r) {
       uint32_t word = 0;
       for (int64_t j = 0; r < rows && j < 8 && 8 * c + j < k; ++j) {
@@ -20,8 +21,9 @@ void pack_w4_block(const uint8_t* codes, int64_t ldc, int64_t rows, int64_t k, u
   }
 }
 
-void pack_w8_block(const uint8_t* codes, int64_t ldc, int64_t rows, int64_t k, uint8_t* out) {
-  for (int64_t c = 0; c < ceil_div(k, 4); ++c, out += kChunkBytes) {
+void pack_w8_block(const uint8_t* codes, int64_t ldc, int64_t rows, int64_t k, uint8_t* out,
+                   int64_t step) {
+  for (int64_t c = 0; c < ceil_div(k, 4); ++c, out += step) {
     std::memset(out, 0, kChunkBytes);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t n = k - 4 * c < 4 ? k - 4 * c : 4;
@@ -30,18 +32,19 @@ void pack_w8_block(const uint8_t* codes, int64_t ldc, int64_t rows, int64_t k, u
   }
 }
 
-using PackBlock = void (*)(const uint8_t*, int64_t, int64_t, int64_t, uint8_t*);
+using PackBlock = void (*)(const uint8_t*, int64_t, int64_t, int64_t, uint8_t*, int64_t);
 
 int pack(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, uint8_t* packed, int32_t format,
          PackBlock pack_block) {
   if (n < 0 || k < 0 || ldc < k) return QK_INVALID_ARGUMENT;
   if (n == 0 || k == 0) return QK_OK;
   if (codes == nullptr || packed == nullptr) return QK_INVALID_ARGUMENT;
-  const int64_t block_bytes = ceil_div(k, chunk_codes(format)) * kChunkBytes;
-  parallel_for(ceil_div(n, kBlockRows), [&](int64_t block) {
+  const int64_t blocks = ceil_div(n, kBlockRows), chunks = ceil_div(k, chunk_codes(format));
+  parallel_for(blocks, [&](int64_t block) {
+    const PackedBlock at = packed_block(block, blocks, chunks);
     const int64_t row = block * kBlockRows;
     const int64_t rows = n - row < kBlockRows ? n - row : kBlockRows;
-    pack_block(codes + row * ldc, ldc, rows, k, packed + block * block_bytes);
+    pack_block(codes + row * ldc, ldc, rows, k, packed + at.base, at.step);
   });
   return QK_OK;
 }

@@ -1,6 +1,8 @@
 // The calibration half of the CPU's C ABI: check the arguments, repack what every unit of work
 // reads, and cut the work into units.
 #include <cstring>
+#include <memory>
+#include <new>
 
 #include "kernel_table.h"
 #include "solver_table.h"
@@ -11,7 +13,8 @@ using namespace quantkit;
 namespace {
 
 constexpr int kSharedSlot = 0, kUnitSlot = 2;  // as in api.cpp: the caller's, and a unit's own
-constexpr int64_t kSyrkPackedBytes = 8 << 20;  // packed tokens at a time: a share of the L3
+// Packed tokens at a time: few enough that they and the part of acc in work stay in the caches.
+constexpr int64_t kSyrkPackedBytes = 2 << 20;
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -66,9 +69,10 @@ int qk_gptq_round(const qk_gptq_round_args* args) {
   }
   const GptqKernel& kernel = solvers().gptq;
   const int64_t floats = upper_panel_offset(ceil_div(a.k, kernel.columns), kernel.columns);
-  float* packed = static_cast<float*>(scratch(kSharedSlot, floats * 4));
+  // Not scratch, which is kept: this grows with the square of k.
+  const std::unique_ptr<float[]> packed(new (std::nothrow) float[static_cast<size_t>(floats)]);
   if (packed == nullptr) return QK_OUT_OF_MEMORY;
-  pack_upper(a.upper, a.k, kernel.columns, packed);
+  pack_upper(a.upper, a.k, kernel.columns, packed.get());
 
   // Wide tiles read the factor less often, as long as every thread gets two.
   const int64_t vectors = ceil_div(a.n, kernel.lanes);
@@ -81,7 +85,7 @@ int qk_gptq_round(const qk_gptq_round_args* args) {
     if (memory == nullptr) {
       __atomic_store_n(&status, QK_OUT_OF_MEMORY, __ATOMIC_RELAXED);
     } else {
-      kernel.run(a, packed, first * kernel.lanes, count, static_cast<uint8_t*>(memory));
+      kernel.run(a, packed.get(), first * kernel.lanes, count, static_cast<uint8_t*>(memory));
     }
   });
   return status;

@@ -56,6 +56,10 @@ struct Bf16Products {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
 
+  static __m512i widen(const uint16_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+
   // Two tokens, or the last one and zeros, interleaved.
   static void pack_row(const qk_syrk_args& a, int64_t token, int64_t tokens, int64_t column,
                        int64_t columns, uint32_t* out) {
@@ -64,9 +68,8 @@ struct Bf16Products {
     int64_t c = 0;
     if (odd != nullptr) {
       for (; c + 16 <= columns; c += 16) {
-        const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(even + c)));
-        const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(odd + c)));
-        _mm512_storeu_si512(out + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        const __m512i high = _mm512_slli_epi32(widen(odd + c), 16);
+        _mm512_storeu_si512(out + c, _mm512_or_si512(widen(even + c), high));
       }
     }
     for (; c < columns; ++c) {
@@ -138,7 +141,9 @@ void syrk_tile(const qk_syrk_args& a, const uint32_t* row_words, const uint32_t*
 #pragma GCC unroll 8
   for (int m = 0; m < kSyrkRows; ++m) {
 #pragma GCC unroll 3
-    for (int v = 0; v < kSyrkVectors; ++v) store_vec(sums + m * kSyrkPanel + v * kVecLanes, sum[m][v]);
+    for (int v = 0; v < kSyrkVectors; ++v) {
+      store_vec(sums + m * kSyrkPanel + v * kVecLanes, sum[m][v]);
+    }
   }
   for (int64_t m = 0; m < kSyrkRows && row + m < a.k; ++m) {
     for (int64_t c = 0; c < kSyrkPanel && column + c <= row + m; ++c) {

@@ -135,7 +135,8 @@ struct W8A8 {
   static void strip(const W8A8Job& job, int64_t block, int64_t row, int32_t* bias) {
     constexpr int kWidth = NB * static_cast<int>(kBlockRows);
     const qk_w8a8_args& a = *job.args;
-    const uint8_t* packed = static_cast<const uint8_t*>(a.packed) + block * job.block_bytes;
+    const PackedBlock at = packed_block(block, job.blocks, job.chunks);
+    const uint8_t* packed = static_cast<const uint8_t*>(a.packed) + at.base;
     const uint8_t* x = job.words + row * job.row_bytes;
     I8Dot::Acc acc[MR][NB], row_sum[NB];
 #pragma GCC unroll 4
@@ -144,12 +145,11 @@ struct W8A8 {
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) acc[m][b] = I8Dot::zero();
     }
-    const int64_t chunks = ceil_div(a.k, 4);
-    for (int64_t c = 0; c < chunks; ++c) {
+    for (int64_t c = 0; c < job.chunks; ++c) {
       I8Dot::Weight weight[NB];
 #pragma GCC unroll 4
       for (int b = 0; b < NB; ++b) {
-        weight[b] = I8Dot::load(packed + b * job.block_bytes + c * kChunkBytes);
+        weight[b] = I8Dot::load(packed + c * at.step + b * kChunkBytes);
         if constexpr (kBiasInLoop) row_sum[b] = I8Dot::mac(row_sum[b], weight[b], I8Dot::bias());
       }
 #pragma GCC unroll 8
@@ -177,15 +177,14 @@ struct W8A8 {
 
   template <int NB>
   static void weight_sums(const W8A8Job& job, int64_t block, int32_t* bias) {
-    const uint8_t* packed =
-        static_cast<const uint8_t*>(job.args->packed) + block * job.block_bytes;
+    const PackedBlock at = packed_block(block, job.blocks, job.chunks);
+    const uint8_t* packed = static_cast<const uint8_t*>(job.args->packed) + at.base;
     for (int b = 0; b < NB; ++b) {
-      I8Dot::Acc even = I8Dot::zero();
-      for (int64_t c = 0; c < ceil_div(job.args->k, 4); ++c) {
-        even = I8Dot::mac(even, I8Dot::load(packed + b * job.block_bytes + c * kChunkBytes),
-                          I8Dot::bias());
+      I8Dot::Acc sum = I8Dot::zero();
+      for (int64_t c = 0; c < job.chunks; ++c) {
+        sum = I8Dot::mac(sum, I8Dot::load(packed + c * at.step + b * kChunkBytes), I8Dot::bias());
       }
-      I8Dot::store(bias + b * kBlockRows, even);
+      I8Dot::store(bias + b * kBlockRows, sum);
     }
   }
 
@@ -252,15 +251,19 @@ struct W8A8 {
 
   static void run(const W8A8Job& job, const Range& range) {
     const int64_t widest = tile_blocks(range.rows);
-    int64_t block = range.block;
-    const int64_t end = range.block + range.blocks;
-    if constexpr (I8Dot::kBlocks >= 4) {
-      for (; widest >= 4 && end - block >= 4; block += 4) tile<4>(job, block, range);
+    int64_t left = range.blocks;
+    for (int64_t block = range.block; left > 0;) {
+      const int64_t count = blocks_at_once(block, left, widest);
+      if (count == 4) {
+        if constexpr (I8Dot::kBlocks >= 4) tile<4>(job, block, range);
+      } else if (count == 2) {
+        if constexpr (I8Dot::kBlocks >= 2) tile<2>(job, block, range);
+      } else {
+        tile<1>(job, block, range);
+      }
+      block += count;
+      left -= count;
     }
-    if constexpr (I8Dot::kBlocks >= 2) {
-      for (; end - block >= 2; block += 2) tile<2>(job, block, range);
-    }
-    for (; block < end; ++block) tile<1>(job, block, range);
   }
 
   static void prepare_row(const W8A8Job& job, int64_t row, uint8_t* words) {

@@ -49,15 +49,15 @@ struct WeightOnly {
 
   // acc += weight[block .. block+NB) * x over the words [w0, w1) of k.
   template <int MR, int NB>
-  [[gnu::always_inline]] static void from_packed(const Decoder& decode, const uint8_t* packed, int64_t block_bytes,
-                          const uint8_t* const (&x)[MR], int64_t w0, int64_t w1,
-                          Acc (&acc)[MR][NB]) {
+  [[gnu::always_inline]] static void from_packed(const Decoder& decode, const uint8_t* packed,
+                                                 int64_t step, const uint8_t* const (&x)[MR],
+                                                 int64_t w0, int64_t w1, Acc (&acc)[MR][NB]) {
     for (int64_t w = w0; w < w1; w += kSteps) {
-      const uint8_t* chunk = packed + w / kSteps * kChunkBytes;
+      const uint8_t* chunk = packed + w / kSteps * step;
 #pragma GCC unroll 4
       for (int b = 0; b < NB; ++b) {
         Word weight[kSteps];
-        decode(chunk + b * block_bytes, weight);
+        decode(chunk + b * kChunkBytes, weight);
 #pragma GCC unroll 8
         for (int s = 0; s < kSteps; ++s) {
 #pragma GCC unroll 8
@@ -70,8 +70,9 @@ struct WeightOnly {
   }
 
   template <int MR, int NB>
-  [[gnu::always_inline]] static void from_panel(const uint8_t* panel, const uint8_t* const (&x)[MR], int64_t w0,
-                         int64_t w1, Acc (&acc)[MR][NB]) {
+  [[gnu::always_inline]] static void from_panel(const uint8_t* panel,
+                                                const uint8_t* const (&x)[MR], int64_t w0,
+                                                int64_t w1, Acc (&acc)[MR][NB]) {
     for (int64_t w = w0; w < w1; ++w, panel += NB * kChunkBytes) {
       Word weight[NB];
 #pragma GCC unroll 4
@@ -93,8 +94,8 @@ struct WeightOnly {
     constexpr int kWidth = NB * static_cast<int>(kBlockRows);
     const uint8_t* x[MR];
     for (int m = 0; m < MR; ++m) x[m] = job.words + (row + m) * job.row_bytes;
-    const uint8_t* packed =
-        static_cast<const uint8_t*>(job.args->packed) + tile.block * job.block_bytes;
+    const PackedBlock at = packed_block(tile.block, job.blocks, job.chunks);
+    const uint8_t* packed = static_cast<const uint8_t*>(job.args->packed) + at.base;
     float* sums = tile.sums + slot * kWidth;
     float* carry = tile.carry + slot * kWidth;
 
@@ -116,7 +117,7 @@ struct WeightOnly {
         const int64_t offset = (w0 - k0 / Math::kCodesPerWord) * NB * kChunkBytes;
         from_panel<MR, NB>(tile.panel + offset, x, w0, w1, acc);
       } else {
-        from_packed<MR, NB>(decode, packed, job.block_bytes, x, w0, w1, acc);
+        from_packed<MR, NB>(decode, packed, at.step, x, w0, w1, acc);
       }
       k = end;
       if (end < group_end) break;
@@ -251,8 +252,8 @@ struct WeightOnly {
   static void panels(const WeightOnlyJob& job, const Decoder& decode, const Tile& t,
                      uint8_t* panel, int64_t row, int64_t count) {
     constexpr int64_t kPanelCodes = kPanelWords * Math::kCodesPerWord;
-    const uint8_t* packed =
-        static_cast<const uint8_t*>(job.args->packed) + t.block * job.block_bytes;
+    const PackedBlock at = packed_block(t.block, job.blocks, job.chunks);
+    const uint8_t* packed = static_cast<const uint8_t*>(job.args->packed) + at.base;
     // Strips of nearly equal height: 7 rows are 4 + 3, not 6 + 1.
     const int64_t strips = ceil_div(count, Math::kPanelRows);
     const int64_t height = ceil_div(count, strips);
@@ -266,10 +267,10 @@ struct WeightOnly {
       }
       uint8_t* out = panel;
       for (int64_t k = k0; k < k1; k += kChunkCodes) {
-        const uint8_t* chunk = packed + k / kChunkCodes * kChunkBytes;
+        const uint8_t* chunk = packed + k / kChunkCodes * at.step;
         for (int b = 0; b < NB; ++b) {
           Word weight[kSteps];
-          decode(chunk + b * job.block_bytes, weight);
+          decode(chunk + b * kChunkBytes, weight);
           for (int s = 0; s < kSteps; ++s) {
             Math::store_word(out + (s * NB + b) * kChunkBytes, weight[s]);
           }
@@ -286,19 +287,19 @@ struct WeightOnly {
   static void run(const WeightOnlyJob& job, const Range& range, uint8_t* scratch) {
     const Decoder decode(job.args->lut);
     const int64_t widest = tile_blocks<Math>(range.rows);
-    int64_t block = range.block;
-    const int64_t end = range.block + range.blocks;
-    if constexpr (Math::direct_blocks(1) >= 4) {
-      for (; widest >= 4 && end - block >= 4; block += 4) {
-        tile<4>(job, decode, block, range, scratch);
+    int64_t left = range.blocks;
+    for (int64_t block = range.block; left > 0;) {
+      const int64_t count = blocks_at_once(block, left, widest);
+      if (count == 4) {
+        if constexpr (Math::direct_blocks(1) >= 4) tile<4>(job, decode, block, range, scratch);
+      } else if (count == 2) {
+        if constexpr (Math::direct_blocks(1) >= 2) tile<2>(job, decode, block, range, scratch);
+      } else {
+        tile<1>(job, decode, block, range, scratch);
       }
+      block += count;
+      left -= count;
     }
-    if constexpr (Math::direct_blocks(1) >= 2) {
-      for (; widest >= 2 && end - block >= 2; block += 2) {
-        tile<2>(job, decode, block, range, scratch);
-      }
-    }
-    for (; block < end; ++block) tile<1>(job, decode, block, range, scratch);
   }
 };
 

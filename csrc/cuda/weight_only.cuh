@@ -19,6 +19,7 @@ namespace quantkit::cuda {
 
 constexpr int kBlockRows = 16;
 constexpr int kChunkBytes = 64;
+constexpr int kBlocksTogether = 4;
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
 constexpr int kRowsAThread = 4;
@@ -69,6 +70,16 @@ __device__ inline float load_bias(const void* bias, int dtype, int64_t i) {
   return __bfloat162float(static_cast<const __nv_bfloat16*>(bias)[i]);
 }
 
+// As in cpu/layout.h: chunk c of a block is at base + c * step.
+struct PackedBlock {
+  int64_t base, step;
+};
+__device__ inline PackedBlock packed_block(int64_t block, int64_t blocks, int64_t chunks) {
+  const int64_t first = block - block % kBlocksTogether;
+  const int64_t together = blocks - first < kBlocksTogether ? blocks - first : kBlocksTogether;
+  return {(first * chunks + block % kBlocksTogether) * kChunkBytes, together * kChunkBytes};
+}
+
 // kCodes values of one row of x from column k on, zero past the end.
 template <class T, int kCodes>
 __device__ inline void load_x(const T* row, int64_t k, int64_t columns, bool vector,
@@ -103,17 +114,17 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kBlockRows + quad * kRowsAThread;
   const int64_t first_m = static_cast<int64_t>(blockIdx.y) * MT;
   const T* x = static_cast<const T*>(a.x) + first_m * a.ldx;
-  const uint8_t* packed = static_cast<const uint8_t*>(a.packed) +
-                          static_cast<int64_t>(blockIdx.x) * chunks * kChunkBytes + quad * 16;
+  const PackedBlock at = packed_block(blockIdx.x, (a.n + kBlockRows - 1) / kBlockRows, chunks);
+  const uint8_t* packed = static_cast<const uint8_t*>(a.packed) + at.base + quad * 16;
 
   float acc[MT][kRowsAThread] = {};
   constexpr int kStride = kWarps * kLanesAlongK;
   int64_t chunk = warp * kLanesAlongK + lane / 4;
   uint4 next = {};
-  if (chunk < chunks) next = load_once(packed + chunk * kChunkBytes);
+  if (chunk < chunks) next = load_once(packed + chunk * at.step);
   for (; chunk < chunks; chunk += kStride) {
     const uint4 codes = next;  // the load of the next chunk overlaps this one's arithmetic
-    if (chunk + kStride < chunks) next = load_once(packed + (chunk + kStride) * kChunkBytes);
+    if (chunk + kStride < chunks) next = load_once(packed + (chunk + kStride) * at.step);
 
     const int64_t k = chunk * kCodes;
     const int64_t group = k / a.group_size;
@@ -185,8 +196,10 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t chunk = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t row = blockIdx.y;
   if (chunk >= chunks) return;
-  const uint8_t* word = static_cast<const uint8_t*>(a.packed) +
-                        (row / kBlockRows * chunks + chunk) * kChunkBytes + row % kBlockRows * 4;
+  const PackedBlock at =
+      packed_block(row / kBlockRows, (a.n + kBlockRows - 1) / kBlockRows, chunks);
+  const uint8_t* word = static_cast<const uint8_t*>(a.packed) + at.base + chunk * at.step +
+                        row % kBlockRows * 4;
   float weight[kCodes];
   Format::decode(*reinterpret_cast<const uint32_t*>(word), lut, weight);
   const int64_t k = chunk * kCodes, group = k / a.group_size;
@@ -225,9 +238,11 @@ template <class T, class Format>
 int launch_dequantize(const qk_weight_only_args& a, cudaStream_t stream) {
   const int64_t chunks = (a.k + Format::kCodes - 1) / Format::kCodes;
   // gridDim.y ends at 65535: more rows take more launches.
-  for (int64_t first = 0; first < a.n; first += 65520) {
+  constexpr int64_t kMostRows = 65535 / (kBlockRows * kBlocksTogether) * kBlockRows * kBlocksTogether;
+  for (int64_t first = 0; first < a.n; first += kMostRows) {
     qk_weight_only_args part = a;
-    const int64_t rows = a.n - first < 65520 ? a.n - first : 65520;
+    const int64_t rows = a.n - first < kMostRows ? a.n - first : kMostRows;
+    part.n = a.n - first;
     part.packed = static_cast<const uint8_t*>(a.packed) + first / kBlockRows * chunks * kChunkBytes;
     part.scale += first * a.scale_stride_n;
     if (part.zero != nullptr) part.zero += first * a.zero_stride_n;

@@ -105,7 +105,8 @@ int main() {
   int failures = 0, cases = 0;
   const int64_t shapes[][4] = {{1, 16, 64, 64},   {1, 33, 576, 64},  {2, 48, 200, 32},
                                {3, 17, 1000, 96}, {5, 16, 7, 7},     {8, 20, 129, 129},
-                               {16, 16, 256, 16}, {17, 31, 320, 128}, {1, 1, 1, 1}};
+                               {16, 16, 256, 16}, {17, 31, 320, 128}, {1, 1, 1, 1},
+                               {2, 150, 72, 72}};
   for (int format = QK_W4; format <= QK_F8; ++format) {
     for (const auto& s : shapes) {
       for (int bits = 0; bits < 16; bits += 5) {  // 0, 5, 10, 15: each flag both ways

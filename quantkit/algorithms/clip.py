@@ -53,15 +53,22 @@ def mse_scales(
     groups = spec.scale_shape((weight.shape[0], weight.shape[1]))[1]
     rows = max(_CANDIDATES // (len(SHARES) * groups), 1)
     found = [_search(part, spec, importance, global_scale) for part in weight.split(rows)]
-    scale = torch.cat([scale for scale, _ in found])
-    zeros = [zero for _, zero in found if zero is not None]
+    # A value that is not finite makes its group's error so, and those are fewer to look at.
+    if not all(finite for _, _, finite in found) and not weight.isfinite().all():
+        bad = int((~weight.isfinite()).sum())
+        raise QuantkitError(
+            f"weight {tuple(weight.shape)} holds {bad} NaN or infinite values",
+            remedy="the source checkpoint is damaged; `quantkit verify` or download it again",
+        )
+    scale = torch.cat([scale for scale, _, _ in found])
+    zeros = [zero for _, zero, _ in found if zero is not None]
     return scale, torch.cat(zeros) if zeros else None, global_scale
 
 
 def _search(
     weight: Tensor, spec: QuantSpec, importance: Tensor | None, global_scale: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The best scale and zero of every group of these rows, ``[N, G]``."""
+) -> tuple[Tensor, Tensor | None, bool]:
+    """The best scale and zero of every group of these rows, and whether all errors are finite."""
     low, high = numerics.value_range(weight, spec)
     scales, zeros = numerics.compute_scales(
         torch.stack([low * share for share in SHARES]),
@@ -81,7 +88,7 @@ def _search(
     )
     best = errors.argmin(0, keepdim=True)  # the first of equals, which is the widest
     zero = None if zeros is None else zeros.gather(0, best)[0]
-    return scales.gather(0, best)[0], zero
+    return scales.gather(0, best)[0], zero, bool(errors[0].isfinite().all())
 
 
 def backend_for(tensor: Tensor) -> Backend:

@@ -57,10 +57,11 @@ def solve(weight: Tensor, stats: Stats, spec: QuantSpec, options: Mapping[str, A
         if options["actorder"] == "static"
         else torch.arange(weight.shape[1], device=weight.device)
     )
-    upper = inverse_factor(stats.hessian[order][:, order], float(options["damp"]))
+    ordered = stats.hessian.index_select(0, order).index_select(1, order)
+    upper = inverse_factor(ordered, float(options["damp"]))
     steps, zeros, group = _tables(scale, zero, global_scale, spec, weight.shape, order)
     rounded = backend_for(weight).gptq_round(
-        weight.float()[:, order],
+        weight.float().index_select(1, order),
         upper,
         steps,
         zeros,
@@ -69,8 +70,7 @@ def solve(weight: Tensor, stats: Stats, spec: QuantSpec, options: Mapping[str, A
         spec.qmin,
         spec.qmax,
     )
-    restored = torch.empty_like(rounded)
-    restored[:, order] = rounded
+    restored = rounded.index_select(1, torch.argsort(order))
     return _to_codes(restored, scale, zero, global_scale, spec)
 
 

@@ -16,9 +16,9 @@ def command(
             metavar="RUN", help="The OUT.run folder of `quantkit calibrate -o OUT`, or OUT itself."
         ),
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where to write the page.")
-    ] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the page.")] = Path(
+        "report.html"
+    ),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Write a run as one self-contained HTML page: verdict, gates, layers, tasks, flips."""

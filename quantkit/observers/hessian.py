@@ -7,7 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from quantkit import ops
 from quantkit.errors import QuantkitError
+
+#: Inputs that the native kernel reads as they are; any other is converted to fp32.
+NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class HessianAccumulator:
@@ -19,21 +23,26 @@ class HessianAccumulator:
     comparable between layers and runs.
 
     Products of bf16 values are exact in fp32; the sums are rounded. Only the lower triangle
-    is accumulated, in column blocks, each into its place without a temporary.
+    is accumulated.
 
     Args:
         columns: K, the layer's in_features.
         device: where the sums live; inputs are moved there.
+        kernels: ``native`` for `quantkit.ops.syrk_accumulate`; ``reference`` for matrix
+            products in torch, which any device but a CPU gets.
     """
 
-    #: Tokens upcast at a time: K · 16 KiB.
+    #: Tokens upcast at a time in torch: K · 16 KiB.
     TOKENS = 4096
 
-    #: Columns in a block on a CPU: at K = 1536 the blocks cover 9/16 of the square.
+    #: Columns in a block of torch's on a CPU: at K = 1536 the blocks cover 9/16 of the square.
     COLUMNS = 192
 
-    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, columns: int, device: torch.device | str = "cpu", kernels: str = "native"
+    ) -> None:
         self.count = 0
+        self.kernels = kernels
         self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
 
     @property
@@ -45,6 +54,15 @@ class HessianAccumulator:
         if x.shape[-1] != self.columns:
             raise QuantkitError(f"inputs have {x.shape[-1]} columns, the layer {self.columns}")
         tokens = x.detach().reshape(-1, self.columns)
+        if self._sum.device.type == "cpu" and self.kernels == "native":
+            dtype = tokens.dtype if tokens.dtype in NATIVE_DTYPES else torch.float32
+            ops.syrk_accumulate(self._sum, tokens.to("cpu", dtype))
+        else:
+            self._update_in_torch(tokens)
+        self.count += len(tokens)
+
+    def _update_in_torch(self, tokens: Tensor) -> None:
+        """Column blocks of the lower half, each into its place without a temporary."""
         on_cpu = self._sum.device.type == "cpu"
         step = self.COLUMNS if on_cpu else max(self.columns, 1)  # GPUs want one large product
         for chunk in tokens.split(self.TOKENS):
@@ -52,13 +70,12 @@ class HessianAccumulator:
             for start in range(0, self.columns, step):
                 stop = min(start + step, self.columns)
                 self._sum[start:stop, :stop].addmm_(wide[:, start:stop].T, wide[:, :stop])
-        self.count += len(tokens)
 
     def merge(self, other: HessianAccumulator) -> HessianAccumulator:
         """The accumulator of the tokens of both."""
         if self.columns != other.columns:
             raise QuantkitError(f"cannot merge {self.columns} columns with {other.columns}")
-        merged = HessianAccumulator(self.columns, self._sum.device)
+        merged = HessianAccumulator(self.columns, self._sum.device, self.kernels)
         merged._sum = self._sum + other._sum.to(self._sum.device)
         merged.count = self.count + other.count
         return merged

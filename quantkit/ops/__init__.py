@@ -4,6 +4,7 @@
 
     packed = ops.pack_w4(codes)                        # once, when a layer is loaded
     scale = ops.pack_scale(scale)
+    (packed,) = ops.consolidate([packed])              # once a model: all weights in huge pages
     y = ops.w4_linear(x, packed, scale, None, lut, None, n, group_size=64)
 
 The functions of this module are the native kernels. ``get_backend("reference")`` has the same
@@ -11,8 +12,9 @@ functions in plain torch: the oracle of the tests, and what ``--kernels referenc
 kernel that is not built raises ``KernelMissingError``; nothing falls back silently.
 
 Files: ``schema`` signatures, ``native`` functions, ``reference`` oracle, ``fake`` shapes for
-torch.compile, ``library`` loading, ``status`` what is built and in use. ``solvers``,
-``reference_solvers`` and ``fake_solvers`` are the same for the operators of calibration.
+torch.compile, ``library`` loading, ``memory`` huge pages, ``status`` what is built and in use.
+``solvers``, ``reference_solvers`` and ``fake_solvers`` are the same for the operators of
+calibration.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from quantkit.errors import UsageError
 from quantkit.ops import fake as _fake  # noqa: F401  registers the fake implementations
 from quantkit.ops import fake_solvers as _fake_solvers  # noqa: F401
 from quantkit.ops import native, reference, reference_solvers, solvers
+from quantkit.ops.memory import consolidate
 from quantkit.ops.native import (
     dequantize_w4,
     dequantize_w8,
@@ -68,6 +71,7 @@ __all__ = [
     "KIND_INT8",
     "Backend",
     "available_isas",
+    "consolidate",
     "dequantize_w4",
     "dequantize_w8",
     "get_backend",

@@ -31,9 +31,10 @@ def pack_w4(codes: Tensor) -> Tensor:
         codes: uint8 [N, K], values 0..15; only the low four bits are kept.
 
     Returns:
-        uint8 [ceil(N/16), ceil(K/8), 64], padded with code 0: for 16 rows and 8 columns, one
-        little-endian 32-bit word a row, column ``2j`` in bits ``4j..4j+3`` and column ``2j+1`` in
-        bits ``16+4j..16+4j+3``. The same on every device.
+        uint8 [ceil(N/16), ceil(K/8), 64], padded with code 0: 64-byte chunks of 16 rows and 8
+        columns, one little-endian 32-bit word a row, column ``2j`` in bits ``4j..4j+3`` and column
+        ``2j+1`` in bits ``16+4j..16+4j+3``. Chunks of four neighbouring blocks of 16 rows
+        alternate (the C header has the picture). The same on every device.
     """
     if codes.is_cuda:  # a few tensor operations there: the layout is the same, to the byte
         return reference.pack_w4(codes)
@@ -48,7 +49,8 @@ def pack_w8(codes: Tensor) -> Tensor:
         codes: int8, float8_e4m3fn or uint8 [N, K].
 
     Returns:
-        uint8 [ceil(N/16), ceil(K/4), 64], padded with 0: four neighbouring columns of 16 rows.
+        uint8 [ceil(N/16), ceil(K/4), 64], padded with 0: chunks of 16 rows and 4 columns, in the
+        same order as those of :func:`pack_w4`.
     """
     if codes.is_cuda:  # a few tensor operations there: the layout is the same, to the byte
         return reference.pack_w8(codes)

@@ -17,6 +17,24 @@ def _pad_to(codes: Tensor, rows: int, columns: int) -> Tensor:
     return torch.nn.functional.pad(codes, (0, -k % columns, 0, -n % rows))
 
 
+def _alternate(blocks: Tensor) -> Tensor:
+    """[blocks, chunks, 64] in order -> the same shape, the chunks of four blocks alternating."""
+    whole = blocks.shape[0] // 4 * 4
+    _, chunks, width = blocks.shape
+    fours = blocks[:whole].reshape(-1, 4, chunks, width).transpose(1, 2)
+    rest = blocks[whole:].transpose(0, 1)
+    return torch.cat((fours.reshape(-1), rest.reshape(-1))).reshape(blocks.shape)
+
+
+def _in_order(packed: Tensor) -> Tensor:
+    """The inverse of :func:`_alternate`."""
+    whole = packed.shape[0] // 4 * 4
+    _, chunks, width = packed.shape
+    fours = packed[:whole].reshape(-1, chunks, 4, width).transpose(1, 2)
+    rest = packed[whole:].reshape(chunks, -1, width).transpose(0, 1)
+    return torch.cat((fours.reshape(-1, chunks, width), rest))
+
+
 def pack_w4(codes: Tensor) -> Tensor:
     """uint8 [N, K] -> uint8 [ceil(N/16), ceil(K/8), 64]."""
     padded = _pad_to(codes & 15, 16, 8)
@@ -24,12 +42,13 @@ def pack_w4(codes: Tensor) -> Tensor:
     # [block, row, chunk, pair j, parity] -> bytes of the low half (even columns), then the high.
     pairs = padded.reshape(blocks, 16, chunks, 4, 2).permute(0, 2, 1, 4, 3)
     nibbles = pairs.reshape(blocks, chunks, 16, 4, 2)
-    return (nibbles[..., 0] | (nibbles[..., 1] << 4)).reshape(blocks, chunks, 64)
+    return _alternate((nibbles[..., 0] | (nibbles[..., 1] << 4)).reshape(blocks, chunks, 64))
 
 
 def unpack_w4(packed: Tensor, n: int, k: int) -> Tensor:
     """uint8 [ceil(N/16), ceil(K/8), 64] -> uint8 [N, K]: the inverse of :func:`pack_w4`."""
     blocks, chunks, _ = packed.shape
+    packed = _in_order(packed)
     halves = torch.stack((packed & 15, packed >> 4), dim=-1).reshape(blocks, chunks, 16, 2, 4)
     rows = halves.permute(0, 2, 1, 4, 3).reshape(blocks * 16, chunks * 8)
     return rows[:n, :k].contiguous()
@@ -40,13 +59,13 @@ def pack_w8(codes: Tensor) -> Tensor:
     padded = _pad_to(codes.view(torch.uint8), 16, 4)
     blocks, chunks = padded.shape[0] // 16, padded.shape[1] // 4
     quads = padded.reshape(blocks, 16, chunks, 4).permute(0, 2, 1, 3)
-    return quads.reshape(blocks, chunks, 64).contiguous()
+    return _alternate(quads.reshape(blocks, chunks, 64))
 
 
 def unpack_w8(packed: Tensor, n: int, k: int, kind: int | str = "int8") -> Tensor:
     """uint8 [ceil(N/16), ceil(K/4), 64] -> int8 or float8_e4m3fn [N, K]."""
     blocks, chunks, _ = packed.shape
-    quads = packed.reshape(blocks, chunks, 16, 4).permute(0, 2, 1, 3)
+    quads = _in_order(packed).reshape(blocks, chunks, 16, 4).permute(0, 2, 1, 3)
     rows = quads.reshape(blocks * 16, chunks * 4)[:n, :k].contiguous()
     fp8 = schema.kind_code(kind) == schema.KIND_FP8
     return rows.view(torch.float8_e4m3fn if fp8 else torch.int8)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.ops.library import CPU
+from quantkit.ops.library import require_cpu_kernel
 
 # What a code is; the numbers are those of csrc/include/quantkit/solvers.h.
 CODE_INT = 0
@@ -48,7 +48,7 @@ def gptq_round(
     Returns:
         float32 [N, K]: code values before scaling, in the order of ``weight``.
     """
-    CPU.require()
+    require_cpu_kernel("gptq_round", weight)
     return _ops.gptq_round.default(weight, upper, scale, zero, group, kind, qmin, qmax)
 
 
@@ -75,7 +75,7 @@ def rounding_errors(
     Returns:
         float32 [S, N, G]: ``sum(importance · ((round(w/s + z) - z)·s - w)²)`` over each group.
     """
-    CPU.require()
+    require_cpu_kernel("rounding_errors", weight)
     return _ops.rounding_errors.default(
         weight, scales, zeros, importance, group_size, kind, qmin, qmax
     )
@@ -92,5 +92,5 @@ def syrk_accumulate(acc: Tensor, x: Tensor) -> None:
         acc: float32 [K, K] with neighbouring columns.
         x: float32, float16 or bfloat16 [T, K], any strides.
     """
-    CPU.require()
+    require_cpu_kernel("syrk_accumulate", acc)
     _ops.syrk_accumulate.default(acc, x)

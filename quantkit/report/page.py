@@ -31,6 +31,7 @@ def render(run: Run) -> str:
     page = environment.get_template(TEMPLATE).render(
         run=run,
         style=Markup((_HERE / STYLE).read_text(encoding="utf-8")),
+        date=sections.date(run),
         verdict=sections.verdict(run),
         warnings=[*run.warnings, *(run.verdict.warnings if run.verdict else ())],
         key_numbers=sections.key_numbers(run),

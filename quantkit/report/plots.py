@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from quantkit.report.words import Measure, fixed
+from quantkit.report.words import NBSP, Measure, fixed
 from quantkit.results import GateCheck
 
 
@@ -60,7 +60,7 @@ def tick_labels(values: Sequence[float], *, as_percent: bool = False) -> list[st
     digits = 0
     while digits < 9 and any(abs(round(v, digits) - v) > 1e-6 * (shown[-1] or 1) for v in shown):
         digits += 1
-    return [fixed(v, digits) + (" %" if as_percent else "") for v in shown]
+    return [fixed(v, digits) + (f"{NBSP}%" if as_percent else "") for v in shown]
 
 
 # -- strips ----------------------------------------------------------------------------------
@@ -84,8 +84,8 @@ def gate_strip(check: GateCheck, measure: Measure, word: str) -> Markup:
     if measure.origin is not None and abs(x(measure.origin) - limit) > 0.5:
         origin = x(measure.origin)
         parts.append(_line("origin", origin, 18, origin, 44))
-        if abs(origin - limit) > 34:
-            parts.append(_text("small", origin, 12, f"{measure.show(measure.origin)}"))
+        if abs(origin - limit) > 40:
+            parts.append(_text("small", origin, 12, "unchanged"))
     label = f"{word} {measure.show(check.limit, digits)}"
     parts.append(_text("small strong", limit, 12, label))
     if check.lower is not None and check.upper is not None:
@@ -109,7 +109,7 @@ def score_strip(rows: Sequence[tuple[str, str, float, float | None, float | None
     said = []
     for i, (role, name, estimate, lower, upper) in enumerate(rows):
         y = 22 * i + 13
-        text = f"{name} {fixed(100 * estimate, 1)} %"
+        text = f"{name} {fixed(100 * estimate, 1)}{NBSP}%"
         if lower is not None and upper is not None:
             parts.append(_rect(f"bar {role}", 100 * lower, y - 3, 100 * (upper - lower), 6))
         parts.append(_dot(f"dot {role}", 100 * estimate, y, 5))
@@ -132,8 +132,9 @@ def cells(values: Sequence[str | None], titles: Sequence[str]) -> Markup:
     """A row of equal boxes, each with the class of its value; None leaves a gap."""
     step = 100 / max(1, len(values))
     parts = [
-        Markup('<rect class="{}" x="{}%" y="1" width="{}%" height="20"><title>{}</title></rect>')
-        .format(role, round(i * step, 3), round(step * 0.94, 3), title)
+        Markup(
+            '<rect class="{}" x="{}%" y="1" width="{}%" height="20"><title>{}</title></rect>'
+        ).format(role, round(i * step, 3), round(step * 0.94, 3), title)
         for i, (role, title) in enumerate(zip(values, titles, strict=True))
         if role is not None
     ]
@@ -149,8 +150,9 @@ def shares(parts: Sequence[tuple[str, float]]) -> Markup:
     for i, (name, value) in enumerate(parts):
         width = 100 * value / total if total > 0 else 0.0
         boxes.append(
-            Markup('<rect class="q{}" x="{}%" y="0" width="{}%" height="18"><title>{}</title></rect>')
-            .format(i % 6, round(x, 2), round(max(0.0, width - 0.3), 2), f"{name}: {width:.1f} %")
+            Markup(
+                '<rect class="q{}" x="{}%" y="0" width="{}%" height="18"><title>{}</title></rect>'
+            ).format(i % 6, round(x, 2), round(max(0.0, width - 0.3), 2), f"{name}: {width:.1f} %")
         )
         x += width
     said = ", ".join(f"{n} {100 * v / total:.0f} %" for n, v in parts) if total > 0 else ""
@@ -159,7 +161,7 @@ def shares(parts: Sequence[tuple[str, float]]) -> Markup:
 
 # -- facets ----------------------------------------------------------------------------------
 
-_W, _H = 280, 170
+_W, _WIDE, _H = 280, 330, 170
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 272, 26, 142
 
 
@@ -179,8 +181,9 @@ def line_facet(
         path = " ".join(f"{px},{py}" for px, py in at)
         parts.append(Markup('<polyline class="line {}" points="{}"/>').format(s.role, path))
         parts += [
-            Markup('<circle class="dot {}" cx="{}" cy="{}" r="2.2"><title>{}</title></circle>')
-            .format(s.role, px, py, f"block {block:g}: {s.name} {fixed(100 * value, 2)} %")
+            Markup(
+                '<circle class="dot {}" cx="{}" cy="{}" r="2.2"><title>{}</title></circle>'
+            ).format(s.role, px, py, f"block {block:g}: {s.name} {fixed(100 * value, 2)} %")
             for (px, py), (block, value) in zip(at, s.points, strict=True)
         ]
     return _facet(f"{title}: {' and '.join(s.name for s in series)} by block", parts)
@@ -190,8 +193,9 @@ def position_facet(values: Sequence[float], mean: float | None, seq_len: int) ->
     """Mean KL in equal slices of the window, and the mean over all of it."""
     y_ticks = ticks(max([*values, mean or 0.0]))
     y = Axis(0, y_ticks[-1], _BOTTOM, _TOP)
-    x = Axis(0, len(values), _LEFT, _RIGHT)
-    parts = _y_axis(y, y_ticks, tick_labels(y_ticks))
+    right = _WIDE - 8
+    x = Axis(0, len(values), _LEFT, right)
+    parts = _y_axis(y, y_ticks, tick_labels(y_ticks), right)
     parts.append(_px_text("small", _LEFT, 15, "nats per token", "start"))
     for i, value in enumerate(values):
         left, top = x(i + 0.08), y(value)
@@ -208,28 +212,28 @@ def position_facet(values: Sequence[float], mean: float | None, seq_len: int) ->
             )
         )
     for share, anchor in ((0, "start"), (0.5, "middle"), (1, "end")):
-        at = _LEFT + share * (_RIGHT - _LEFT)
+        at = _LEFT + share * (right - _LEFT)
         parts.append(_px_text("small", at, _BOTTOM + 16, str(round(share * seq_len)), anchor))
     if mean is not None:
         parts.append(
             Markup('<line class="mean" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
-                _LEFT, _RIGHT, y(mean), y(mean)
+                _LEFT, right, y(mean), y(mean)
             )
         )
-        parts.append(
-            _px_text("small strong", _RIGHT, y(mean) - 4, f"mean {fixed(mean, 4)}", "end")
-        )
-    return _facet("mean KL by position in the window", parts)
+        parts.append(_px_text("small strong", right, 15, f"mean {fixed(mean, 4)} (dashed)", "end"))
+    return _facet("mean KL by position in the window", parts, _WIDE)
 
 
-def _y_axis(y: Axis, values: Sequence[float], labels: Sequence[str]) -> list[Markup]:
+def _y_axis(
+    y: Axis, values: Sequence[float], labels: Sequence[str], right: int = _RIGHT
+) -> list[Markup]:
     parts = []
     for value, label in zip(values, labels, strict=True):
         at = y(value)
         role = "frame" if value == 0 else "grid"
         parts.append(
             Markup('<line class="{}" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
-                role, _LEFT, _RIGHT, at, at
+                role, _LEFT, right, at, at
             )
         )
         parts.append(_px_text("small", _LEFT - 5, at + 3.5, label, "end"))
@@ -245,10 +249,10 @@ def _strip(height: int, said: str, parts: Sequence[Markup]) -> Markup:
     ).format(height, said, Markup("").join(parts))
 
 
-def _facet(said: str, parts: Sequence[Markup]) -> Markup:
+def _facet(said: str, parts: Sequence[Markup], width: int = _W) -> Markup:
     return Markup(
         '<svg class="facet" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
-    ).format(_W, _H, said, Markup("").join(parts))
+    ).format(width, _H, said, Markup("").join(parts))
 
 
 def _rect(role: str, x: float, y: float, width: float, height: float) -> Markup:

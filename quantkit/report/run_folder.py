@@ -242,8 +242,10 @@ def split_name(name: str) -> tuple[int | None, str]:
 
 
 #: Kinds in the order in which a block runs them; others follow by name.
-_KINDS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
-_KINDS += ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+_KINDS = (
+    *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
+    *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
+)
 
 
 def kind_key(kind: str) -> tuple[int, str]:
@@ -294,6 +296,9 @@ def _results(path: Path, fingerprint: Any) -> Results:
             f"{path}: belongs to another run than the run.json beside it",
             remedy="make the run again with `quantkit calibrate`",
         )
+    positions = results.text.kl_by_position if results.text else ()
+    if not all(isinstance(kl, float | int) and math.isfinite(kl) for kl in positions):
+        raise UsageError(f"{path}: kl_by_position holds what is not a finite number")
     return results
 
 
@@ -319,6 +324,12 @@ def _verdict(path: Path) -> Verdict:
         raise UsageError(f"{path}: not a verdict ({e!r})", remedy="make the run again") from e
 
 
+_FLIP_TEXTS = (
+    *("task", "id", "direction", "prompt", "target"),
+    *("baseline_prediction", "candidate_prediction"),
+)
+
+
 def _flips(path: Path) -> tuple[Flip, ...]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -330,11 +341,9 @@ def _flips(path: Path) -> tuple[Flip, ...]:
             continue
         try:
             doc = json.loads(line)
-            texts = ("task", "id", "direction", "prompt", "target")
-            texts += ("baseline_prediction", "candidate_prediction")
             flips.append(
                 Flip(
-                    **{key: str(doc[key]) for key in texts},
+                    **{key: str(doc[key]) for key in _FLIP_TEXTS},
                     slice=None if doc["slice"] is None else str(doc["slice"]),
                     must_not_flip=bool(doc["must_not_flip"]),
                 )

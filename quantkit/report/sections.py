@@ -9,6 +9,7 @@ from quantkit.report import plots
 from quantkit.report.intervals import Interval, score_interval
 from quantkit.report.run_folder import Flip, Run
 from quantkit.report.words import (
+    NBSP,
     duration,
     explain,
     fixed,
@@ -29,6 +30,12 @@ MOST_FLIPS = 200
 #: Slices that are shown before "all slices" is opened.
 MOST_SLICES = 6
 
+#: The change that at least fills a slice's bar, so that noise does not look like ruin.
+SMALL_CHANGE = 0.1
+
+#: Characters of a prompt that is shown without opening it.
+SHORT_PROMPT = 480
+
 #: Characters of a prompt or answer; a page must stay a page where a prompt is a book.
 MOST_TEXT = 4000
 
@@ -40,10 +47,15 @@ _WORST_FIRST = (Outcome.FAIL, Outcome.INCONCLUSIVE, Outcome.PASS)
 _PHASES = ("load", "calibrate", "quantize", "export", "eval")
 
 
+def date(run: Run) -> str:
+    """When the run ended, as a person would write it."""
+    return run.date.replace("T", " ").replace("+00:00", " UTC")
+
+
 def verdict(run: Run) -> dict[str, str]:
     """The headline: the word, the sentence, and what became of the checkpoint."""
     if run.verdict is None:
-        word, role, sign = "NOT GATED", "none", "–"
+        word, role, sign = "NOT GATED", "none", ""
     else:
         word, role = str(run.verdict.outcome), run.verdict.outcome.lower()
         sign = _SIGNS[run.verdict.outcome]
@@ -63,17 +75,22 @@ def verdict(run: Run) -> dict[str, str]:
 
 def key_numbers(run: Run) -> list[dict[str, str]]:
     """What a reader wants before anything else; each with what it is held against."""
-    ratio = run.size_bytes / run.source_bytes if run.source_bytes else 0.0
+    quantized, original = _sizes(run)
+    ratio = quantized / original if original else 0.0
     tiles = [
-        _tile("Size", size(run.size_bytes), f"original {size(run.source_bytes)}"),
-        _tile("Of the original", percent(ratio), f"{fixed(1 / ratio, 2)}× smaller" if ratio else ""),
+        _tile("Size", size(quantized), f"original {size(original)}"),
+        _tile(
+            "Of the original", percent(ratio), f"{fixed(1 / ratio, 2)}× smaller" if ratio else ""
+        ),
         _tile("Bits per weight", fixed(run.bits_per_weight, 2), "of the quantized layers"),
     ]
     text = run.candidate.text if run.candidate else None
     if text is not None:
         if text.kl_mean is not None:
             p99 = "" if text.kl_p99 is None else f"; 99 % of tokens below {fixed(text.kl_p99, 2)}"
-            tiles.append(_tile("KL to the original", fixed(text.kl_mean, 4), f"nats per token{p99}"))
+            tiles.append(
+                _tile("KL to the original", fixed(text.kl_mean, 4), f"nats per token{p99}")
+            )
         if text.top1_agreement is not None:
             share = percent(text.top1_agreement)
             tiles.append(_tile("Top-1 agreement", share, "of tokens keep their most likely token"))
@@ -89,6 +106,16 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
     return tiles
 
 
+def _sizes(run: Run) -> tuple[float, float]:
+    """Bytes of the checkpoint and the original: as the gate saw them if it did, so that one
+    page does not hold two ratios."""
+    cost = run.candidate.cost if run.candidate else {}
+    found = cost.get("size_bytes"), cost.get("reference_size_bytes")
+    if all(isinstance(n, int | float) and n > 0 for n in found):
+        return float(found[0]), float(found[1])
+    return run.size_bytes, run.source_bytes
+
+
 def _tile(label: str, value: str, note: str) -> dict[str, str]:
     return {"label": label, "value": value, "note": note}
 
@@ -100,7 +127,7 @@ def _perplexity(run: Run) -> dict[str, str]:
         return _tile("Perplexity", fixed(ours, 2), "")
     theirs = run.baseline.to_json()["perplexity"]
     change = fixed(100 * (ours / theirs - 1), 1, signed=True)
-    return _tile("Perplexity", fixed(ours, 2), f"original {fixed(theirs, 2)} ({change} %)")
+    return _tile("Perplexity", fixed(ours, 2), f"original {fixed(theirs, 2)} ({change}{NBSP}%)")
 
 
 # -- gates -----------------------------------------------------------------------------------
@@ -122,7 +149,7 @@ def _gate(check: GateCheck) -> dict[str, Any]:
         "sign": _SIGNS[check.outcome],
         "plot": plots.gate_strip(check, measure_of(check), limit_word(check)),
         "sentence": _capital(explain(check)) + ".",
-        "reason": check.reason,
+        "reason": "" if measure_of(check).digits == 0 else check.reason,
         "method": check.details.get("method") or "",
     }
 
@@ -161,7 +188,7 @@ def tasks(run: Run) -> list[dict[str, Any]]:
         sides = [("a", "quantized", ours)]
         if theirs is not None:
             sides.insert(0, ("base", "original", theirs))
-        rows, strip = [], []
+        rows, strip, methods = [], [], []
         for role, side, task in sides:
             found = score_interval(task.rows)
             rows.append(
@@ -170,12 +197,14 @@ def tasks(run: Run) -> list[dict[str, Any]]:
                     "side": side,
                     "score": score(task.value, share=share),
                     "interval": _between(found),
-                    "method": found.method if found else "",
                 }
             )
+            methods.append(found.method if found else "")
             bounds = (found.lower, found.upper) if found else (None, None)
             strip.append((role, side, task.value, *bounds))
-        details = checks[f"{name}.{ours.metric}"].details if f"{name}.{ours.metric}" in checks else {}
+        details = (
+            checks[f"{name}.{ours.metric}"].details if f"{name}.{ours.metric}" in checks else {}
+        )
         slices = _slices(ours, theirs, details.get("slices")) if theirs is not None else []
         shown.append(
             {
@@ -183,6 +212,7 @@ def tasks(run: Run) -> list[dict[str, Any]]:
                 "metric": ours.metric,
                 "n": whole(ours.n),
                 "rows": rows,
+                "method": methods[-1],
                 "plot": plots.score_strip(strip) if share else None,
                 "change": points(ours.value - theirs.value) if share and theirs else "",
                 **_turned(ours, theirs),
@@ -195,10 +225,11 @@ def tasks(run: Run) -> list[dict[str, Any]]:
 
 
 def _pairs(run: Run) -> list[tuple[str, TaskResult, TaskResult | None]]:
-    """The tasks of the candidate with the original's, where both scored the same items."""
+    """The candidate's tasks with the original's, the largest loss first."""
     ours = run.candidate.tasks if run.candidate else {}
     theirs = run.baseline.tasks if run.baseline else {}
-    return [(name, ours[name], theirs.get(name)) for name in sorted(ours) if ours[name].rows]
+    pairs = [(name, ours[name], theirs.get(name)) for name in sorted(ours) if ours[name].rows]
+    return sorted(pairs, key=lambda p: 0.0 if p[2] is None else p[1].value - p[2].value)
 
 
 def _is_share(*tasks: TaskResult | None) -> bool:
@@ -233,7 +264,7 @@ def _slices(ours: TaskResult, theirs: TaskResult, tested: Any) -> list[dict[str,
         base, quant = (sum(side) / len(scores) for side in zip(*scores, strict=True))
         table.append((quant - base, name, len(scores), base, quant))
     table.sort(key=lambda row: (-abs(row[0]), row[0], row[1]))
-    largest = max((abs(row[0]) for row in table), default=0.0)
+    largest = max([SMALL_CHANGE, *(abs(row[0]) for row in table)])
     return [
         {
             "name": name,
@@ -282,13 +313,27 @@ def _flip(f: Flip) -> dict[str, Any]:
         "id": f.id,
         "slice": f.slice,
         "must_not_flip": f.must_not_flip,
-        "prompt": _cut(f.prompt),
+        "prompt": f.prompt if len(f.prompt) <= SHORT_PROMPT else _tail(f.prompt),
+        "whole": None if len(f.prompt) <= SHORT_PROMPT else _cut(f.prompt),
         "answers": [
             ("Right answer", "right", _cut(f.target)),
-            ("Original", "wrong" if f.direction == "gain" else "right", _cut(f.baseline_prediction)),
-            ("Quantized", "wrong" if f.direction == "loss" else "right", _cut(f.candidate_prediction)),
+            (
+                "Original",
+                "wrong" if f.direction == "gain" else "right",
+                _cut(f.baseline_prediction),
+            ),
+            (
+                "Quantized",
+                "wrong" if f.direction == "loss" else "right",
+                _cut(f.candidate_prediction),
+            ),
         ],
     }
+
+
+def _tail(text: str) -> str:
+    """The end of a long prompt, which is where the question stands."""
+    return "… " + text[-SHORT_PROMPT // 2 :].partition(" ")[2].strip()
 
 
 def _cut(text: str) -> str:
@@ -319,6 +364,7 @@ def calibration(run: Run) -> dict[str, Any] | None:
             {
                 "role": f"q{i % 6}",
                 "name": name,
+                "short": len(name) < 24,
                 "documents": whole(s.documents),
                 "tokens": whole(s.tokens),
                 "share": percent(s.tokens / total) if total else "–",

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from quantkit.results import GateCheck, Outcome, Verdict
 
+#: Keeps a number and its unit on one line.
+NBSP = "\u00a0"
+
 #: Beyond this many decimals two numbers count as the same.
 MOST_DIGITS = 8
 
@@ -53,20 +56,23 @@ _MEASURES = {
         1, 4, " nats at the 99th percentile of tokens", False, 0.0, "at most {} is allowed"
     ),
     "top1": Measure(
-        100, 1, " % of tokens keep their most likely token", True, 1.0, "at least {} % is asked"
+        100,
+        1,
+        f"{NBSP}% of tokens keep their most likely token",
+        True,
+        1.0,
+        f"at least {{}}{NBSP}% is asked",
     ),
     "perplexity.ratio": Measure(
         1, 3, " times the original’s perplexity", False, 1.0, "at most {} is allowed"
     ),
     "size.ratio": Measure(
-        100, 1, " % of the original’s bytes", False, 0.0, "at most {} % is allowed"
+        100, 1, f"{NBSP}% of the original’s bytes", False, 1.0, f"at most {{}}{NBSP}% is allowed"
     ),
-    "size.bits_per_weight": Measure(
-        1, 3, " bits per weight", False, 0.0, "at most {} is allowed"
-    ),
+    "size.bits_per_weight": Measure(1, 3, " bits per weight", False, None, "at most {} is allowed"),
 }
-_POINTS = Measure(100, 1, " points", True, 0.0, "a loss of up to {} is allowed", signed=True)
-_FLOOR = Measure(100, 1, " %", True, None, "at least {} % is asked of both models")
+_POINTS = Measure(100, 1, f"{NBSP}points", True, 0.0, "a loss of up to {} is allowed", signed=True)
+_FLOOR = Measure(100, 1, f"{NBSP}%", True, None, f"at least {{}}{NBSP}% is asked of both models")
 _COUNT = Measure(1, 0, " items", False, 0.0, "at most {} is allowed")
 
 
@@ -97,7 +103,7 @@ def explain(check: GateCheck) -> str:
     digits = measure.digits_apart(check.limit, check.value, check.lower, check.upper)
     value = measure.show(check.value, digits)
     limit = measure.show(check.limit, digits)
-    text = f"{value}{measure.unit}"
+    text = value + measure.unit
     if measure is _POINTS:
         limit = limit.lstrip("−+")
         base, quant = check.details.get("baseline"), check.details.get("candidate")
@@ -106,9 +112,7 @@ def explain(check: GateCheck) -> str:
     text += f"; {measure.allowed.format(limit)}"
     if check.lower is None or check.upper is None:
         return text
-    better, worse = (
-        (check.upper, check.lower) if measure.higher else (check.lower, check.upper)
-    )
+    better, worse = (check.upper, check.lower) if measure.higher else (check.lower, check.upper)
     if check.outcome is Outcome.PASS:
         return f"{text}, and even the worse bound, {measure.show(worse, digits)}, is inside"
     if check.outcome is Outcome.FAIL:
@@ -158,12 +162,12 @@ def fixed(value: float, digits: int, *, signed: bool = False) -> str:
 
 
 def percent(share: float, digits: int = 1) -> str:
-    return f"{fixed(100 * share, digits)} %"
+    return f"{fixed(100 * share, digits)}{NBSP}%"
 
 
 def points(share: float) -> str:
     """A difference of shares: ``−7.1 points``."""
-    return f"{fixed(100 * share, 1, signed=True)} points"
+    return f"{fixed(100 * share, 1, signed=True)}{NBSP}points"
 
 
 def whole(count: float) -> str:
@@ -175,7 +179,7 @@ def size(count: float) -> str:
     """Bytes in the decimal units that disks are sold in."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
-            return f"{count / scale:.2f} {unit}" if unit == "GB" else f"{count / scale:.1f} {unit}"
+            return f"{count / scale:.{2 if unit == 'GB' else 1}f}{NBSP}{unit}"
     return f"{count:.0f} bytes"
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from quantkit import ops
 from quantkit.ops import reference
 
-shapes = st.tuples(st.integers(1, 70), st.integers(1, 90), st.integers(0, 2**31))
+shapes = st.tuples(st.integers(1, 150), st.integers(1, 90), st.integers(0, 2**31))
 
 
 def random_codes(n: int, k: int, seed: int, high: int) -> torch.Tensor:
@@ -44,6 +44,7 @@ def test_w4_layout_byte_for_byte() -> None:
     codes[16, 8] = 15
     packed = ops.pack_w4(codes)
     assert packed.shape == (2, 2, 64)
+    packed = packed.reshape(2, 2, 64).transpose(0, 1)  # chunks of the two blocks alternate
     # Row 3: even columns 1, 3, 5, 7 in the low half of the word, odd columns in the high half.
     assert packed[0, 0, 12:16].tolist() == [0x31, 0x75, 0x42, 0x86]
     assert packed[1, 1, :4].tolist() == [15, 0, 0, 0]
@@ -56,6 +57,7 @@ def test_w8_layout_byte_for_byte() -> None:
     codes[16, 4] = -1
     packed = ops.pack_w8(codes)
     assert packed.shape == (2, 2, 64)
+    packed = packed.reshape(2, 2, 64).transpose(0, 1)  # chunks of the two blocks alternate
     assert packed[0, 0, 8:12].view(torch.int8).tolist() == [1, -2, 3, -4]
     assert packed[1, 1, :4].tolist() == [255, 0, 0, 0]
     assert int(packed.count_nonzero()) == 5
@@ -76,6 +78,24 @@ def test_pack_scale_keeps_values_and_makes_rows_dense(table: torch.Tensor) -> No
     assert packed.dtype == torch.float32
     assert torch.equal(packed, table.float())
     assert packed.stride(0) == 1
+
+
+def test_consolidate_copies_side_by_side() -> None:
+    tensors = [
+        torch.randint(0, 256, (3, 5, 64), dtype=torch.uint8),
+        torch.randn(7, 9),
+        torch.empty(0, 4),
+        torch.randn(5, 6).t(),
+    ]
+    copies = ops.consolidate(tensors)
+    for copy, tensor in zip(copies, tensors, strict=True):
+        assert torch.equal(copy, tensor)
+        assert copy.is_contiguous()
+        assert copy.data_ptr() % 256 == 0 or copy.numel() == 0
+    assert copies[0].untyped_storage().data_ptr() == copies[3].untyped_storage().data_ptr()
+    assert ops.consolidate([]) == []
+    with pytest.raises(ValueError, match="a tensor is on meta; consolidate takes CPU tensors"):
+        ops.consolidate([torch.empty(1, device="meta")])
 
 
 def test_pack_errors_name_value_and_remedy() -> None:

@@ -33,6 +33,18 @@ def example_arguments() -> dict[str, tuple]:
         "quantize_fp8_per_token": (x,),
         "quantize_fp8_per_block": (x, 32),
         "quantize_fp8_static": (x, torch.ones(1)),
+        "gptq_round": (
+            x,
+            torch.eye(64),
+            torch.ones(3, 1),
+            None,
+            torch.zeros(64, dtype=torch.int64),
+            0,
+            -8.0,
+            7.0,
+        ),
+        "rounding_errors": (x, torch.ones(2, 3, 4), None, torch.ones(64), 16, 0, -8.0, 7.0),
+        "syrk_accumulate": (torch.zeros(64, 64), x),
     }
 
 

@@ -18,7 +18,7 @@ extern "C" {
 #define QK_EXPORT __attribute__((visibility("default")))
 
 // Raised whenever a layout or a signature below changes; the loader refuses another number.
-#define QK_ABI_VERSION 1
+#define QK_ABI_VERSION 2
 
 enum qk_status {
   QK_OK = 0,
@@ -96,16 +96,18 @@ typedef struct qk_quantize_args {
 
 // ---- CPU -------------------------------------------------------------------------------------
 
-// codes [n, k], one a byte -> the packed layout. Rows are grouped by 16 and padded with code 0.
+// codes [n, k], one a byte -> the packed layout. Rows go in blocks of 16, padded with code 0; a
+// block goes along k in chunks of 64 bytes, 16 rows x 4 bytes. The chunks of four neighbouring
+// blocks alternate, so that a tile of 64 rows is one run of memory:
 //
-// QK_W4: [ceil(n/16)][ceil(k/8)][16 rows][4 bytes]. The four bytes are one little-endian word of
-//        eight codes, even k in its low half and odd k in its high half:
+//   [ceil(blocks / 4)][chunks][4 blocks, fewer in the last group][16 rows][4 bytes]
+//
+// QK_W4: chunk c holds k = 8c .. 8c+7. The four bytes of a row are one little-endian word, even k
+//        in its low half and odd k in its high half:
 //          code k = 8c + 2j     at bits 4j   .. 4j+3
 //          code k = 8c + 2j + 1 at bits 16+4j .. 16+4j+3        (j = 0..3)
 //        so one shift yields a bf16 pair's two indices in the two halves of a 32-bit lane.
-// 8 bit: [ceil(n/16)][ceil(k/4)][16 rows][4 bytes], byte j of a row holds k = 4c + j: the operand
-//        order of vpdpbusd.
-// A row of 16 rows x one chunk is always 64 bytes.
+// 8 bit: chunk c holds k = 4c .. 4c+3, byte j of a row k = 4c + j: the operand order of vpdpbusd.
 QK_EXPORT int qk_pack_w4(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, uint8_t* packed);
 QK_EXPORT int qk_pack_w8(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, uint8_t* packed);
 QK_EXPORT int64_t qk_packed_bytes(int32_t format, int64_t n, int64_t k);

@@ -1,0 +1,164 @@
+"""One whole run on a tiny model: gated, promoted, rejected, inconclusive, reused baselines."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from quantkit.cli.main import run
+
+WORDS = "late parcel refund broken door invoice account thanks please where order card red".split()
+
+
+def write_suite(folder: Path, items: int, traffic: Path | None = None) -> Path:
+    """A multiple-choice suite whose answers a random model gives by its own preferences."""
+    rng = random.Random(1)
+    (folder / "rows.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {
+                    "id": f"i{i}",
+                    "message": " ".join(rng.choices(WORDS, k=rng.randint(6, 12))) + f" {i}",
+                    "choices": rng.sample(WORDS, 4),
+                    "label": rng.randrange(4),
+                }
+            )
+            + "\n"
+            for i in range(items)
+        )
+    )
+    path = folder / "tiny_suite.yaml"
+    path.write_text(
+        "task: tiny_suite\ndataset_path: json\n"
+        "dataset_kwargs: {data_files: {test: rows.jsonl}}\ntest_split: test\n"
+        "output_type: multiple_choice\n"
+        'doc_to_text: "{{message}} ="\ndoc_to_choice: "{{choices}}"\ndoc_to_target: label\n'
+        "metric_list:\n  - metric: acc\nmetadata: {version: 1.0}\n"
+    )
+    return path
+
+
+def write_recipe(folder: Path, scheme: str, gates: str) -> Path:
+    path = folder / f"{scheme}.yaml"
+    path.write_text(
+        f"scheme: {scheme}\nkeep: [lm_head]\ncalibrate: {{samples: 4, seq_len: 64}}\n"
+        f"gate:\n{gates}"
+    )
+    return path
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    rng = random.Random(3)
+    path = tmp_path / "held_out.txt"
+    path.write_text(" ".join(rng.choices(WORDS, k=1200)))
+    return path
+
+
+def calibrate(
+    tmp_path: Path, tiny: Path, traffic: Path, text: Path, recipe: Path, *more: str
+) -> tuple[int, Path]:
+    out = tmp_path / "out"
+    suite = tmp_path / "tiny_suite.yaml"
+    if not suite.exists():
+        write_suite(tmp_path, 60)
+    code = run(
+        [
+            "calibrate", str(tiny), "-r", str(recipe), "--data", str(traffic), "--text", str(text),
+            "--suite", str(suite), "--eval-tokens", "2048", "-o", str(out), *more,
+        ]
+    )  # fmt: skip
+    return code, out
+
+
+def test_pass_promotes(
+    tiny: Path, traffic: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    gates = "  kl.mean: {max: 0.5}\n  tiny_suite.acc: {margin: 0.3}\n  size.ratio: {max: 0.7}\n"
+    recipe = write_recipe(tmp_path, "w8a16", gates)
+    code, out = calibrate(tmp_path, tiny, traffic, text, recipe, "--json")
+    assert code == 0
+    document = json.loads(capfd.readouterr().out)
+    assert document["verdict"] == "PASS"
+    assert document["output"] == str(out)
+    manifest = json.loads((out / "quantkit.json").read_text())
+    assert manifest["verdict"]["outcome"] == "PASS"
+    assert manifest["evals"]["candidate"]["kl_mean"] > 0
+    assert not {'date', 'seconds', 'machine'} & set(manifest)
+    names = {p.name for p in (tmp_path / "out.run").iterdir()}
+    assert names == {"run.json", "results.json", "baseline.json", "gate.json", "flips.jsonl"}
+    assert not (tmp_path / "out.partial").exists()
+    # The same files, judged again from disk, say the same.
+    folder = tmp_path / "out.run"
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(gates.replace("  ", "", 3).replace("\n  ", "\n"))
+    argv = ["gate", str(folder / "results.json"), "--baseline", str(folder / "baseline.json")]
+    assert run([*argv, "--policy", str(policy)]) == 0
+
+
+def test_fail_rejects_and_a_baseline_is_reused(
+    tiny: Path, traffic: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, "w3a16-channel", "  kl.mean: {max: 0.00001}\n")
+    code, out = calibrate(tmp_path, tiny, traffic, text, recipe)
+    assert code == 1
+    assert not out.exists()
+    rejected = tmp_path / "out.rejected"
+    assert json.loads((rejected / "quantkit.json").read_text())["verdict"]["outcome"] == "FAIL"
+    assert run(["verify", str(rejected)]) == 0
+    capfd.readouterr()
+    baseline = tmp_path / "out.run" / "baseline.json"
+    code, _ = calibrate(
+        tmp_path, tiny, traffic, text, recipe, "--baseline", str(baseline), "--json"
+    )
+    assert code == 1
+    document = json.loads(capfd.readouterr().out)
+    assert document["seconds"]["eval"] > 0
+    # Another model's results are no baseline.
+    doc = json.loads(baseline.read_text())
+    doc["fingerprint"]["model"] = "0" * 64
+    baseline.write_text(json.dumps(doc))
+    code, _ = calibrate(tmp_path, tiny, traffic, text, recipe, "--baseline", str(baseline))
+    assert code == 5
+
+
+def test_too_few_items_are_inconclusive(
+    tiny: Path, traffic: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, "w8a16", "  tiny_suite.acc: {margin: 0.02}\n")
+    code, out = calibrate(tmp_path, tiny, traffic, text, recipe)
+    assert code == 3
+    assert not out.exists()
+    assert (tmp_path / "out.rejected").exists()
+    assert "INCONCLUSIVE" in capfd.readouterr().out
+
+
+def test_calibrating_on_eval_items_is_refused(
+    tiny: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    suite = write_suite(tmp_path, 60)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    leaked = tmp_path / "leaked.jsonl"
+    leaked.write_text(
+        "".join(
+            json.dumps({"messages": [{"role": "user", "content": r["message"]}]}) + "\n"
+            for r in rows
+        )
+    )
+    recipe = write_recipe(tmp_path, "w8a16", "  tiny_suite.acc: {margin: 0.3}\n")
+    code, out = calibrate(tmp_path, tiny, leaked, text, recipe, "--suite", str(suite))
+    assert code == 4
+    assert "items of tiny_suite are in the calibration data" in capfd.readouterr().err
+    assert not out.exists()
+
+
+def test_a_gate_without_its_suite_is_refused_before_any_work(
+    tiny: Path, traffic: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, "w8a16", "  other_suite.acc: {margin: 0.3}\n")
+    code, _ = calibrate(tmp_path, tiny, traffic, text, recipe)
+    assert code == 2
+    assert "no suite of that name is scored" in capfd.readouterr().err
