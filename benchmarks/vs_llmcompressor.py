@@ -79,8 +79,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         rows = measure(args, Path(scratch))
     header = f"{'system':22} {'s':>6} {'GB':>5} {'bits':>5} {'KL':>8} {'ppl':>7} {'top-1':>6}"
-    print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores; "
-          f"{args.samples}×{args.seq_len} calibration tokens")
+    print(
+        f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores; "
+        f"{args.samples}×{args.seq_len} calibration tokens"
+    )
     print(header)
     for name, row in rows.items():
         print(

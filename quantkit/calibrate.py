@@ -86,9 +86,7 @@ def calibrate(
         QuantkitError: NaN, a Hessian that cannot be factored, a layer no token reached.
     """
     if plan.needs_data and data is None:
-        raise UsageError(
-            "this recipe calibrates, and there is no data", remedy="give --data FILE"
-        )
+        raise UsageError("this recipe calibrates, and there is no data", remedy="give --data FILE")
     observer = observer or Step("minmax")
     _open_work(work, plan, data, observer, resume)
     if plan.unties_head:
@@ -231,8 +229,7 @@ class _Loop:
             results.update(solved)
 
         def finished(batch: int, out: Tensor) -> None:
-            # One fp32 sum is NaN or infinite if any element is: a tenth of isfinite's time.
-            if not torch.isfinite(out.sum(dtype=torch.float32)):
+            if not numerics.is_finite(out):
                 raise QuantkitError(
                     f"block {index}: the output holds NaN or infinite values",
                     remedy="the model overflows in its dtype on this data; load it in another",
@@ -259,9 +256,7 @@ class _Loop:
                 self._advance(f"block {index + 1}/{self.plan.blocks} (resumed)")
         return outputs
 
-    def _solve_without_data(
-        self, layers: Mapping[str, PlannedLayer]
-    ) -> dict[str, QuantizedLayer]:
+    def _solve_without_data(self, layers: Mapping[str, PlannedLayer]) -> dict[str, QuantizedLayer]:
         results: dict[str, QuantizedLayer] = {}
         for layer in layers.values():
             weight = {layer.name: self.linears[layer.name].weight}

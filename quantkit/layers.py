@@ -29,6 +29,15 @@ class QuantLinear(nn.Module):
         kernels: ``native`` or ``reference``.
     """
 
+    # Buffers are registered by name, so their types are told to the checker here.
+    codes: Tensor
+    packed: Tensor
+    table: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    global_scale: Tensor | None
+    input_scale: Tensor | None
+
     def __init__(
         self,
         q: QTensor,
@@ -90,6 +99,7 @@ class QuantLinear(nn.Module):
         if spec.dynamic:
             codes, scale = ops.quantize_int8_per_token(flat)
         else:
+            assert self.input_scale is not None
             scale = self.input_scale
             codes = ops.quantize_int8_static(flat, scale)
         y = ops.w8a8_linear(codes, scale, self.packed, self.scale, self.bias, x.dtype)
@@ -145,9 +155,7 @@ def nibbles(q: QTensor) -> tuple[Tensor, Tensor]:
     return (q.codes + offset).to(torch.uint8), table
 
 
-def _quantized_input(
-    x: Tensor, spec: QuantSpec, scale: Tensor | None, *, native: bool
-) -> Tensor:
+def _quantized_input(x: Tensor, spec: QuantSpec, scale: Tensor | None, *, native: bool) -> Tensor:
     if native and spec.dtype is DType.FLOAT and spec.granularity is Granularity.TOKEN:
         codes, token_scale = ops.quantize_fp8_per_token(x)
         return codes.to(x.dtype) * token_scale.to(x.dtype)

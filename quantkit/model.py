@@ -152,8 +152,7 @@ def resolve(source: str) -> Path:
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
         raise UsageError(
-            f"{source}: neither a local folder nor a model that the hub gave "
-            f"({type(e).__name__})",
+            f"{source}: neither a local folder nor a model that the hub gave ({type(e).__name__})",
             remedy="check the name, the network and your hub token",
         ) from e
 
@@ -275,6 +274,12 @@ def head_name(model: PreTrainedModel) -> str | None:
     """The name of the output head, or None."""
     head = model.get_output_embeddings()
     return next((name for name, m in model.named_modules() if m is head), None)
+
+
+def embedding_shape(model: PreTrainedModel) -> tuple[int, int]:
+    """(vocabulary size, hidden size) of the input embedding."""
+    weight: Any = model.get_input_embeddings().weight
+    return int(weight.shape[0]), int(weight.shape[1])
 
 
 def is_tied(model: PreTrainedModel) -> bool:

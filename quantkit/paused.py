@@ -64,14 +64,20 @@ class Spine:
         for ids in batches:
             first = (0, ids.shape[0]) not in self._calls
 
-            def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            def record(
+                index: int,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                first: bool = first,
+                rows: int = ids.shape[0],
+            ) -> Any:
                 rest = dict(kwargs)
                 x = args[0] if args else rest.pop("hidden_states")
                 if index == 0:
                     hidden.append(x)
                 if not first:
                     raise _Stop
-                self._calls[index, ids.shape[0]] = _Call(tuple(args[1:]), rest)
+                self._calls[index, rows] = _Call(tuple(args[1:]), rest)
                 if index == len(self.blocks) - 1:
                     raise _Stop
                 return (x,) if self._returns_tuple else x
@@ -147,7 +153,7 @@ class Spine:
 
         saved = [block.__dict__.get("forward") for block in self.blocks]
         for i, block in enumerate(self.blocks):
-            block.forward = bind(i)  # type: ignore[assignment]
+            block.forward = bind(i)
         try:
             yield
         finally:
@@ -155,7 +161,7 @@ class Spine:
                 if forward is None:
                     del block.forward
                 else:
-                    block.forward = forward  # type: ignore[assignment]
+                    block.forward = forward
 
 
 def trace_groups(run: Callable[[], Tensor], layers: Mapping[str, nn.Module]) -> list[list[str]]:

@@ -165,7 +165,7 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
     source_bytes = _weight_bytes(model)
     element = torch.finfo(next(model.parameters()).dtype).bits // 8
     width = max(layer.shape[1] for layer in layers)
-    hidden = model.get_input_embeddings().weight.shape[1]
+    hidden = models.embedding_shape(model)[1]
     original = sum(layer.weights * element for layer in layers)
     if unties:
         original -= next(x.weights * element for x in layers if x.name == head)
@@ -245,18 +245,14 @@ def _check_options(solver: str, options: Mapping[str, Any]) -> None:
         damp = options["damp"]
         if not isinstance(damp, int | float) or isinstance(damp, bool) or not 0 <= damp <= 10:
             refuse("damp", "is a number from 0 to 10")
-    if "block_size" in options:
-        size = options["block_size"]
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            refuse("block_size", "is a whole number of at least 1")
 
 
 def _weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the parameters and persistent buffers, each storage once."""
-    seen: dict[int, int] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        key = tensor.data_ptr() or hash(name)
-        if models.is_tied(model) and tensor is model.get_output_embeddings().weight:
-            key = model.get_input_embeddings().weight.data_ptr() or hash("tied")
-        seen[key] = tensor.numel() * tensor.element_size()
-    return sum(seen.values())
+    """Bytes of the parameters and persistent buffers, a tied head once."""
+    head = models.head_name(model)
+    tied = f"{head}.weight" if models.is_tied(model) else None
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for name, tensor in model.state_dict().items()
+        if name != tied
+    )

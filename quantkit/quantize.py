@@ -61,7 +61,7 @@ def quantize_group(
         first = members[0]
         names = [layer.name for layer in members]
         for name in names:
-            _check_finite(name, weights[name])
+            numerics.check_finite(weights[name], name)
         solver = SOLVERS[first.solver]
         stacked = torch.cat([weights[name] for name in names]) if len(names) > 1 else None
         try:
@@ -106,15 +106,6 @@ def _stackable(layers: Sequence[PlannedLayer]) -> list[list[PlannedLayer]]:
         key = (spec, layer.solver, tuple(sorted(layer.options.items())), alone)
         groups.setdefault(key, []).append(layer)
     return list(groups.values())
-
-
-def _check_finite(name: str, weight: Tensor) -> None:
-    if not torch.isfinite(weight.sum(dtype=torch.float32)):
-        bad = int((~torch.isfinite(weight)).sum())
-        raise QuantkitError(
-            f"{name}: the weight holds {bad} NaN or infinite values",
-            remedy="the source checkpoint is damaged; check it or download it again",
-        )
 
 
 def _measure(

@@ -220,14 +220,18 @@ class Results:
                         f"{t['n']}",
                         remedy="rows must not be edited or dropped; run `quantkit eval` again",
                     )
-                if not all(isinstance(r.id, str) and isinstance(r.score, float | int) for r in rows):
+                if not all(
+                    isinstance(r.id, str) and isinstance(r.score, float | int) for r in rows
+                ):
                     raise UsageError(f"{source}: task {name}: ids are text and scores are numbers")
                 twice = [i for i, count in Counter(r.id for r in rows).items() if count > 1]
                 if twice:
                     raise QuantkitError(f"{source}: task {name} has item {twice[0]!r} twice")
                 bad = [r.id for r in rows if not math.isfinite(r.score)]
                 if bad:
-                    raise QuantkitError(f"{source}: task {name} item {bad[0]!r} has no finite score")
+                    raise QuantkitError(
+                        f"{source}: task {name} item {bad[0]!r} has no finite score"
+                    )
                 tasks[name] = TaskResult(metric=t["metric"], rows=rows, hash=t["hash"])
             text = None
             if "text" in doc:
@@ -240,7 +244,9 @@ class Results:
                     kl_p999=doc.get("kl_p999"),
                     kl_by_position=tuple(x.get("kl_by_position", ())),
                 )
-                if any(not math.isfinite(w.nll) or not math.isfinite(w.kl or 0) for w in text.windows):
+                if any(
+                    not math.isfinite(w.nll) or not math.isfinite(w.kl or 0) for w in text.windows
+                ):
                     raise QuantkitError(f"{source}: a text window has no finite likelihood")
                 if text.tokens != x["tokens"]:
                     raise QuantkitError(

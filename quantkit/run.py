@@ -165,9 +165,7 @@ def prepare(job: Job) -> Prepared:
         if len(tokens.ids) != samples:
             plan = make_plan(job.recipe, source.model, samples=len(tokens.ids), seq_len=seq_len)
     elif plan.needs_data:
-        raise UsageError(
-            "this recipe calibrates, and there is no data", remedy="give --data FILE"
-        )
+        raise UsageError("this recipe calibrates, and there is no data", remedy="give --data FILE")
     return Prepared(job, source, plan, tokens, policy, preflights, time.monotonic() - began)
 
 
@@ -300,9 +298,7 @@ def _policy(job: Job) -> tuple[Policy | None, tuple[gate.Preflight, ...]]:
     if not recipe.gate:
         if not job.suites and job.text is None:
             return None, ()
-        raise UsageError(
-            "the recipe has no `gate:` section", remedy="add one, or pass --no-gate"
-        )
+        raise UsageError("the recipe has no `gate:` section", remedy="add one, or pass --no-gate")
     source = str(recipe.file) if recipe.file else "recipe"
     policy = gate.parse_policy(dict(recipe.gate), source=source, lines=recipe.gate_lines)
     names = {suite.name: suite for suite in job.suites}
@@ -370,7 +366,7 @@ def _probe_logits(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, logits) of the model in memory, with the same activation quantization."""
     planned = {layer.name: layer for layer in plan.layers}
-    ids = _probe_ids(source.model.get_input_embeddings().weight.shape[0])
+    ids = _probe_ids(models.embedding_shape(source.model)[0])
     linears = models.linear_layers(source.model)
     with torch.no_grad(), quantized_inputs(linears, planned, layers):
         return ids, source.model(input_ids=ids.to(source.model.device)).logits.float().cpu()
@@ -516,5 +512,3 @@ def _write_run(job: Job, outcomes: Outcomes, prepared: Prepared) -> None:
     assert prepared.policy is not None
     flips = gate.flips(outcomes.candidate, outcomes.baseline, prepared.policy)
     write_text(folder / "flips.jsonl", gate.flips_jsonl(flips))
-
-

@@ -90,7 +90,9 @@ class QuantSpec:
         if self.dtype is DType.FLOAT and self.bits not in (4, 8):
             raise UsageError(f"float{self.bits}: float codes have 4 bits (E2M1) or 8 (E4M3)")
         if self.dtype is DType.FLOAT and not self.symmetric:
-            raise UsageError("asymmetric float codes are not a format", remedy="set symmetric: true")
+            raise UsageError(
+                "asymmetric float codes are not a format", remedy="set symmetric: true"
+            )
         if (self.granularity is Granularity.GROUP) != (self.group_size is not None):
             raise UsageError(
                 f"granularity {self.granularity}, group_size {self.group_size}: "
@@ -104,7 +106,9 @@ class QuantSpec:
                 "block goes with granularity block, and only with it"
             )
         if self.granularity is Granularity.TOKEN and not self.dynamic:
-            raise UsageError("granularity token: scales per token are dynamic", remedy="dynamic: true")
+            raise UsageError(
+                "granularity token: scales per token are dynamic", remedy="dynamic: true"
+            )
         if self.dtype is DType.FLOAT and self.bits == 4 and self.scale is ScaleFormat.MODEL:
             raise UsageError(
                 "float4 needs a scale format", remedy="scale: e4m3 (group 16) or e8m0 (group 32)"

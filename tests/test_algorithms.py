@@ -66,7 +66,7 @@ def literal_gptq(weight: Tensor, hessian: Tensor, spec: QuantSpec, damp: float) 
 def test_gptq_equals_its_literal_form(name: str) -> None:
     spec = SPECS[name]
     weight, hessian = problem(0)
-    options = {**gptq.OPTIONS, "clip": "none", "actorder": "none", "block_size": 64}
+    options = {**gptq.OPTIONS, "clip": "none", "actorder": "none"}
     q = gptq.solve(weight, Stats(hessian, 512), spec, options)
     expected = literal_gptq(weight, hessian, spec, options["damp"])
     differs = (numerics.code_values(q).double() != expected).double().mean()
@@ -170,9 +170,7 @@ def test_failed_cholesky_is_an_error_with_a_remedy() -> None:
     hessian = torch.eye(64)
     hessian[0, 0] = -5.0
     with pytest.raises(QuantkitError, match=r"not positive definite with damp 0\.01; raise `damp`"):
-        gptq.solve(
-            torch.randn(4, 64), Stats(hessian, 10), SPECS["w8a16"], {**gptq.OPTIONS}
-        )
+        gptq.solve(torch.randn(4, 64), Stats(hessian, 10), SPECS["w8a16"], {**gptq.OPTIONS})
 
 
 def test_gptq_needs_a_hessian() -> None:

@@ -61,9 +61,7 @@ def test_every_layer_sees_its_quantized_predecessors(tiny: Path, tmp_path: Path)
     )
     differs = (by_hand.codes != layers[name].qtensor.codes).float().mean()
     assert float(differs) < 0.01  # batches are summed in another order
-    assert torch.equal(
-        module.weight, numerics.dequantize(layers[name].qtensor, torch.bfloat16)
-    )
+    assert torch.equal(module.weight, numerics.dequantize(layers[name].qtensor, torch.bfloat16))
 
 
 def test_gptq_lowers_the_output_error(tiny: Path, tmp_path: Path) -> None:

@@ -97,9 +97,7 @@ def test_an_error_while_solving_leaves_no_hook_behind(spine: Spine) -> None:
         raise QuantkitError("no")
 
     with pytest.raises(QuantkitError, match="no"):
-        run_paused(
-            spine.calls(0, hidden), [("q", linear)], lambda *_: None, fail, lambda *_: None
-        )
+        run_paused(spine.calls(0, hidden), [("q", linear)], lambda *_: None, fail, lambda *_: None)
     assert not linear._forward_pre_hooks
 
 

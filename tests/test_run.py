@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
 
 from quantkit.cli.main import run
 
-WORDS = "late parcel refund broken door invoice account thanks please where order card red".split()
+WORDS = re.findall(r"\w+", "late parcel refund broken door invoice account thanks please where")
 
 
 def write_suite(folder: Path, items: int, traffic: Path | None = None) -> Path:
@@ -44,8 +45,7 @@ def write_suite(folder: Path, items: int, traffic: Path | None = None) -> Path:
 def write_recipe(folder: Path, scheme: str, gates: str) -> Path:
     path = folder / f"{scheme}.yaml"
     path.write_text(
-        f"scheme: {scheme}\nkeep: [lm_head]\ncalibrate: {{samples: 4, seq_len: 64}}\n"
-        f"gate:\n{gates}"
+        f"scheme: {scheme}\nkeep: [lm_head]\ncalibrate: {{samples: 4, seq_len: 64}}\ngate:\n{gates}"
     )
     return path
 
@@ -87,7 +87,7 @@ def test_pass_promotes(
     manifest = json.loads((out / "quantkit.json").read_text())
     assert manifest["verdict"]["outcome"] == "PASS"
     assert manifest["evals"]["candidate"]["kl_mean"] > 0
-    assert not {'date', 'seconds', 'machine'} & set(manifest)
+    assert not {"date", "seconds", "machine"} & set(manifest)
     names = {p.name for p in (tmp_path / "out.run").iterdir()}
     assert names == {"run.json", "results.json", "baseline.json", "gate.json", "flips.jsonl"}
     assert not (tmp_path / "out.partial").exists()

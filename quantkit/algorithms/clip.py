@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from quantkit import numerics
-from quantkit.errors import QuantkitError
 from quantkit.ops import CODE_E2M1, CODE_E4M3, CODE_INT, Backend, get_backend
 from quantkit.schemes import DType, Granularity, QuantSpec, ScaleFormat
 
@@ -41,12 +40,6 @@ def mse_scales(
     """
     if spec.granularity not in (Granularity.CHANNEL, Granularity.GROUP):
         return dense_search(weight, spec, importance)
-    if not torch.isfinite(weight).all():
-        bad = int((~torch.isfinite(weight)).sum())
-        raise QuantkitError(
-            f"weight {tuple(weight.shape)} holds {bad} NaN or infinite values",
-            remedy="the source checkpoint is damaged; `quantkit verify` or download it again",
-        )
     global_scale = numerics.global_scale_for(weight) if spec.scale is ScaleFormat.E4M3 else None
     if importance is not None:
         importance = importance.float().contiguous()
@@ -54,12 +47,8 @@ def mse_scales(
     rows = max(_CANDIDATES // (len(SHARES) * groups), 1)
     found = [_search(part, spec, importance, global_scale) for part in weight.split(rows)]
     # A value that is not finite makes its group's error so, and those are fewer to look at.
-    if not all(finite for _, _, finite in found) and not weight.isfinite().all():
-        bad = int((~weight.isfinite()).sum())
-        raise QuantkitError(
-            f"weight {tuple(weight.shape)} holds {bad} NaN or infinite values",
-            remedy="the source checkpoint is damaged; `quantkit verify` or download it again",
-        )
+    if not all(finite for _, _, finite in found):
+        numerics.check_finite(weight, f"weight {tuple(weight.shape)}")
     scale = torch.cat([scale for scale, _, _ in found])
     zeros = [zero for _, zero, _ in found if zero is not None]
     return scale, torch.cat(zeros) if zeros else None, global_scale

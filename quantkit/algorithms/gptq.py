@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 
 #: damp: share of the mean diagonal that is added to the Hessian's diagonal.
 #: actorder: ``static`` rounds columns with the largest diagonal first; ``none`` in order.
-#: block_size: columns of a lazy block, in solvers that have one; here it changes nothing.
 #: clip: ``mse`` narrows scales by column-weighted rounding error; ``none`` keeps min-max.
-OPTIONS: dict[str, Any] = {"damp": 0.01, "actorder": "static", "block_size": 128, "clip": "mse"}
+OPTIONS: dict[str, Any] = {"damp": 0.01, "actorder": "static", "clip": "mse"}
 
 
 def solve(weight: Tensor, stats: Stats, spec: QuantSpec, options: Mapping[str, Any]) -> QTensor:
@@ -107,7 +106,7 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
         eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
         inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
         upper = inverse.flip(0, 1).contiguous()
-    if int(info) != 0 or not torch.isfinite(upper).all():
+    if int(info) != 0 or not numerics.is_finite(upper):
         raise QuantkitError(
             f"GPTQ: the Hessian [{hessian.shape[0]}] is not positive definite with damp {damp}",
             remedy=f"raise `damp` (try {max(damp * 10, 0.01):g}) or calibrate on more samples",

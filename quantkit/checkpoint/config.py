@@ -60,7 +60,7 @@ def from_args(args: QuantizationArgs) -> QuantSpec:
         dtype=DType(str(args.type)),
         granularity=granularity,
         group_size=args.group_size if granularity is Granularity.GROUP else None,
-        block=tuple(args.block_structure) if args.block_structure else None,  # type: ignore[arg-type]
+        block=tuple(args.block_structure) if args.block_structure else None,
         symmetric=args.symmetric,
         dynamic=bool(args.dynamic),
         scale=scale,

@@ -132,9 +132,7 @@ def command(
         raise typer.Exit(outcomes.verdict.exit_code)
 
 
-def _recipe(
-    name: str, data: list[str] | None, samples: int | None, seq_len: int | None
-) -> Recipe:
+def _recipe(name: str, data: list[str] | None, samples: int | None, seq_len: int | None) -> Recipe:
     """The recipe with the command line's overrides."""
     from dataclasses import replace
 

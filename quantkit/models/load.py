@@ -141,10 +141,14 @@ def _fill(
                     if module in parts:
                         parts[module][leaf] = tensor
                     elif key in plain:
-                        _assign(model, key, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+                        _assign(
+                            model, key, tensor.to(dtype) if tensor.is_floating_point() else tensor
+                        )
                         filled.add(key)
                     else:
-                        raise QuantkitError(f"{path}: tensor {key} belongs to no layer of the model")
+                        raise QuantkitError(
+                            f"{path}: tensor {key} belongs to no layer of the model"
+                        )
         except (SafetensorError, OSError) as e:
             raise QuantkitError(
                 f"{path}: truncated or not a safetensors file ({e})",
@@ -184,7 +188,9 @@ def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
     if isinstance(current, nn.Parameter):
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
     else:
-        owner.register_buffer(leaf, tensor, persistent=leaf not in owner._non_persistent_buffers_set)
+        owner.register_buffer(
+            leaf, tensor, persistent=leaf not in owner._non_persistent_buffers_set
+        )
 
 
 def _fingerprint(

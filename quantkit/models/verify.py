@@ -77,7 +77,9 @@ def verify_reload(folder: Path, *, kernels: str = "native") -> list[Finding]:
     if wanted is not None:
         close = math.isclose(runtime.bits_per_weight, wanted, rel_tol=0.01)
         findings.append(
-            Finding("size", close, f"{runtime.bits_per_weight:.3f} bits a weight, {wanted} by theory")
+            Finding(
+                "size", close, f"{runtime.bits_per_weight:.3f} bits a weight, {wanted} by theory"
+            )
         )
     return findings
 

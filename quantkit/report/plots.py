@@ -58,7 +58,7 @@ def tick_labels(values: Sequence[float], *, as_percent: bool = False) -> list[st
     scale = 100 if as_percent else 1
     shown = [scale * v for v in values]
     digits = 0
-    while digits < 9 and any(abs(round(v, digits) - v) > 1e-6 * (shown[-1] or 1) for v in shown):
+    while digits < 15 and any(abs(round(v, digits) - v) > 1e-6 * (shown[-1] or 1) for v in shown):
         digits += 1
     return [fixed(v, digits) + (f"{NBSP}%" if as_percent else "") for v in shown]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from quantkit.report.words import (
     size,
     whole,
 )
-from quantkit.results import GateCheck, Outcome, Results, TaskResult, Verdict
+from quantkit.results import GateCheck, Outcome, Results, TaskResult, TextResult, Verdict
 
 #: Flipped items on the page.
 MOST_FLIPS = 200
@@ -85,16 +86,18 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
         _tile("Bits per weight", fixed(run.bits_per_weight, 2), "of the quantized layers"),
     ]
     text = run.candidate.text if run.candidate else None
-    if text is not None:
+    if text is not None and text.tokens:
         if text.kl_mean is not None:
             p99 = "" if text.kl_p99 is None else f"; 99 % of tokens below {fixed(text.kl_p99, 2)}"
             tiles.append(
                 _tile("KL to the original", fixed(text.kl_mean, 4), f"nats per token{p99}")
             )
         if text.top1_agreement is not None:
-            share = percent(text.top1_agreement)
-            tiles.append(_tile("Top-1 agreement", share, "of tokens keep their most likely token"))
-        tiles.append(_perplexity(run))
+            agreement = percent(text.top1_agreement)
+            tiles.append(
+                _tile("Top-1 agreement", agreement, "of tokens keep their most likely token")
+            )
+        tiles.append(_perplexity(text, run.baseline.text if run.baseline else None))
     for name, ours, theirs in _pairs(run):
         share = _is_share(ours, theirs)
         note = ""
@@ -110,9 +113,9 @@ def _sizes(run: Run) -> tuple[float, float]:
     """Bytes of the checkpoint and the original: as the gate saw them if it did, so that one
     page does not hold two ratios."""
     cost = run.candidate.cost if run.candidate else {}
-    found = cost.get("size_bytes"), cost.get("reference_size_bytes")
-    if all(isinstance(n, int | float) and n > 0 for n in found):
-        return float(found[0]), float(found[1])
+    ours, theirs = cost.get("size_bytes"), cost.get("reference_size_bytes")
+    if isinstance(ours, int | float) and isinstance(theirs, int | float) and theirs > 0:
+        return ours, theirs
     return run.size_bytes, run.source_bytes
 
 
@@ -120,14 +123,17 @@ def _tile(label: str, value: str, note: str) -> dict[str, str]:
     return {"label": label, "value": value, "note": note}
 
 
-def _perplexity(run: Run) -> dict[str, str]:
-    assert run.candidate is not None
-    ours = run.candidate.to_json()["perplexity"]
-    if run.baseline is None or run.baseline.text is None:
-        return _tile("Perplexity", fixed(ours, 2), "")
-    theirs = run.baseline.to_json()["perplexity"]
-    change = fixed(100 * (ours / theirs - 1), 1, signed=True)
-    return _tile("Perplexity", fixed(ours, 2), f"original {fixed(theirs, 2)} ({change}{NBSP}%)")
+def _perplexity(ours: TextResult, theirs: TextResult | None) -> dict[str, str]:
+    value = fixed(_exp(ours.mean_nll), 2)
+    if theirs is None or not theirs.tokens:
+        return _tile("Perplexity", value, "")
+    change = fixed(100 * (_exp(ours.mean_nll - theirs.mean_nll) - 1), 1, signed=True)
+    original = fixed(_exp(theirs.mean_nll), 2)
+    return _tile("Perplexity", value, f"original {original} ({change}{NBSP}%)")
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700.0))  # a ruined model's perplexity stays a finite number
 
 
 # -- gates -----------------------------------------------------------------------------------
@@ -164,7 +170,7 @@ def _capital(text: str) -> str:
 def text(results: Results | None) -> dict[str, Any] | None:
     """Divergence on held-out text; None when there is nothing to plot."""
     found = results.text if results else None
-    if found is None or not found.kl_by_position:
+    if found is None or not found.tokens or not found.kl_by_position:
         return None
     return {
         "plot": plots.position_facet(found.kl_by_position, found.kl_mean, found.seq_len),
@@ -333,7 +339,8 @@ def _flip(f: Flip) -> dict[str, Any]:
 
 def _tail(text: str) -> str:
     """The end of a long prompt, which is where the question stands."""
-    return "… " + text[-SHORT_PROMPT // 2 :].partition(" ")[2].strip()
+    end = text[-SHORT_PROMPT // 2 :]
+    return "… " + (end.partition(" ")[2] or end).strip()
 
 
 def _cut(text: str) -> str:

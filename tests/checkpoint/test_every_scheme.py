@@ -71,9 +71,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_reload_agrees_with_transformers(
-    name: str, tiny: Path, tmp_path: Path
-) -> None:
+def test_reload_agrees_with_transformers(name: str, tiny: Path, tmp_path: Path) -> None:
     scheme = TABLE[name]
     folder = tmp_path / "export"
     plan, layers = export(tiny, scheme, folder)

@@ -36,10 +36,11 @@ SHAPES = {
     "mlp.down_proj": (576, 1536),
 }
 QUEUES = (
-    "late delivery, damaged parcel, wrong item, returns, refund status, billing error, "
-    "cancel subscription, change plan, password problem, device setup, warranty repair, "
-    "product availability, discount code, invoice copy, saying thank you, other"
-).split(", ")
+    *("late delivery", "damaged parcel", "wrong item", "returns", "refund status"),
+    *("billing error", "cancel subscription", "change plan", "password problem"),
+    *("device setup", "warranty repair", "product availability", "discount code"),
+    *("invoice copy", "saying thank you", "other"),
+)
 MESSAGES = (
     "Hi, it has been nine days and order {n} still says it is with the courier.",
     "Goodbye Premium, it is not you, it is my bank balance. How do I cancel before {n}?",

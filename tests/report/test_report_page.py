@@ -14,7 +14,10 @@ from report_builders import make_results, manifest, write_run
 
 from quantkit.report import read_run, render
 from quantkit.report.sections import MOST_FLIPS, SHORT_PROMPT
+from quantkit.results import Results
 
+#: Elements that stand apart from what is before them.
+SPACED = {"td", "th", "dt", "dd", "div", "p", "text", "summary", "article", "h2", "h3", "span"}
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
@@ -38,6 +41,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.texts.append(" " if tag in SPACED else "")
         names = [name for name, _ in attrs]
         assert not any(name.startswith("on") for name in names), names
         self.links += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "action")]
@@ -219,28 +223,23 @@ def test_without_data_or_recipe_file(tmp_path: Path) -> None:
 def test_experts_share_a_plot(tmp_path: Path) -> None:
     layer = manifest()["layers"]["model.layers.0.mlp.up_proj"]
     names = [f"model.layers.{b}.mlp.experts.{e}.up_proj" for b in range(3) for e in range(4)]
-    facts = {"layers": {name: layer for name in names}}
+    facts = {"layers": dict.fromkeys(names, layer)}
     html = render(read_run(write_run(tmp_path / "out", gated=False, facts=facts)))
     Page(html)
     assert html.count("mlp.experts.*.up_proj: output error and weight error by block") == 1
 
 
 def test_model_output_is_text(tmp_path: Path) -> None:
-    evil = '</pre><script>alert(1)</script><img src=x onerror="alert(2)">{{ 7*7 }} & \x1b[2J\ud800'
+    evil = '</pre><script>alert(1)</script><img src=x onerror="alert(2)">{{ 7*7 }} & \x1b[2J'
     candidate, baseline = make_results()
 
-    def poison(side):  # type: ignore[no-untyped-def]
+    def poison(side: Results) -> Results:
         task = side.tasks["support_intent"]
         rows = tuple(
             replace(r, prompt=evil, prediction=evil, target=evil, slice=evil) for r in task.rows
         )
         return replace(side, tasks={**side.tasks, "support_intent": replace(task, rows=rows)})
 
-    facts = {"recipe": {"name": evil, "sha256": evil, "text": evil}, "kept": [evil]}
-    folder = write_run(tmp_path / "out", gated=False, facts={})
-    del folder
-    clean = evil.replace("\ud800", "")
-    evil = clean
     run = read_run(
         write_run(
             tmp_path / "out",
@@ -248,7 +247,6 @@ def test_model_output_is_text(tmp_path: Path) -> None:
             facts={"recipe": {"name": evil, "sha256": evil, "text": evil}, "kept": [evil]},
         )
     )
-    assert facts
     html = render(run)
     page = Page(html)
     assert not set(page.tags) & {"script", "img"}
@@ -293,8 +291,22 @@ document.body.dataset.probe = document.documentElement.scrollWidth + "/" + inner
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_phone_does_not_scroll_sideways(html: str, tmp_path: Path) -> None:
+def test_phone_does_not_scroll_sideways(failed: Path, tmp_path: Path) -> None:
     """The page in a frame of 390 px: a browser window may have a larger least width."""
+    run, long = read_run(failed), "unbreakable" * 40
+    flip = replace(run.flips[0], prompt=long, target=long, candidate_prediction=long, slice=long)
+    experts = [replace(x, kind=f"mlp.experts.*.{x.kind}") for x in run.layers]
+    html = render(
+        replace(
+            run,
+            model=long,
+            flips=(flip, *run.flips),
+            layers=tuple(experts),
+            warnings=(long,),
+            recipe_text=long,
+            machine={"system": long},
+        )
+    )
     policy = re.compile(r"<meta http-equiv=[^>]*>")
     inner = policy.sub("", html).replace("<details", "<details open").replace("</body>", PROBE)
     (tmp_path / "inner.html").write_text(inner, encoding="utf-8")

@@ -1,0 +1,66 @@
+"""The main job on SmolLM2-135M-Instruct, from its .gguf file to a served reply."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit.cli.main import run
+from quantkit.models.load import load_runtime
+
+pytestmark = pytest.mark.real_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A w4a16-g64 GPTQ checkpoint from a small share of the product traffic."""
+    out = tmp_path_factory.mktemp("real") / "w4"
+    code = run(
+        ["calibrate", smollm2, "-r", "w4a16-gptq", "--samples", "16", "--seq-len", "256",
+         "--no-gate", "-o", str(out)]
+    )  # fmt: skip
+    assert code == 0
+    return out
+
+
+def test_it_still_knows_what_it_knew(checkpoint: Path) -> None:
+    runtime = load_runtime(checkpoint)
+    prompt = "The capital of France is Paris. The capital of Germany is"
+    ids = torch.tensor([runtime.tokenizer.encode(prompt)])
+    with torch.no_grad():
+        out = runtime.model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert "Berlin" in runtime.tokenizer.decode(out[0, ids.shape[1] :])
+
+
+def test_native_and_reference_kernels_agree(checkpoint: Path) -> None:
+    prompt = "Customer message: my parcel is late again.\nThis message is about"
+    native, reference = (load_runtime(checkpoint, kernels=k) for k in ("native", "reference"))
+    ids = torch.tensor([native.tokenizer.encode(prompt)])
+    with torch.no_grad():
+        ours = native.model(ids).logits.float()
+        theirs = reference.model(ids).logits.float()
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.02
+
+
+def test_scores_and_divergence(
+    checkpoint: Path, smollm2: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = Path(__file__).parent.parent / "evals" / "data" / "grounded_qa.traffic.jsonl"
+    code = run(
+        ["eval", str(checkpoint), "--suite", "support_intent", "--max-items", "40", "--text",
+         str(text), "--seq-len", "512", "--max-tokens", "2048", "--reference", smollm2, "--json",
+         "-o", str(tmp_path / "results.json")]
+    )  # fmt: skip
+    assert code == 0
+    document = json.loads(capfd.readouterr().out)
+    assert 0.01 < document["kl_mean"] < 0.6
+    assert document["top1_agreement"] > 0.6
+    assert document["tasks"]["support_intent"]["acc"] > 0.45  # chance is 0.25
+    assert document["cost"]["bits_per_weight"] == pytest.approx(4.25, abs=0.02)
+
+
+def test_verify(checkpoint: Path) -> None:
+    assert run(["verify", str(checkpoint)]) == 0
