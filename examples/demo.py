@@ -128,7 +128,7 @@ def serve(checkpoint: Path) -> int:
                 continue
         else:
             return server.wait()
-        question = "My parcel is a week late. Write one polite sentence to the shop."
+        question = "What is the capital of France?"
         body = {
             "model": ready["model"],
             "messages": [{"role": "user", "content": question}],

@@ -124,7 +124,8 @@ inline std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
   return sizes;
 }
 
-inline void require_same_device(const char* op, const char* what, const Tensor& t, const Tensor& x) {
+inline void require_same_device(const char* op, const char* what, const Tensor& t,
+                                const Tensor& x) {
   require(t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index(), op, what,
           " is on another device than x; move the layer's buffers to the device of x");
 }

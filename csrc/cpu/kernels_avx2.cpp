@@ -8,8 +8,9 @@
 namespace quantkit {
 
 const KernelTable& avx2_kernels() {
-  static const KernelTable table = {"avx2", weight_only_kernel<F32Math, W4ToF32, I8ToF32, F8ToF32>(),
-                                    {}, w8a8_kernel(), quantize_row, dequantize_row};
+  static const KernelTable table = {
+      "avx2", weight_only_kernel<F32Math, W4ToF32, I8ToF32, F8ToF32>(),
+      {}, w8a8_kernel(), quantize_row, dequantize_row};
   return table;
 }
 

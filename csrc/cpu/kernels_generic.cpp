@@ -8,8 +8,9 @@
 namespace quantkit {
 
 const KernelTable& generic_kernels() {
-  static const KernelTable table = {"generic", weight_only_kernel<F32Math, W4ToF32, I8ToF32, F8ToF32>(),
-                                    {}, w8a8_kernel(), quantize_row, dequantize_row};
+  static const KernelTable table = {
+      "generic", weight_only_kernel<F32Math, W4ToF32, I8ToF32, F8ToF32>(),
+      {}, w8a8_kernel(), quantize_row, dequantize_row};
   return table;
 }
 

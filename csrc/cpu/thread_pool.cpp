@@ -154,7 +154,9 @@ void parallel_units(int64_t units, UnitFn fn, void* ctx) {
   for (int64_t unit = 0; unit < units; ++unit) fn(ctx, unit);
 }
 
-void set_num_threads(int threads) { requested.store(threads > kMaxThreads ? kMaxThreads : threads); }
+void set_num_threads(int threads) {
+  requested.store(threads > kMaxThreads ? kMaxThreads : threads);
+}
 void set_default_threads(int threads) { fallback.store(threads); }
 
 int num_threads() {

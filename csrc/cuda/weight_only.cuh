@@ -134,7 +134,9 @@ __global__ void __launch_bounds__(kThreads)
     for (int r = 0; r < kRowsAThread; ++r) {
       const int64_t row = first_row + r;
       const bool valid = row < a.n;
-      scale[r] = valid ? load_shared_by_many(a.scale + row * a.scale_stride_n + group * a.scale_stride_g) : 0.0f;
+      scale[r] = valid ? load_shared_by_many(a.scale + row * a.scale_stride_n +
+                                             group * a.scale_stride_g)
+                       : 0.0f;
       zero[r] = valid && a.zero != nullptr
                     ? load_shared_by_many(a.zero + row * a.zero_stride_n + group * a.zero_stride_g)
                     : 0.0f;
@@ -238,7 +240,7 @@ template <class T, class Format>
 int launch_dequantize(const qk_weight_only_args& a, cudaStream_t stream) {
   const int64_t chunks = (a.k + Format::kCodes - 1) / Format::kCodes;
   // gridDim.y ends at 65535: more rows take more launches.
-  constexpr int64_t kMostRows = 65535 / (kBlockRows * kBlocksTogether) * kBlockRows * kBlocksTogether;
+  constexpr int64_t kMostRows = 65535 / 64 * 64;  // whole groups of four blocks
   for (int64_t first = 0; first < a.n; first += kMostRows) {
     qk_weight_only_args part = a;
     const int64_t rows = a.n - first < kMostRows ? a.n - first : kMostRows;

@@ -201,7 +201,8 @@ def _show_plan(prepared: Prepared) -> None:
         limits = ", ".join(gate.name for gate in prepared.policy.gates)
         console.print(f"gates              {limits}")
         for check in prepared.preflight:
-            console.print(f"  {check.message}")
+            if check.message:
+                console.print(f"[yellow]warning[/yellow]: {check.message}")
 
 
 def _show_outcomes(outcomes: Outcomes) -> None:
