@@ -221,15 +221,17 @@ def main() -> None:
     parser.add_argument("--rows", type=numbers, default=numbers("1,2,4,8,16,64,512"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--pool", default="own", choices=("own", "torch"))
     parser.add_argument("--isa", default="auto", help="force an instruction set")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
     ops.set_isa(options.isa)
+    ops.set_thread_pool(options.pool)
     bandwidth, rate = read_bandwidth(), product_rate()
     if not options.json:
-        print(f"{cpu_name()}, {options.threads} threads, kernels {ops.get_isa()}")
+        print(f"{cpu_name()}, {options.threads} threads ({options.pool} pool), {ops.get_isa()}")
         print(f"roof: reads {bandwidth / 1e9:.1f} GB/s, torch bf16 {rate / 1e9:.0f} GFLOP/s\n")
         print(
             f"{'N x K':>12} {'M':>4}  {'kernel':<16} {'us':>9} {'p10':>8} {'p90':>9}"

@@ -30,7 +30,7 @@ from quantkit.algorithms import SOLVERS, Stats
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.numerics import QTensor
 from quantkit.observers import HessianAccumulator, Observer, make_observer
-from quantkit.paused import Spine, run_paused, trace_groups
+from quantkit.paused import Spine, head_input, run_paused, trace_groups
 from quantkit.plan import Plan, PlannedLayer
 from quantkit.progress import Progress, silent
 from quantkit.quantize import QuantizedLayer, quantize_group
@@ -68,6 +68,7 @@ def calibrate(
     *,
     observer: Step | None = None,
     resume: bool = False,
+    release: bool = False,
     progress: Progress = silent,
 ) -> Calibrated:
     """Quantize every planned layer; the model's weights are replaced as it goes.
@@ -79,6 +80,8 @@ def calibrate(
         work: folder for finished blocks.
         observer: turns static activations into a range; min-max by default.
         resume: continue from the finished blocks in ``work``.
+        release: drop each block's weights when nothing needs them any more; the model
+            cannot be run afterwards.
         progress: called as (done, total, label), one step a batch and group.
 
     Raises:
@@ -93,11 +96,31 @@ def calibrate(
         models.untie(source.model)
     spine = Spine(source.model)
     ids = None if data is None else data.ids if plan.needs_data else data.ids[:PROBE_WINDOWS]
-    batches = [] if ids is None else list(ids.split(max(1, BATCH_TOKENS // ids.shape[1])))
     with torch.no_grad():
-        loop = _Loop(source, plan, spine, batches, observer, work, progress)
-        layers = loop.run()
-    return Calibrated(layers, loop.solve_seconds)
+        loop = _Loop(source, plan, spine, cut_batches(ids), observer, work, release, progress)
+        layers, probe = loop.run()
+    return Calibrated(layers, probe, loop.solve_seconds)
+
+
+def cut_batches(ids: Tensor | None) -> list[Tensor]:
+    """Windows ``[samples, seq_len]`` cut into batches of about `BATCH_TOKENS`.
+
+    The first batch is one window: layers are traced on it, and the reloaded checkpoint is
+    run on it in exactly the same shapes.
+    """
+    if ids is None:
+        return []
+    rest = list(ids[1:].split(max(1, BATCH_TOKENS // ids.shape[1]))) if len(ids) > 1 else []
+    return [ids[:1], *rest]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Token ids ``[1, T]`` and what the quantized model's head sees for them ``[1, T, hidden]``:
+    what a reloaded checkpoint must reproduce."""
+
+    ids: Tensor
+    head_input: Tensor
 
 
 @dataclass(frozen=True)
@@ -105,12 +128,15 @@ class Calibrated:
     """What the loop made.
 
     Attributes:
-        layers: every planned layer's result, in the plan's order.
+        layers: every planned layer's result, in the plan's order; the tensors are mapped
+            from the work folder, which must live as long as they do.
+        probe: for checking a reload.
         solve_seconds: time in solvers; the rest of the loop's time is forward passes and
             statistics.
     """
 
     layers: dict[str, QuantizedLayer]
+    probe: Probe
     solve_seconds: float
 
 
@@ -157,6 +183,7 @@ class _Loop:
         batches: Sequence[Tensor],
         observer: Step,
         work: Path,
+        release: bool,
         progress: Progress,
     ) -> None:
         self.model = source.model
@@ -165,6 +192,7 @@ class _Loop:
         self.batches = batches
         self.observer = observer
         self.work = work
+        self.release = release
         self.linears = models.linear_layers(source.model)
         head = plan.in_block(None)
         self.total = (plan.blocks + (1 if head else 0)) * max(1, len(batches))
@@ -173,34 +201,43 @@ class _Loop:
         self.groups: list[list[str]] | None = None
         self.solve_seconds = 0.0
 
-    def run(self) -> dict[str, QuantizedLayer]:
+    def run(self) -> tuple[dict[str, QuantizedLayer], Probe]:
         results: dict[str, QuantizedLayer] = {}
         hidden = self.spine.embed(self.batches)
         for index in range(self.plan.blocks):
             layers = self.plan.in_block(index)
             saved = _load_block(self.work, index, layers)
             if saved is not None:
-                for name, layer in saved.items():
-                    self._install(name, layer)
+                self._install(saved)
                 hidden = self._propagate(index, layers, saved, hidden)
-                block = saved
             elif hidden:
                 block, hidden = self._solve_block(index, layers, hidden)
-                _save_block(self.work, index, block)
+                saved = _save_block(self.work, index, block, layers)
             else:
-                block = self._solve_without_data(layers)
-                _save_block(self.work, index, block)
-            results.update(block)
+                saved = _save_block(self.work, index, self._solve_without_data(layers), layers)
+            results.update(saved)
+            if self.release and hidden:
+                self._release(layers)
         head = self.plan.in_block(None)
         if head:
             saved = _load_block(self.work, HEAD, head)
             if saved is None:
-                saved = self._solve_head(head, hidden)
-                _save_block(self.work, HEAD, saved)
-            for name, layer in saved.items():
-                self._install(name, layer)
+                saved = _save_block(self.work, HEAD, self._solve_head(head, hidden), head)
+            self._install(saved)
             results.update(saved)
-        return {layer.name: results[layer.name] for layer in self.plan.layers}
+        ordered = {layer.name: results[layer.name] for layer in self.plan.layers}
+        return ordered, self._probe(ordered, hidden)
+
+    def _probe(self, results: Mapping[str, QuantizedLayer], hidden: list[Tensor]) -> Probe:
+        if hidden:
+            ids = self.batches[0]
+            return Probe(ids, next(self.spine.head_inputs([ids], hidden[:1])))
+        vocabulary = models.embedding_shape(self.model)[0]
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, vocabulary, (1, 64), generator=generator)
+        planned = {layer.name: layer for layer in self.plan.layers}
+        with quantized_inputs(self.linears, planned, results):
+            return Probe(ids, head_input(self.model, ids))
 
     def _solve_block(
         self, index: int, layers: Mapping[str, PlannedLayer], hidden: list[Tensor]
@@ -224,8 +261,7 @@ class _Loop:
             began = time.monotonic()
             solved = collectors.pop(leader).solve(members, self.linears)
             self.solve_seconds += time.monotonic() - began
-            for name, layer in solved.items():
-                self._install(name, layer)
+            self._install(solved)
             results.update(solved)
 
         def finished(batch: int, out: Tensor) -> None:
@@ -261,7 +297,7 @@ class _Loop:
         for layer in layers.values():
             weight = {layer.name: self.linears[layer.name].weight}
             results.update(quantize_group([layer], weight, Stats(), None, None))
-            self._install(layer.name, results[layer.name])
+        self._install(results)
         self._advance("quantizing")
         return results
 
@@ -290,10 +326,19 @@ class _Loop:
             self.groups = [[name[len(prefix) :] for name in group] for group in traced]
         return [[prefix + name for name in group] for group in self.groups]
 
-    def _install(self, name: str, layer: QuantizedLayer) -> None:
-        module = self.linears[name]
-        weight = numerics.dequantize(layer.qtensor, module.weight.dtype)
-        module.weight = nn.Parameter(weight, requires_grad=False)
+    def _install(self, layers: Mapping[str, QuantizedLayer]) -> None:
+        """Give layers their dequantized weights."""
+        for name, layer in layers.items():
+            module = self.linears[name]
+            weight = numerics.dequantize(layer.qtensor, module.weight.dtype)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+
+    def _release(self, layers: Mapping[str, PlannedLayer]) -> None:
+        """Drop the weights of layers that have run for the last time."""
+        for name in layers:
+            module = self.linears[name]
+            empty = torch.empty(0, dtype=module.weight.dtype)
+            module.weight = nn.Parameter(empty, requires_grad=False)
 
     def _advance(self, label: str) -> None:
         self.done += 1
@@ -368,8 +413,17 @@ def _open_work(
     write_json(path, state)
 
 
-def _save_block(work: Path, index: int, layers: Mapping[str, QuantizedLayer]) -> None:
-    """Tensors first, then the JSON whose presence makes the block count, each by a rename."""
+def _save_block(
+    work: Path,
+    index: int,
+    layers: Mapping[str, QuantizedLayer],
+    planned: Mapping[str, PlannedLayer],
+) -> dict[str, QuantizedLayer]:
+    """Tensors first, then the JSON whose presence makes the block count, each by a rename.
+
+    Returns the block as it reads back: mapped from its file, so that finished blocks do not
+    add up in memory.
+    """
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
     for name, layer in layers.items():
@@ -387,6 +441,9 @@ def _save_block(work: Path, index: int, layers: Mapping[str, QuantizedLayer]) ->
         staging.unlink(missing_ok=True)
         raise UsageError(f"{stem}: cannot be written ({e.strerror or e})") from e
     write_json(stem.with_suffix(".json"), facts)
+    saved = _load_block(work, index, planned)
+    assert saved is not None
+    return saved
 
 
 def _load_block(

@@ -105,26 +105,15 @@ class Spine:
 
     def head_inputs(self, batches: Sequence[Tensor], hidden: Sequence[Tensor]) -> Iterator[Tensor]:
         """What the output head sees, from the hidden states behind the last block."""
-        head = self.model.get_output_embeddings()
         for ids, x in zip(batches, hidden, strict=True):
-            caught: list[Tensor] = []
 
             def skip(
                 index: int, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor = x
             ) -> Any:
                 return (x,) if self._returns_tuple else x
 
-            def catch(_: nn.Module, inputs: tuple[Tensor, ...], caught: Any = caught) -> None:
-                caught.append(inputs[0])
-                raise _Stop
-
-            hook = head.register_forward_pre_hook(catch)
-            try:
-                with self._replaced_blocks(skip):
-                    self._forward(ids)
-            finally:
-                hook.remove()
-            yield caught[0]
+            with self._replaced_blocks(skip):
+                yield head_input(self.model, ids)
 
     def _forward(self, ids: Tensor) -> None:
         try:
@@ -162,6 +151,25 @@ class Spine:
                     del block.forward
                 else:
                     block.forward = forward
+
+
+def head_input(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The hidden states ``[B, T, hidden]`` that the output head sees for token ids ``[B, T]``."""
+    caught: list[Tensor] = []
+
+    def catch(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        caught.append(inputs[0])
+        raise _Stop
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(catch)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids.to(model.device), use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        hook.remove()
+    return caught[0]
 
 
 def trace_groups(run: Callable[[], Tensor], layers: Mapping[str, nn.Module]) -> list[list[str]]:

@@ -29,7 +29,7 @@ import torch
 
 from quantkit import gate
 from quantkit import model as models
-from quantkit.calibrate import CalibrationData, calibrate, quantized_inputs
+from quantkit.calibrate import CalibrationData, Probe, calibrate
 from quantkit.checkpoint.write import promote, write_checkpoint, write_manifest
 from quantkit.data.contamination import overlap
 from quantkit.data.render import render
@@ -42,13 +42,13 @@ from quantkit.gate.policy import Policy, TaskGate
 from quantkit.layers import QuantLinear
 from quantkit.models.load import load_runtime
 from quantkit.models.runtime import Runtime
+from quantkit.paused import head_input
 from quantkit.plan import Plan, make_plan
 from quantkit.progress import Progress, silent
-from quantkit.quantize import QuantizedLayer
 from quantkit.recipe import Recipe
 from quantkit.results import Outcome, Results, Verdict, write_json, write_text
 
-#: ‖reloaded − in memory‖ / ‖in memory‖ of the logits in the reference kernels, which compute
+#: ‖reloaded − in memory‖ / ‖in memory‖ of the last hidden states in the reference kernels, which compute
 #: what the calibration loop computed: anything but zero is a defect, and this leaves room for
 #: a library that sums in another order.
 RELOAD_TOLERANCE = 1e-3
@@ -194,15 +194,14 @@ def execute(prepared: Prepared, reporter: Reporter = _silent_reporter) -> Outcom
             work,
             observer=job.recipe.calibrate.observer,
             resume=job.resume,
+            release=True,
             progress=progress,
         )
     seconds["quantize"] = round(calibrated.solve_seconds, 3)
     seconds["calibrate"] = round(time.monotonic() - began - calibrated.solve_seconds, 3)
     began = time.monotonic()
     manifest = write_checkpoint(staging, source, plan, calibrated.layers, _provenance(prepared))
-    expected = _probe_logits(source, plan, calibrated.layers)
-    # The original is scored as it was, so the modified copy is dropped before it is loaded.
-    outcomes = _judge(prepared, staging, manifest, expected, seconds, began, reporter)
+    outcomes = _judge(prepared, staging, manifest, calibrated.probe, seconds, began, reporter)
     shutil.rmtree(work, ignore_errors=True)
     return outcomes
 
@@ -211,7 +210,7 @@ def _judge(
     prepared: Prepared,
     staging: Path,
     manifest: dict[str, Any],
-    expected: tuple[torch.Tensor, torch.Tensor],
+    probe: Probe,
     seconds: dict[str, float],
     began: float,
     reporter: Reporter,
@@ -220,7 +219,7 @@ def _judge(
     _drop_weights(prepared.source)
     calibration_peak = _peak_rss()
     candidate_runtime = load_runtime(staging, kernels=job.kernels, device=job.device)
-    _check_reload(staging, candidate_runtime, expected, job.device)
+    _check_reload(staging, candidate_runtime, probe, job.device)
     seconds["export"] = round(time.monotonic() - began, 3)
     began = time.monotonic()
     verdict = candidate = baseline = None
@@ -362,38 +361,21 @@ def _check_contamination(sources: Sequence[Source], suites: Sequence[Suite]) -> 
 # --- reload ------------------------------------------------------------------------------------
 
 
-def _probe_ids(vocabulary: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocabulary, (1, 64), generator=generator)
-
-
-def _probe_logits(
-    source: models.SourceModel, plan: Plan, layers: dict[str, QuantizedLayer]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, logits) of the model in memory, with the same activation quantization."""
-    planned = {layer.name: layer for layer in plan.layers}
-    ids = _probe_ids(models.embedding_shape(source.model)[0])
-    linears = models.linear_layers(source.model)
-    with torch.no_grad(), quantized_inputs(linears, planned, layers):
-        return ids, source.model(input_ids=ids.to(source.model.device)).logits.float().cpu()
-
-
-def _check_reload(
-    folder: Path, runtime: Runtime, expected: tuple[torch.Tensor, torch.Tensor], device: str
-) -> None:
+def _check_reload(folder: Path, runtime: Runtime, probe: Probe, device: str) -> None:
     """The files hold what calibration made, and the kernels compute what the files say.
 
     Raises:
         QuantkitError: they do not.
     """
-    ids, logits = expected
     reference = load_runtime(folder, kernels="reference", device=device)
+    expected = probe.head_input.float().cpu()
     with torch.no_grad():
-        got = reference.model(input_ids=ids.to(device)).logits.float().cpu()
-        error = float((got - logits).norm() / logits.norm())
+        got = head_input(reference.model, probe.ids).float().cpu()
+        error = float((got - expected).norm() / expected.norm())
         if not error <= RELOAD_TOLERANCE:
             raise QuantkitError(
-                f"the reloaded checkpoint's logits differ by {error:.2%} from the model in memory",
+                f"the reloaded checkpoint's hidden states differ by {error:.2%} from the model "
+                "in memory",
                 remedy="this is a defect in export or reload; please report it",
             )
         for name, layer in runtime.model.named_modules():

@@ -87,7 +87,7 @@ def test_gate_and_report_need_no_torch(name: str) -> None:
 
 
 def test_the_command_line_imports_nothing_heavy() -> None:
-    heavy = "torch transformers numpy scipy lm_eval fastapi matplotlib"
+    heavy = "torch transformers numpy scipy lm_eval fastapi"
     code = (
         f"import sys, quantkit.cli.main; print([m for m in {heavy.split()!r} if m in sys.modules])"
     )

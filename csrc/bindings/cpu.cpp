@@ -231,8 +231,26 @@ Tensor quantize_fp8_static(Tensor x, Tensor scale) {
   return quantize_static("quantize_fp8_static", x, scale, QK_F8);
 }
 
+// torch's own threads as an executor of the kernels.
+void on_torch_threads(int32_t threads, void (*body)(void*, int32_t), void* ctx) {
+  struct Call {
+    void (*body)(void*, int32_t);
+    void* ctx;
+  } call{body, ctx};
+  const auto range = [](int64_t begin, int64_t end, void* opaque) {
+    const Call& made = *static_cast<Call*>(opaque);
+    for (int64_t i = begin; i < end; ++i) made.body(made.ctx, static_cast<int32_t>(i));
+  };
+  torch_parallel_for(0, threads, 1, range, &call);
+}
+
 }  // namespace
 }  // namespace quantkit::binding
+
+// 1: run on torch's threads; 0: on the library's own.
+extern "C" QK_EXPORT void qk_use_torch_threads(int32_t use) {
+  qk_set_executor(use != 0 ? quantkit::binding::on_torch_threads : nullptr);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(quantkit, CPU, m) {
   using namespace quantkit::binding;

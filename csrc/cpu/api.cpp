@@ -19,37 +19,28 @@ constexpr int64_t kUnitRows = 240;
 
 constexpr int64_t kFewRows = 8;
 
-// Blocks of 16 weight rows cut into units: full ones first, then, so that no thread idles while
-// another runs a last full unit, the remainder in equal smaller ones.
+// Blocks of 16 weight rows cut into units: an equal run for each thread, cut where the blocks that
+// lie together in memory are, into `units_a_thread` units of which the last may be empty.
 struct BlockPlan {
-  int64_t full_units, full_blocks, small_blocks, blocks;
+  int64_t blocks, threads, step, units_a_thread;
 
-  // `few_rows`: the call is bound by reading the weight, so a unit is a longer run of it where
-  // that leaves each thread four or more.
-  BlockPlan(int64_t total, int64_t unit_blocks, int64_t threads, bool few_rows) {
-    if (few_rows) {
-      const int64_t run = total / (unit_blocks * threads * 4);
-      unit_blocks *= run < 1 ? 1 : (run > 8 ? 8 : run);
-    }
+  BlockPlan(int64_t total, int64_t tile_blocks, bool few_rows) {
     blocks = total;
-    full_blocks = unit_blocks;
-    full_units = total / (unit_blocks * threads) * threads;
-    const int64_t rest = total - full_units * unit_blocks;
-    small_blocks = rest == 0 ? 1 : ceil_div(rest, threads);
-    if (small_blocks > unit_blocks) small_blocks = unit_blocks;
+    threads = num_threads() < total ? num_threads() : total;
+    const int64_t share = ceil_div(total, threads);
+    // Few rows of x make tiles short: claim several at once while that leaves eight a thread.
+    const int64_t tiles = few_rows ? share / (tile_blocks * 8) : 1;
+    step = tile_blocks * (tiles < 1 ? 1 : tiles);
+    units_a_thread = ceil_div(share + kBlocksTogether, step);
   }
-  int64_t units() const {
-    return full_units + ceil_div(blocks - full_units * full_blocks, small_blocks);
-  }
+  int64_t units() const { return threads * units_a_thread; }
   void unit(int64_t index, Range* range) const {
-    if (index < full_units) {
-      range->block = index * full_blocks;
-      range->blocks = full_blocks;
-    } else {
-      range->block = full_units * full_blocks + (index - full_units) * small_blocks;
-      const int64_t left = blocks - range->block;
-      range->blocks = small_blocks < left ? small_blocks : left;
-    }
+    const int64_t thread = index / units_a_thread;
+    const int64_t first = blocks * thread / threads, last = blocks * (thread + 1) / threads;
+    const int64_t from = first / kBlocksTogether * kBlocksTogether + index % units_a_thread * step;
+    range->block = from > first ? from : first;
+    const int64_t end = from + step < last ? from + step : last;
+    range->blocks = end - range->block;
   }
 };
 
@@ -118,8 +109,7 @@ int qk_weight_only_linear(const qk_weight_only_args* args) {
     });
   }
 
-  const BlockPlan plan(job.blocks, kernel.tile_blocks(a.m), num_threads(),
-                       a.m <= kFewRows);
+  const BlockPlan plan(job.blocks, kernel.tile_blocks(a.m), a.m <= kFewRows);
   const int64_t row_units = ceil_div(a.m, kUnitRows);
   const int64_t unit_rows = ceil_div(a.m, row_units);
   int status = QK_OK;
@@ -131,7 +121,7 @@ int qk_weight_only_linear(const qk_weight_only_args* args) {
     void* memory = scratch(kUnitSlot, kernel.scratch_bytes(job, range.rows));
     if (memory == nullptr) {
       __atomic_store_n(&status, QK_OUT_OF_MEMORY, __ATOMIC_RELAXED);
-    } else if (range.rows > 0) {
+    } else if (range.rows > 0 && range.blocks > 0) {
       kernel.run(job, range, static_cast<uint8_t*>(memory));
     }
   });
@@ -172,8 +162,7 @@ int qk_w8a8_linear(const qk_w8a8_args* args) {
     for (int64_t row = unit * rows_a_unit; row < end; ++row) kernel.prepare_row(job, row, words);
   });
 
-  const BlockPlan plan(job.blocks, kernel.tile_blocks(a.m), num_threads(),
-                       a.m <= kFewRows);
+  const BlockPlan plan(job.blocks, kernel.tile_blocks(a.m), a.m <= kFewRows);
   const int64_t row_units = ceil_div(a.m, kUnitRows);
   const int64_t unit_rows = ceil_div(a.m, row_units);
   parallel_for(plan.units() * row_units, [&](int64_t unit) {
@@ -181,7 +170,7 @@ int qk_w8a8_linear(const qk_w8a8_args* args) {
     plan.unit(unit / row_units, &range);
     range.row = unit % row_units * unit_rows;
     range.rows = unit_rows < a.m - range.row ? unit_rows : a.m - range.row;
-    if (range.rows > 0) kernel.run(job, range);
+    if (range.rows > 0 && range.blocks > 0) kernel.run(job, range);
   });
   return QK_OK;
 }
@@ -202,6 +191,8 @@ int qk_quantize(const qk_quantize_args* args) {
   });
   return QK_OK;
 }
+
+void qk_set_executor(qk_executor executor) { set_executor(executor); }
 
 int qk_set_num_threads(int32_t threads) {
   if (threads < 0) return QK_INVALID_ARGUMENT;

@@ -35,32 +35,56 @@ constexpr uint64_t kActiveMask = 0xffff;
 constexpr uint64_t kOpen = 1u << 16;
 constexpr uint64_t kJobOne = 1u << 17;
 
+// A call's units, divided among its threads.
+class Job {
+ public:
+  void divide(int64_t units, UnitFn fn, void* ctx, int threads) {
+    fn_ = fn;
+    ctx_ = ctx;
+    threads_ = threads;
+    for (int t = 0; t < threads; ++t) {
+      shares_[t].next.store(units * t / threads, std::memory_order_relaxed);
+      shares_[t].end = units * (t + 1) / threads;
+    }
+  }
+  int threads() const { return threads_; }
+
+  // The thread's own share, then what is left of the others'.
+  void work(int self) {
+    for (int i = 0; i < threads_; ++i) {
+      Share& share = shares_[(self + i) % threads_];
+      while (share.next.load(std::memory_order_relaxed) < share.end) {
+        const int64_t unit = share.next.fetch_add(1, std::memory_order_relaxed);
+        if (unit < share.end) fn_(ctx_, unit);
+      }
+    }
+  }
+
+ private:
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+  UnitFn fn_ = nullptr;
+  void* ctx_ = nullptr;
+  int threads_ = 1;
+  Share shares_[kMaxThreads];
+};
+
 class Pool {
  public:
   void run(int64_t units, UnitFn fn, void* ctx, int threads) {
-    fn_ = fn;
-    ctx_ = ctx;
-    units_ = units;
-    next_.store(0, std::memory_order_relaxed);
+    job_.divide(units, fn, ctx, threads);
     grow(threads - 1);
-    limit_.store(threads - 1, std::memory_order_relaxed);
     state_.store((state_.load(std::memory_order_relaxed) & ~kActiveMask) + kJobOne + kOpen,
                  std::memory_order_seq_cst);
     if (sleeping_.load(std::memory_order_seq_cst) > 0) state_.notify_all();
-    work();
+    job_.work(0);
     state_.fetch_and(~kOpen, std::memory_order_acq_rel);
     while ((state_.load(std::memory_order_acquire) & kActiveMask) != 0) relax();
   }
 
  private:
-  void work() {
-    for (;;) {
-      const int64_t unit = next_.fetch_add(1, std::memory_order_relaxed);
-      if (unit >= units_) return;
-      fn_(ctx_, unit);
-    }
-  }
-
   void grow(int workers) {
     while (static_cast<int>(workers_.size()) < workers) {
       const int index = static_cast<int>(workers_.size());
@@ -77,12 +101,8 @@ class Pool {
 
   std::atomic<uint64_t> state_{0};
   std::atomic<int> sleeping_{0};
-  std::atomic<int> limit_{0};
-  alignas(64) std::atomic<int64_t> next_{0};
-  UnitFn fn_ = nullptr;
-  void* ctx_ = nullptr;
-  int64_t units_ = 0;
   std::vector<std::thread> workers_;
+  Job job_;
 };
 
 thread_local bool inside_unit = false;
@@ -105,7 +125,7 @@ void Pool::worker(int index) {
     }
     if (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) continue;
     seen = state & ~kActiveMask;
-    if (index < limit_.load(std::memory_order_relaxed)) work();
+    if (index + 1 < job_.threads()) job_.work(index + 1);
     state_.fetch_sub(1, std::memory_order_acq_rel);
   }
 }
@@ -120,8 +140,17 @@ void reset_after_fork() {
   pool_mutex = new std::mutex;
 }
 
+std::atomic<Executor> executor{nullptr};
 std::atomic<int> requested{0};
 std::atomic<int> fallback{0};
+
+// One thread's part of a job on somebody else's threads.
+void work_inside(void* job, int32_t index) {
+  const bool before = inside_unit;
+  inside_unit = true;
+  static_cast<Job*>(job)->work(index);
+  inside_unit = before;
+}
 
 struct Scratch {
   void* memory[kScratchSlots] = {};
@@ -141,6 +170,12 @@ void parallel_units(int64_t units, UnitFn fn, void* ctx) {
   });
   const int threads = units < num_threads() ? static_cast<int>(units) : num_threads();
   if (threads > 1 && !inside_unit) {
+    if (const Executor run = executor.load(std::memory_order_relaxed)) {
+      static thread_local Job job;
+      job.divide(units, fn, ctx, threads);
+      run(threads, work_inside, &job);
+      return;
+    }
     std::unique_lock<std::mutex> lock(*pool_mutex, std::try_to_lock);
     if (lock.owns_lock()) {
       Pool* current = pool.load();
@@ -153,6 +188,8 @@ void parallel_units(int64_t units, UnitFn fn, void* ctx) {
   }
   for (int64_t unit = 0; unit < units; ++unit) fn(ctx, unit);
 }
+
+void set_executor(Executor chosen) { executor.store(chosen); }
 
 void set_num_threads(int threads) {
   requested.store(threads > kMaxThreads ? kMaxThreads : threads);

@@ -1,9 +1,10 @@
 // A small fixed pool for kernels that last microseconds.
 //
-// Units of work are claimed one at a time from a shared counter, so a thread that the operating
-// system delays takes fewer of them. A worker that wakes too late to join simply misses the job:
-// the caller never waits for a thread that has not started. Results must not depend on which
-// thread runs a unit, and here none do.
+// Each thread owns a contiguous share of the units, so that it reads a contiguous share of the
+// weights, and claims them one at a time; one that has finished takes from the others' shares. A
+// thread that the operating system delays thus loses units instead of holding everyone up, and a
+// worker that wakes too late to join simply misses the job: the caller never waits for a thread
+// that has not started. Results must not depend on which thread runs a unit, and here none do.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +23,10 @@ void parallel_for(int64_t units, F&& body) {
       units, [](void* ctx, int64_t unit) { (*static_cast<F*>(ctx))(unit); },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
+
+// Threads that somebody else owns; see qk_executor in quantkit.h. nullptr: the pool of this file.
+using Executor = void (*)(int32_t threads, void (*body)(void* ctx, int32_t index), void* ctx);
+void set_executor(Executor executor);
 
 void set_num_threads(int threads);      // 0: follow the default
 void set_default_threads(int threads);

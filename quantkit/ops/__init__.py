@@ -58,9 +58,11 @@ from quantkit.ops.status import (
     available_isas,
     get_isa,
     get_num_threads,
+    get_thread_pool,
     kernel_status,
     set_isa,
     set_num_threads,
+    set_thread_pool,
 )
 
 __all__ = [
@@ -77,6 +79,7 @@ __all__ = [
     "get_backend",
     "get_isa",
     "get_num_threads",
+    "get_thread_pool",
     "gptq_round",
     "kernel_status",
     "pack_scale",
@@ -90,6 +93,7 @@ __all__ = [
     "rounding_errors",
     "set_isa",
     "set_num_threads",
+    "set_thread_pool",
     "syrk_accumulate",
     "unpack_w4",
     "unpack_w8",

@@ -1,6 +1,6 @@
-"""What is built, what this CPU offers and what is in use; and the two settings of the CPU library.
+"""What is built, what this CPU offers and what is in use; and the settings of the CPU library.
 
-Both settings are for the whole process. ``set_isa`` is for tests and benchmarks.
+The settings are for the whole process. ``set_isa`` is for tests and benchmarks.
 """
 
 from __future__ import annotations
@@ -48,6 +48,29 @@ def get_num_threads() -> int:
     return int(handle.qk_get_num_threads())
 
 
+_pool = "own"
+
+
+def set_thread_pool(name: str) -> None:
+    """Run CPU kernels on "torch"'s threads or on the library's "own".
+
+    torch's OpenMP threads spin for some milliseconds after each parallel operation, on the cores
+    that the library's own threads need next: a program that alternates parallel torch operations
+    with these kernels runs faster on one pool. Where other programs compete for the cores, the
+    library's own pool is the steadier one: it never waits for a thread that is not running.
+    """
+    if name not in ("own", "torch"):
+        raise UsageError(f"thread pool {name!r} is unknown", remedy="use 'own' or 'torch'")
+    CPU.require().qk_use_torch_threads(ctypes.c_int32(name == "torch"))
+    global _pool
+    _pool = name
+
+
+def get_thread_pool() -> str:
+    """The pool in use: "own" or "torch"."""
+    return _pool
+
+
 def available_isas() -> list[str]:
     """The instruction sets that this CPU runs, slowest first."""
     handle = CPU.require()
@@ -93,14 +116,14 @@ def kernel_status() -> dict[str, Any]:
     Returns:
         ``cpu`` and ``cuda``, each with ``path``, ``built``, ``loaded`` and ``problem`` (why it is
         not usable, or None); ``cpu`` adds ``features`` (flags that the kernels care about),
-        ``isas`` (paths that run here), ``isa`` (the one in use) and ``threads``; ``cuda`` adds
-        ``available`` (torch sees a GPU).
+        ``isas`` (paths that run here), ``isa`` (the one in use), ``threads`` and
+        ``thread_pool``; ``cuda`` adds ``available`` (torch sees a GPU).
     """
     cuda_available = torch.cuda.is_available()
     if cuda_available:
         CUDA.load()
     cpu = _library_status(CPU) | {"features": _cpu_features(), "isas": [], "isa": None}
-    cpu["threads"] = None
+    cpu |= {"threads": None, "thread_pool": _pool}
     if CPU.handle is not None:
         cpu |= {"isas": available_isas(), "isa": get_isa(), "threads": get_num_threads()}
     cuda = _library_status(CUDA) | {"available": cuda_available}

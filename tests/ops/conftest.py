@@ -35,3 +35,4 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
     if CPU.handle is not None:
         ops.set_num_threads(0)
+        ops.set_thread_pool("own")

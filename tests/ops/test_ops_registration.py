@@ -99,9 +99,6 @@ def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_operators_without_a_kernel_for_a_device_say_so() -> None:
     with pytest.raises(KernelMissingError, match="w8a8_linear has no CUDA kernel"):
         library.require_cpu_kernel("w8a8_linear", SimpleNamespace(device=torch.device("cuda")))
-    codes, scale = ops.quantize_int8_per_token(torch.empty(2, 8, device="meta"))
-    assert codes.shape == (2, 8)
-    assert scale.shape == (2, 1)
 
 
 def test_status_reports_what_is_built_and_in_use() -> None:

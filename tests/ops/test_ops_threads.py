@@ -41,6 +41,22 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
             assert same_bits(layer(x), expected)
 
 
+def test_torchs_threads_give_the_same_bits() -> None:
+    torch.manual_seed(3)
+    layer = random_layer("int4", 333, 320, 64, zero=True)
+    inputs = [torch.randn(m, 320).bfloat16() for m in (1, 5, 300)]
+    expected = [layer(x) for x in inputs]
+    ops.set_thread_pool("torch")
+    assert ops.get_thread_pool() == "torch"
+    for torch_threads in (1, 2):
+        torch.set_num_threads(torch_threads)
+        for threads in (0, 2, 5):
+            ops.set_num_threads(threads)
+            assert all(same_bits(layer(x), y) for x, y in zip(inputs, expected, strict=True))
+    with pytest.raises(UsageError, match="thread pool 'omp' is unknown; use 'own' or 'torch'"):
+        ops.set_thread_pool("omp")
+
+
 def test_fifty_reruns_have_the_same_bits() -> None:
     torch.manual_seed(1)
     layer = random_layer("fp8", 200, 256, 64)

@@ -124,6 +124,12 @@ QK_EXPORT int32_t qk_get_num_threads(void);
 // The default while qk_set_num_threads is at 0; the binding keeps it equal to torch's.
 QK_EXPORT void qk_set_default_threads(int32_t threads);
 
+// Threads to run on instead of the library's own: `executor` must call body(ctx, i) once for each i
+// in [0, threads) and return when all calls have; it may run them on fewer threads. NULL restores
+// the library's pool. One pool in a process is faster than two that spin against each other.
+typedef void (*qk_executor)(int32_t threads, void (*body)(void* ctx, int32_t index), void* ctx);
+QK_EXPORT void qk_set_executor(qk_executor executor);
+
 // Instruction sets, slowest first: "generic", "avx2", "avx512", "avx512bf16"; "auto" is the best
 // that this CPU runs. Forcing one is for tests and benchmarks.
 QK_EXPORT int qk_set_isa(const char* name);
