@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from quantkit import memory, numerics
 from quantkit import model as models
-from quantkit import numerics
 from quantkit.algorithms import SOLVERS, Stats
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.numerics import QTensor
@@ -218,6 +218,7 @@ class _Loop:
             results.update(saved)
             if self.release and hidden:
                 self._release(layers)
+            memory.trim_heap()
         head = self.plan.in_block(None)
         if head:
             saved = _load_block(self.work, HEAD, head)
@@ -330,8 +331,10 @@ class _Loop:
         """Give layers their dequantized weights."""
         for name, layer in layers.items():
             module = self.linears[name]
-            weight = numerics.dequantize(layer.qtensor, module.weight.dtype)
+            original = module.weight
+            weight = numerics.dequantize(layer.qtensor, original.dtype)
             module.weight = nn.Parameter(weight, requires_grad=False)
+            memory.forget_pages(original)
 
     def _release(self, layers: Mapping[str, PlannedLayer]) -> None:
         """Drop the weights of layers that have run for the last time."""

@@ -48,9 +48,9 @@ from quantkit.progress import Progress, silent
 from quantkit.recipe import Recipe
 from quantkit.results import Outcome, Results, Verdict, write_json, write_text
 
-#: ‖reloaded − in memory‖ / ‖in memory‖ of the last hidden states in the reference kernels, which compute
-#: what the calibration loop computed: anything but zero is a defect, and this leaves room for
-#: a library that sums in another order.
+#: ‖reloaded − in memory‖ / ‖in memory‖ of the last hidden states in the reference kernels,
+#: which compute what the calibration loop computed: anything but zero is a defect, and this
+#: leaves room for a library that sums in another order.
 RELOAD_TOLERANCE = 1e-3
 
 #: ‖native − reference‖ / ‖reference‖ of one layer's output. The reference rounds weights and

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "quantkit"
 
 #: Layers from the bottom up; a module imports its own layer and those below.
 LAYERS = (
-    {"errors", "strict_yaml", "progress"},
+    {"errors", "strict_yaml", "progress", "memory"},
     {"schemes", "recipe", "results"},
     {"numerics", "packing", "ops"},
     {"observers", "algorithms", "layers"},
