@@ -203,9 +203,11 @@ class _Loop:
 
     def run(self) -> tuple[dict[str, QuantizedLayer], Probe]:
         results: dict[str, QuantizedLayer] = {}
+        models.bring_in(self.model, skip=self.spine.blocks)
         hidden = self.spine.embed(self.batches)
         for index in range(self.plan.blocks):
             layers = self.plan.in_block(index)
+            models.bring_in(self.spine.blocks[index])
             saved = _load_block(self.work, index, layers)
             if saved is not None:
                 self._install(saved)

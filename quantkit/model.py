@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import multiprocessing
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -91,10 +93,14 @@ def load_source(
     size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     placement: dict[str, Any] = {"device_map": {"": device}}
     if device == "cpu" and size > budget:
+        # Safetensors are read where they lie; what has no file of its own goes here, and is
+        # removed with the process.
+        offload = tempfile.mkdtemp(prefix="quantkit-offload-")
+        atexit.register(shutil.rmtree, offload, ignore_errors=True)
         placement = {
             "device_map": "auto",
             "max_memory": {"cpu": budget},
-            "offload_folder": str(folder / ".offload"),
+            "offload_folder": offload,
         }
     with quiet_transformers():
         try:
@@ -294,6 +300,33 @@ def untie(model: PreTrainedModel) -> None:
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = False
+
+
+def bring_in(module: nn.Module, *, skip: nn.Module | None = None) -> None:
+    """Load what accelerate left on disk into memory, for good, and take its hooks off.
+
+    Args:
+        module: with its submodules.
+        skip: a part that stays where it is.
+    """
+    from accelerate.hooks import remove_hook_from_module
+    from accelerate.utils import set_module_tensor_to_device
+
+    stays = set(skip.modules()) if skip is not None else set()
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        if hook is None or part in stays:
+            continue
+        # Several hooks in a row are kept as one that holds the others.
+        maps = [h.weights_map for h in getattr(hook, "hooks", [hook]) if _holds_weights(h)]
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.is_meta:
+                set_module_tensor_to_device(part, name, "cpu", value=maps[0][name])
+        remove_hook_from_module(part)
+
+
+def _holds_weights(hook: Any) -> bool:
+    return getattr(hook, "weights_map", None) is not None
 
 
 def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
