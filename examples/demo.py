@@ -128,7 +128,7 @@ def serve(checkpoint: Path) -> int:
                 continue
         else:
             return server.wait()
-        question = "What is the capital of France?"
+        question = "How do I reset my password?"
         body = {
             "model": ready["model"],
             "messages": [{"role": "user", "content": question}],
