@@ -33,7 +33,10 @@ def unpack_int(words: Tensor, bits: int, shape: tuple[int, int], *, dim: int = 1
     if dim == 0:
         return unpack_int(words.t(), bits, (shape[1], shape[0])).t().contiguous()
     n, k = shape
-    dense = words.clone(memory_format=torch.contiguous_format).reshape(-1)
+    # A copy into fresh memory: a transposed view with one row calls itself contiguous whatever
+    # its stride is, and bytes can only be viewed at stride 1.
+    dense = torch.empty(words.numel(), dtype=words.dtype, device=words.device)
+    dense.copy_(words.reshape(-1))
     as_bytes = dense.view(torch.uint8).reshape(n, -1)
     if bits == 8:
         return (as_bytes[:, :k].to(torch.int16) - 128).to(torch.int8)
