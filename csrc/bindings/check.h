@@ -194,7 +194,8 @@ struct WeightOnlyCall {
     args.group_size = check_group_size(op, group_size, args.k);
     const int64_t groups = (args.k + args.group_size - 1) / args.group_size;
     check_group_table(op, "scale", scale, like, args.n, groups);
-    args.scale = static_cast<const float*>(scale.const_data_ptr());
+    args.scale = scale.const_data_ptr();
+    args.scale_dtype = QK_F32;
     args.scale_stride_n = scale.stride(0);
     args.scale_stride_g = scale.stride(1);
     if (zero.has_value()) {

@@ -135,9 +135,10 @@ Tensor w8a8_linear(Tensor xq, Tensor x_scale, Tensor wq, Tensor w_scale, std::op
               packed.scalar_type() == ScalarType::Byte,
           op, "wq has shape ", shape_of(wq), ", must be int8 [", n, ", ", k,
           "] or the uint8 result of quantkit.ops.pack_w8 on it");
-  const Tensor xs = dense(x_scale), ws = as_f32(op, "w_scale", w_scale);
+  const Tensor xs = as_f32(op, "x_scale", x_scale), ws = as_f32(op, "w_scale", w_scale);
 
-  qk_w8a8_args args{};
+  qk_int8_linear_args args{};
+  args.format = QK_I8;
   args.y_dtype = out_dtype(op, dtype);
   std::optional<Tensor> bias_rows;
   if (bias.has_value()) {
@@ -152,16 +153,17 @@ Tensor w8a8_linear(Tensor xq, Tensor x_scale, Tensor wq, Tensor w_scale, std::op
   args.ldx = x.stride;
   args.m = x.m;
   args.n = n;
-  args.k = k;
+  args.k = args.group_size = args.x_group_size = k;
   args.packed = packed.const_data_ptr();
-  args.x_scale = xs.const_data_ptr();
-  args.x_scale_dtype = float_dtype(op, "x_scale", xs);
+  args.x_scale = static_cast<const float*>(xs.const_data_ptr());
   args.x_scale_stride = x_scale.numel() == 1 ? 0 : 1;
-  args.w_scale = static_cast<const float*>(ws.const_data_ptr());
+  args.scale = ws.const_data_ptr();
+  args.scale_dtype = QK_F32;
+  args.scale_stride_n = args.scale_stride_g = 1;
   args.y = y.mutable_data_ptr();
   args.ldy = n;
   follow_torch_threads();
-  check_status(op, qk_w8a8_linear(&args));
+  check_status(op, qk_int8_linear(&args));
   return y;
 }
 

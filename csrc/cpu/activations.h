@@ -131,13 +131,15 @@ inline void dequantize_row(const qk_weight_only_args& a, int64_t row) {
       std::memcpy(&bits, word, 4);
       const int64_t j = k % 8;
       value = a.lut[(bits >> (4 * (j / 2) + 16 * (j & 1))) & 15u];
+    } else if (a.format == QK_B16 || a.format == QK_F32W) {
+      value = load_one(word, a.format == QK_B16 ? QK_BF16 : QK_F32, k % codes);
     } else {
       const uint8_t code = word[k % 4];
       value = a.format == QK_I8 ? static_cast<float>(static_cast<int8_t>(code)) : f8_to_f32(code);
     }
     const int64_t g = k / a.group_size;
     if (a.zero != nullptr) value -= a.zero[row * a.zero_stride_n + g * a.zero_stride_g];
-    value *= a.scale[row * a.scale_stride_n + g * a.scale_stride_g];
+    value *= load_one(a.scale, a.scale_dtype, row * a.scale_stride_n + g * a.scale_stride_g);
     store_one(a.y, a.x_dtype, row * a.ldy + k, value);
   }
 }

@@ -1,55 +1,23 @@
 // The CPU half of the C ABI: check the arguments, prepare the activations, cut the work into units.
 #include <cstring>
 
+#include "int8_job.h"
 #include "kernel_table.h"
-#include "thread_pool.h"
+#include "units.h"
 
 using namespace quantkit;
 
 namespace {
 
-// Scratch slots: what the caller shares with its workers, and what each unit uses alone.
-constexpr int kWordsSlot = 0, kSumsSlot = 1, kUnitSlot = 2;
-
 bool known_dtype(int32_t dtype) { return dtype >= QK_F32 && dtype <= QK_BF16; }
-
-// Rows of x that one unit takes. Enough to amortize decoding a weight panel, few enough that a
-// prompt is shared between threads even when the weight is narrow.
-constexpr int64_t kUnitRows = 240;
-
-constexpr int64_t kFewRows = 8;
-
-// Blocks of 16 weight rows cut into units: an equal run for each thread, cut where the blocks that
-// lie together in memory are, into `units_a_thread` units of which the last may be empty.
-struct BlockPlan {
-  int64_t blocks, threads, step, units_a_thread;
-
-  BlockPlan(int64_t total, int64_t tile_blocks, bool few_rows) {
-    blocks = total;
-    threads = num_threads() < total ? num_threads() : total;
-    const int64_t share = ceil_div(total, threads);
-    // Few rows of x make tiles short: claim several at once while that leaves eight a thread.
-    const int64_t tiles = few_rows ? share / (tile_blocks * 8) : 1;
-    step = tile_blocks * (tiles < 1 ? 1 : tiles);
-    units_a_thread = ceil_div(share + kBlocksTogether, step);
-  }
-  int64_t units() const { return threads * units_a_thread; }
-  void unit(int64_t index, Range* range) const {
-    const int64_t thread = index / units_a_thread;
-    const int64_t first = blocks * thread / threads, last = blocks * (thread + 1) / threads;
-    const int64_t from = first / kBlocksTogether * kBlocksTogether + index % units_a_thread * step;
-    range->block = from > first ? from : first;
-    const int64_t end = from + step < last ? from + step : last;
-    range->blocks = end - range->block;
-  }
-};
+bool scale_dtype(int32_t dtype) { return dtype == QK_F32 || dtype == QK_BF16; }
 
 int check(const qk_weight_only_args& a) {
   if (a.m < 0 || a.n < 0 || a.k <= 0) return QK_INVALID_ARGUMENT;
   if (!known_dtype(a.x_dtype) || (a.bias != nullptr && !known_dtype(a.bias_dtype))) {
     return QK_UNSUPPORTED;
   }
-  if (a.format < QK_W4 || a.format > QK_F8) return QK_UNSUPPORTED;
+  if (a.format < QK_W4 || a.format > QK_F32W || !scale_dtype(a.scale_dtype)) return QK_UNSUPPORTED;
   if (a.group_size <= 0 || (a.group_size < a.k && a.group_size % 16 != 0)) {
     return QK_INVALID_ARGUMENT;
   }
@@ -68,7 +36,8 @@ int qk_weight_only_linear(const qk_weight_only_args* args) {
   if (a.x == nullptr) return QK_INVALID_ARGUMENT;
 
   const KernelTable& table = kernels();
-  const bool as_bf16 = a.x_dtype == QK_BF16 && table.bf16.run != nullptr;
+  const bool as_bf16 =
+      a.x_dtype == QK_BF16 && table.bf16.run != nullptr && a.format != QK_F32W;
   const WeightOnlyKernel& kernel = as_bf16 ? table.bf16 : table.f32;
 
   WeightOnlyJob job;
@@ -110,18 +79,17 @@ int qk_weight_only_linear(const qk_weight_only_args* args) {
   }
 
   const BlockPlan plan(job.blocks, kernel.tile_blocks(a.m), a.m <= kFewRows);
-  const int64_t row_units = ceil_div(a.m, kUnitRows);
-  const int64_t unit_rows = ceil_div(a.m, row_units);
+  const RowPlan rows(a.m);
   int status = QK_OK;
-  parallel_for(plan.units() * row_units, [&](int64_t unit) {
+  parallel_for(plan.units() * rows.units, [&](int64_t unit) {
     Range range;
-    plan.unit(unit / row_units, &range);
-    range.row = unit % row_units * unit_rows;
-    range.rows = unit_rows < a.m - range.row ? unit_rows : a.m - range.row;
+    plan.unit(unit / rows.units, &range.block, &range.blocks);
+    rows.unit(unit % rows.units, &range.row, &range.rows);
+    if (range.rows <= 0 || range.blocks <= 0) return;
     void* memory = scratch(kUnitSlot, kernel.scratch_bytes(job, range.rows));
     if (memory == nullptr) {
       __atomic_store_n(&status, QK_OUT_OF_MEMORY, __ATOMIC_RELAXED);
-    } else if (range.rows > 0 && range.blocks > 0) {
+    } else {
       kernel.run(job, range, static_cast<uint8_t*>(memory));
     }
   });
@@ -136,43 +104,74 @@ int qk_dequantize(const qk_weight_only_args* args) {
   return QK_OK;
 }
 
-int qk_w8a8_linear(const qk_w8a8_args* args) {
-  const qk_w8a8_args& a = *args;
-  if (a.m < 0 || a.n < 0 || a.k <= 0 || a.k > 131071) return QK_INVALID_ARGUMENT;
-  if (!known_dtype(a.y_dtype) || !known_dtype(a.x_scale_dtype) ||
+int qk_int8_linear(const qk_int8_linear_args* args) {
+  const qk_int8_linear_args& a = *args;
+  if (a.m < 0 || a.n < 0 || a.k <= 0 || a.group_size <= 0 || a.x_group_size <= 0) {
+    return QK_INVALID_ARGUMENT;
+  }
+  if (!known_dtype(a.y_dtype) || !scale_dtype(a.scale_dtype) ||
       (a.bias != nullptr && !known_dtype(a.bias_dtype))) {
     return QK_UNSUPPORTED;
   }
   if (a.m == 0 || a.n == 0) return QK_OK;
-  if (a.y == nullptr || a.x_scale == nullptr || a.w_scale == nullptr) return QK_INVALID_ARGUMENT;
-  if (a.xq == nullptr || a.packed == nullptr) return QK_INVALID_ARGUMENT;
-
-  const W8A8Kernel& kernel = kernels().w8a8;
-  W8A8Job job;
-  job.args = args;
-  job.blocks = ceil_div(a.n, kBlockRows);
-  job.chunks = ceil_div(a.k, 4);
-  job.row_bytes = ceil_div(job.chunks * kernel.bytes_per_chunk, 64) * 64;
-  uint8_t* words = static_cast<uint8_t*>(scratch(kWordsSlot, a.m * job.row_bytes));
-  if (words == nullptr) return QK_OUT_OF_MEMORY;
-  job.words = words;
+  if (a.y == nullptr || a.x_scale == nullptr || a.scale == nullptr || a.xq == nullptr ||
+      a.packed == nullptr) {
+    return QK_INVALID_ARGUMENT;
+  }
+  const Int8Kernel& kernel = kernels().int8;
+  const RowKernels& row_kernels = kernels().rows;
+  Int8Job job;
+  if (!make_int8_job({a.format, a.n, a.k, a.group_size, a.x_group_size, a.packed, a.lut, a.scale,
+                      a.scale_dtype, a.scale_stride_n, a.scale_stride_g, a.zero, a.zero_stride_n,
+                      a.zero_stride_g},
+                     kernel, &job)) {
+    return QK_UNSUPPORTED;
+  }
+  if (job.step > 131071) return QK_INVALID_ARGUMENT;  // an int32 sum could overflow
+  job.bias = a.bias;
+  job.bias_dtype = a.bias_dtype;
+  job.y = a.y;
+  job.y_dtype = a.y_dtype;
+  job.ldy = a.ldy;
+  job.row_bytes = ceil_div(job.padded_k, 64) * 64;
+  uint8_t* codes = static_cast<uint8_t*>(scratch(kWordsSlot, a.m * job.row_bytes));
+  float* scales = static_cast<float*>(scratch(kSumsSlot, a.m * job.steps * 8));
+  if (codes == nullptr || scales == nullptr) return QK_OUT_OF_MEMORY;
+  int32_t* sums = reinterpret_cast<int32_t*>(scales + a.m * job.steps);
+  job.codes = codes;
+  job.x_scale = scales;
+  job.x_sum = sums;
+  const int64_t x_group = a.x_group_size < a.k ? a.x_group_size : job.padded_k;
   const int64_t rows_a_unit = a.m <= 8 ? a.m : 8;
   parallel_for(ceil_div(a.m, rows_a_unit), [&](int64_t unit) {
     const int64_t end = (unit + 1) * rows_a_unit < a.m ? (unit + 1) * rows_a_unit : a.m;
-    for (int64_t row = unit * rows_a_unit; row < end; ++row) kernel.prepare_row(job, row, words);
+    for (int64_t row = unit * rows_a_unit; row < end; ++row) {
+      const int8_t* x = a.xq + row * a.ldx;
+      kernel.order_row(x, a.k, job.padded_k, a.format, codes + row * job.row_bytes);
+      row_kernels.int8_sums(x, a.k, job.step, sums + row * job.steps);
+      for (int64_t s = 0; s < job.steps; ++s) {
+        scales[row * job.steps + s] =
+            a.x_scale[row * a.x_scale_stride + s * job.step / x_group] / job.unit;
+      }
+    }
   });
 
-  const BlockPlan plan(job.blocks, kernel.tile_blocks(a.m), a.m <= kFewRows);
-  const int64_t row_units = ceil_div(a.m, kUnitRows);
-  const int64_t unit_rows = ceil_div(a.m, row_units);
-  parallel_for(plan.units() * row_units, [&](int64_t unit) {
+  const BlockPlan plan(job.blocks, kernel.tile_blocks, a.m <= kFewRows);
+  const RowPlan rows(a.m);
+  int status = QK_OK;
+  parallel_for(plan.units() * rows.units, [&](int64_t unit) {
     Range range;
-    plan.unit(unit / row_units, &range);
-    range.row = unit % row_units * unit_rows;
-    range.rows = unit_rows < a.m - range.row ? unit_rows : a.m - range.row;
-    if (range.rows > 0 && range.blocks > 0) kernel.run(job, range);
+    plan.unit(unit / rows.units, &range.block, &range.blocks);
+    rows.unit(unit % rows.units, &range.row, &range.rows);
+    if (range.rows <= 0 || range.blocks <= 0) return;
+    void* memory = scratch(kUnitSlot, kernel.scratch_bytes(job));
+    if (memory == nullptr) {
+      __atomic_store_n(&status, QK_OUT_OF_MEMORY, __ATOMIC_RELAXED);
+    } else {
+      kernel.run(job, range, static_cast<uint8_t*>(memory));
+    }
   });
-  return QK_OK;
+  return status;
 }
 
 int qk_quantize(const qk_quantize_args* args) {

@@ -58,6 +58,33 @@ inline void store_row(void* y, int32_t dtype, int64_t first, const float* values
   }
 }
 
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Scales or zeros, one for each group of each row of a weight.
+struct GroupTable {
+  const void* source;
+  int32_t dtype;  // QK_F32 or QK_BF16
+  int64_t stride_n, stride_g;
+
+  // The values of rows [first, first + width): group g at the result + g * *step elements. Where
+  // they lie, if there they are neighbours; else gathered into `out` as fp32, zeros past the end.
+  const void* tile(int64_t n, int64_t first, int64_t width, int64_t groups, float* out,
+                   int64_t* step) const {
+    if (stride_n == 1 && first + width <= n) {
+      *step = stride_g;
+      return static_cast<const uint8_t*>(source) + first * (dtype == QK_BF16 ? 2 : 4);
+    }
+    *step = width;
+    for (int64_t i = 0; i < width; ++i) {
+      for (int64_t g = 0; g < groups; ++g) {
+        out[g * width + i] =
+            first + i < n ? load_one(source, dtype, (first + i) * stride_n + g * stride_g) : 0.0f;
+      }
+    }
+    return out;
+  }
+};
+
 // Sixteen partial sums, then a tree: the order depends on neither M nor the thread.
 inline float sum_row(const float* x, int64_t n) {
   float part[16] = {};

@@ -1,16 +1,22 @@
 // The kernels for AVX2 + FMA + F16C.
 #include "simd_portable.h"
 
-#include "activations.h"
-#include "w8a8.h"
-#include "weight_only.h"
+#include "attention.h"
+#include "int8_linear.h"
 
 namespace quantkit {
 
 const KernelTable& avx2_kernels() {
   static const KernelTable table = {
-      "avx2", weight_only_kernel<F32Math, W4ToF32, I8ToF32, F8ToF32>(),
-      {}, w8a8_kernel(), quantize_row, dequantize_row};
+      "avx2",
+      weight_only_kernel<F32Math, W4ToF32, I8ToF32, F8ToF32, B16ToF32, F32ToF32>(),
+      {},
+      int8_kernel(),
+      row_kernels(),
+      attention_kernel<F32Math, F32ToF32, B16ToF32, I8ToF32, F8ToF32>(),
+      {},
+      quantize_row,
+      dequantize_row};
   return table;
 }
 

@@ -11,12 +11,20 @@ namespace {
 
 // Rows of a weight matrix are handled 16 at a time: one 512-bit vector of fp32 accumulators.
 constexpr int64_t kBlockRows = 16;
-// One 64-byte chunk of a packed block holds 16 rows x 8 codes (4 bit) or x 4 codes (8 bit).
+// One 64-byte chunk of a packed block holds 16 rows x 4 bytes: 8 codes of 4 bits, 4 of 8, two bf16
+// values or one fp32 value.
 constexpr int64_t kChunkBytes = 64;
 // Chunks of up to four neighbouring blocks alternate, so that a tile of four is one run of memory.
 constexpr int64_t kBlocksTogether = 4;
 
-[[maybe_unused]] constexpr int64_t chunk_codes(int32_t format) { return format == QK_W4 ? 8 : 4; }
+[[maybe_unused]] constexpr int64_t chunk_codes(int32_t format) {
+  switch (format) {
+    case QK_W4: return 8;
+    case QK_B16: return 2;
+    case QK_F32W: return 1;
+    default: return 4;
+  }
+}
 [[maybe_unused]] constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The chunks of one block: chunk c is at base + c * step. The next block of the same four is

@@ -32,10 +32,25 @@ void pack_w8_block(const uint8_t* codes, int64_t ldc, int64_t rows, int64_t k, u
   }
 }
 
+// Values of `bytes` bytes, 4 / bytes of them in a row of a chunk.
+template <int64_t kBytes>
+void pack_float_block(const uint8_t* values, int64_t ldv, int64_t rows, int64_t k, uint8_t* out,
+                      int64_t step) {
+  constexpr int64_t kCodes = 4 / kBytes;
+  for (int64_t c = 0; c < ceil_div(k, kCodes); ++c, out += step) {
+    std::memset(out, 0, kChunkBytes);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t n = k - kCodes * c < kCodes ? k - kCodes * c : kCodes;
+      std::memcpy(out + 4 * r, values + (r * ldv + kCodes * c) * kBytes,
+                  static_cast<size_t>(n * kBytes));
+    }
+  }
+}
+
 using PackBlock = void (*)(const uint8_t*, int64_t, int64_t, int64_t, uint8_t*, int64_t);
 
 int pack(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, uint8_t* packed, int32_t format,
-         PackBlock pack_block) {
+         PackBlock pack_block, int64_t bytes = 1) {
   if (n < 0 || k < 0 || ldc < k) return QK_INVALID_ARGUMENT;
   if (n == 0 || k == 0) return QK_OK;
   if (codes == nullptr || packed == nullptr) return QK_INVALID_ARGUMENT;
@@ -44,7 +59,7 @@ int pack(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, uint8_t* packe
     const PackedBlock at = packed_block(block, blocks, chunks);
     const int64_t row = block * kBlockRows;
     const int64_t rows = n - row < kBlockRows ? n - row : kBlockRows;
-    pack_block(codes + row * ldc, ldc, rows, k, packed + at.base, at.step);
+    pack_block(codes + row * ldc * bytes, ldc, rows, k, packed + at.base, at.step);
   });
   return QK_OK;
 }
@@ -64,4 +79,13 @@ int qk_pack_w4(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, uint8_t*
 
 int qk_pack_w8(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, uint8_t* packed) {
   return pack(codes, ldc, n, k, packed, QK_I8, pack_w8_block);
+}
+
+int qk_pack_float(const void* values, int32_t dtype, int64_t ldv, int64_t n, int64_t k,
+                  void* packed) {
+  const uint8_t* from = static_cast<const uint8_t*>(values);
+  uint8_t* to = static_cast<uint8_t*>(packed);
+  if (dtype == QK_BF16) return pack(from, ldv, n, k, to, QK_B16, pack_float_block<2>, 2);
+  if (dtype == QK_F32) return pack(from, ldv, n, k, to, QK_F32W, pack_float_block<4>, 4);
+  return QK_UNSUPPORTED;
 }

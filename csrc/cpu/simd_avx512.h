@@ -16,11 +16,18 @@ struct F32Math {
   static constexpr int kDirectRows = 8;
   static constexpr int64_t direct_blocks(int64_t rows) { return rows <= 4 ? 4 : 2; }
   static constexpr int kPanelRows = 6, kPanelBlocks = 4;
+  static constexpr int kAttentionRows = 6;
+  static constexpr int64_t attention_blocks(int64_t) { return 4; }
 
   static Acc zero() { return _mm512_setzero_ps(); }
   static Acc load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Acc a) { _mm512_storeu_ps(p, a); }
+  static Acc load_bf16(const uint16_t* p) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
   static Acc splat(float f) { return _mm512_set1_ps(f); }
+  static Acc mul(Acc a, Acc b) { return _mm512_mul_ps(a, b); }
   static Acc fma(Acc a, Acc b, Acc c) { return _mm512_fmadd_ps(a, b, c); }
   static Acc minus_product(Acc c, Acc a, Acc b) { return _mm512_fnmadd_ps(a, b, c); }
 
@@ -91,6 +98,22 @@ struct F8ToF32 {
     w[2] = decode(_mm512_slli_epi32(raw, 8));
     w[3] = decode(raw);
   }
+};
+
+// Weights that are floats already: a pair of bf16 values, or one fp32 value, a lane.
+struct B16ToF32 {
+  static constexpr int kSteps = 2;
+  explicit B16ToF32(const float*) {}
+  void operator()(const uint8_t* chunk, __m512 (&w)[kSteps]) const {
+    const __m512i raw = _mm512_loadu_si512(chunk);
+    w[0] = _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
+    w[1] = _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(-65536)));
+  }
+};
+struct F32ToF32 {
+  static constexpr int kSteps = 1;
+  explicit F32ToF32(const float*) {}
+  void operator()(const uint8_t* chunk, __m512 (&w)[kSteps]) const { w[0] = _mm512_loadu_ps(chunk); }
 };
 
 inline void store_f16(uint16_t* out, const float* y) {

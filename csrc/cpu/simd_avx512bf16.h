@@ -45,6 +45,14 @@ struct W4ToBf16 {
   }
 };
 
+struct B16ToBf16 {
+  static constexpr int kSteps = 1;
+  explicit B16ToBf16(const float*) {}
+  void operator()(const uint8_t* chunk, __m512i (&w)[kSteps]) const {
+    w[0] = _mm512_loadu_si512(chunk);
+  }
+};
+
 // Within each 128 bits, four rows of k0..k3 become the four rows' (k0,k1) and then (k2,k3).
 inline __m512i pairs_first(__m512i raw) {
   const __m512i order = _mm512_broadcast_i32x4(

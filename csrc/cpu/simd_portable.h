@@ -38,11 +38,14 @@ struct F32Math {
   static constexpr int kDirectRows = 4;
   static constexpr int64_t direct_blocks(int64_t rows) { return rows <= 2 ? 2 : 1; }
   static constexpr int kPanelRows = 6, kPanelBlocks = 1;
+  static constexpr int kAttentionRows = 4;
 #else
   static constexpr int kDirectRows = 2;
   static constexpr int64_t direct_blocks(int64_t) { return 1; }
   static constexpr int kPanelRows = 2, kPanelBlocks = 1;
+  static constexpr int kAttentionRows = 2;
 #endif
+  static constexpr int64_t attention_blocks(int64_t rows) { return direct_blocks(rows); }
 
   static Acc splat(float f) {
     Acc a;
@@ -50,6 +53,15 @@ struct F32Math {
     return a;
   }
   static Acc zero() { return splat(0.0f); }
+  static Acc mul(Acc a, Acc b) {
+    QK_EACH_PART a.part[i] *= b.part[i];
+    return a;
+  }
+  static Acc load_bf16(const uint16_t* p) {
+    float wide[16];
+    for (int i = 0; i < 16; ++i) wide[i] = bf16_to_f32(p[i]);
+    return load(wide);
+  }
   static Acc load(const float* p) { return load_word(reinterpret_cast<const uint8_t*>(p)); }
   static void store(float* p, Acc a) { store_word(reinterpret_cast<uint8_t*>(p), a); }
   static Acc fma(Acc a, Acc b, Acc c) {
@@ -149,6 +161,26 @@ struct F8ToF32 {
         w[step].part[i] = decode(raw << (24 - 8 * step));
       }
     }
+  }
+};
+
+// Weights that are floats already: a pair of bf16 values, or one fp32 value, a lane.
+struct B16ToF32 {
+  static constexpr int kSteps = 2;
+  explicit B16ToF32(const float*) {}
+  void operator()(const uint8_t* chunk, Vec16 (&w)[kSteps]) const {
+    QK_EACH_PART {
+      const NativeU32 raw = load_raw(chunk, i);
+      w[0].part[i] = reinterpret_cast<NativeF32>(raw << 16);
+      w[1].part[i] = reinterpret_cast<NativeF32>(raw & 0xffff0000u);
+    }
+  }
+};
+struct F32ToF32 {
+  static constexpr int kSteps = 1;
+  explicit F32ToF32(const float*) {}
+  void operator()(const uint8_t* chunk, Vec16 (&w)[kSteps]) const {
+    w[0] = F32Math::load_word(chunk);
   }
 };
 

@@ -20,13 +20,12 @@ namespace {
 constexpr int64_t kPanelWords = 256;  // words of k in a panel: 64 KB with four blocks
 constexpr int64_t kPanelRowsMax = 240;  // rows of x that share a panel; their sums stay in L2
 
-inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // What the 16 * NB rows of one weight tile need, whatever the rows of x.
 struct Tile {
   int64_t block;
-  const float* scale;  // scale + g * scale_step: the 16 * NB values of group g
+  const void* scale;  // + g * scale_step elements: the 16 * NB values of group g
   int64_t scale_step;
+  bool scale_bf16;
   const float* zero;
   int64_t zero_step;
   const uint8_t* panel;  // decoded words, when there are more rows than a direct strip takes
@@ -121,7 +120,7 @@ struct WeightOnly {
       }
       k = end;
       if (end < group_end) break;
-      const float* scale = tile.scale + group * tile.scale_step;
+      const int64_t place = group * tile.scale_step;
       const float* zero = tile.zero == nullptr ? nullptr : tile.zero + group * tile.zero_step;
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
@@ -136,8 +135,8 @@ struct WeightOnly {
             sum = Math::minus_product(sum, Math::load(zero + b * kBlockRows), x_sum);
           }
           const Acc before = Math::load(y + b * kBlockRows);
-          Math::store(y + b * kBlockRows,
-                      Math::fma(sum, Math::load(scale + b * kBlockRows), before));
+          const Acc scale = load_scale(tile, place + b * kBlockRows);
+          Math::store(y + b * kBlockRows, Math::fma(sum, scale, before));
           acc[m][b] = Math::zero();
         }
       }
@@ -175,24 +174,9 @@ struct WeightOnly {
     }
   }
 
-  // Scales that are not already 16 * NB neighbouring floats a group are gathered into `out`.
-  static const float* gather(const float* source, int64_t stride_n, int64_t stride_g, int64_t n,
-                             int64_t first, int64_t width, int64_t groups, float* out,
-                             int64_t* step) {
-    if (stride_n == 1 && first + width <= n) {
-      *step = stride_g;
-      return source + first;
-    }
-    *step = width;
-    const int64_t valid = min_of(width, n - first);
-    for (int64_t i = 0; i < valid; ++i) {
-      const float* from = source + (first + i) * stride_n;
-      for (int64_t g = 0; g < groups; ++g) out[g * width + i] = from[g * stride_g];
-    }
-    for (int64_t g = 0; g < groups; ++g) {
-      for (int64_t i = valid; i < width; ++i) out[g * width + i] = 0.0f;
-    }
-    return out;
+  [[gnu::always_inline]] static Acc load_scale(const Tile& tile, int64_t place) {
+    return tile.scale_bf16 ? Math::load_bf16(static_cast<const uint16_t*>(tile.scale) + place)
+                           : Math::load(static_cast<const float*>(tile.scale) + place);
   }
 
   static void finish(const WeightOnlyJob& job, const float* sums, int64_t first, int64_t width,
@@ -219,13 +203,15 @@ struct WeightOnly {
     float* memory = reinterpret_cast<float*>(scratch);
     Tile t;
     t.block = block;
-    t.scale = gather(a.scale, a.scale_stride_n, a.scale_stride_g, a.n, block * kBlockRows, kWidth,
-                     job.groups, memory, &t.scale_step);
+    const GroupTable scales{a.scale, a.scale_dtype, a.scale_stride_n, a.scale_stride_g};
+    t.scale = scales.tile(a.n, block * kBlockRows, kWidth, job.groups, memory, &t.scale_step);
+    t.scale_bf16 = a.scale_dtype == QK_BF16 && t.scale != memory;
     memory += job.groups * kWidth;
     t.zero = nullptr;
     if (a.zero != nullptr) {
-      t.zero = gather(a.zero, a.zero_stride_n, a.zero_stride_g, a.n, block * kBlockRows, kWidth,
-                      job.groups, memory, &t.zero_step);
+      const GroupTable zeros{a.zero, QK_F32, a.zero_stride_n, a.zero_stride_g};
+      t.zero = static_cast<const float*>(
+          zeros.tile(a.n, block * kBlockRows, kWidth, job.groups, memory, &t.zero_step));
       memory += job.groups * kWidth;
     }
     const int64_t count = min_of(range.rows, kPanelRowsMax);
@@ -342,19 +328,22 @@ void prepare_weight_only_row(const WeightOnlyJob& job, int64_t row, uint8_t* wor
   }
 }
 
-template <class Math, class W4, class I8, class F8>
+template <class Math, class W4, class I8, class F8, class B16, class F32>
 void run_weight_only(const WeightOnlyJob& job, const Range& range, uint8_t* scratch) {
   switch (job.args->format) {
     case QK_W4: return WeightOnly<Math, W4>::run(job, range, scratch);
     case QK_I8: return WeightOnly<Math, I8>::run(job, range, scratch);
-    default: return WeightOnly<Math, F8>::run(job, range, scratch);
+    case QK_F8: return WeightOnly<Math, F8>::run(job, range, scratch);
+    case QK_B16: return WeightOnly<Math, B16>::run(job, range, scratch);
+    default:  // fp32 weights are multiplied as fp32 only
+      if constexpr (Math::kCodesPerWord == 1) WeightOnly<Math, F32>::run(job, range, scratch);
   }
 }
 
-template <class Math, class W4, class I8, class F8>
+template <class Math, class W4, class I8, class F8, class B16, class F32>
 WeightOnlyKernel weight_only_kernel() {
   return {Math::kCodesPerWord, tile_blocks<Math>, prepare_weight_only_row<Math>,
-          weight_only_scratch<Math>, run_weight_only<Math, W4, I8, F8>};
+          weight_only_scratch<Math>, run_weight_only<Math, W4, I8, F8, B16, F32>};
 }
 
 }  // namespace

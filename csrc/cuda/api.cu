@@ -8,6 +8,7 @@ int check(const qk_weight_only_args& a) {
   if (a.group_size < a.k && a.group_size % 16 != 0) return QK_INVALID_ARGUMENT;
   if (a.x_dtype != QK_F16 && a.x_dtype != QK_BF16) return QK_UNSUPPORTED;
   if (a.format < QK_W4 || a.format > QK_F8) return QK_UNSUPPORTED;
+  if (a.scale_dtype != QK_F32) return QK_UNSUPPORTED;
   if (a.format == QK_W4 && a.lut == nullptr) return QK_INVALID_ARGUMENT;
   return QK_OK;
 }

@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(kThreads)
   const T* x = static_cast<const T*>(a.x) + first_m * a.ldx;
   const PackedBlock at = packed_block(blockIdx.x, (a.n + kBlockRows - 1) / kBlockRows, chunks);
   const uint8_t* packed = static_cast<const uint8_t*>(a.packed) + at.base + quad * 16;
+  const float* scales = static_cast<const float*>(a.scale);
 
   float acc[MT][kRowsAThread] = {};
   constexpr int kStride = kWarps * kLanesAlongK;
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int r = 0; r < kRowsAThread; ++r) {
       const int64_t row = first_row + r;
       const bool valid = row < a.n;
-      scale[r] = valid ? load_shared_by_many(a.scale + row * a.scale_stride_n +
+      scale[r] = valid ? load_shared_by_many(scales + row * a.scale_stride_n +
                                              group * a.scale_stride_g)
                        : 0.0f;
       zero[r] = valid && a.zero != nullptr
@@ -205,7 +206,8 @@ __global__ void __launch_bounds__(kThreads)
   float weight[kCodes];
   Format::decode(*reinterpret_cast<const uint32_t*>(word), lut, weight);
   const int64_t k = chunk * kCodes, group = k / a.group_size;
-  const float scale = a.scale[row * a.scale_stride_n + group * a.scale_stride_g];
+  const float scale =
+      static_cast<const float*>(a.scale)[row * a.scale_stride_n + group * a.scale_stride_g];
   const float zero =
       a.zero == nullptr ? 0.0f : a.zero[row * a.zero_stride_n + group * a.zero_stride_g];
   T* out = static_cast<T*>(a.y) + row * a.ldy + k;
@@ -246,7 +248,7 @@ int launch_dequantize(const qk_weight_only_args& a, cudaStream_t stream) {
     const int64_t rows = a.n - first < kMostRows ? a.n - first : kMostRows;
     part.n = a.n - first;
     part.packed = static_cast<const uint8_t*>(a.packed) + first / kBlockRows * chunks * kChunkBytes;
-    part.scale += first * a.scale_stride_n;
+    part.scale = static_cast<const float*>(part.scale) + first * a.scale_stride_n;
     if (part.zero != nullptr) part.zero += first * a.zero_stride_n;
     part.y = static_cast<T*>(a.y) + first * a.ldy;
     const dim3 grid(static_cast<unsigned>((chunks + kThreads - 1) / kThreads),

@@ -18,7 +18,7 @@ extern "C" {
 #define QK_EXPORT __attribute__((visibility("default")))
 
 // Raised whenever a layout or a signature below changes; the loader refuses another number.
-#define QK_ABI_VERSION 2
+#define QK_ABI_VERSION 3
 
 enum qk_status {
   QK_OK = 0,
@@ -34,7 +34,9 @@ enum qk_dtype { QK_F32 = 0, QK_F16 = 1, QK_BF16 = 2 };
 //   QK_W4   4 bits, an index into a codebook of 16 fp32 values (int4, int3, int2, FP4, NF4 …)
 //   QK_I8   8 bits, two's complement
 //   QK_F8   8 bits, float8 e4m3fn (no infinities; 0x7f and 0xff are NaN)
-enum qk_format { QK_W4 = 0, QK_I8 = 1, QK_F8 = 2 };
+//   QK_B16  a bf16 value
+//   QK_F32W an fp32 value; multiplied in fp32 whatever the activations are
+enum qk_format { QK_W4 = 0, QK_I8 = 1, QK_F8 = 2, QK_B16 = 3, QK_F32W = 4 };
 
 // One weight-only linear layer applied to m rows.
 //
@@ -51,7 +53,8 @@ typedef struct qk_weight_only_args {
   int64_t group_size;    // a multiple of 16, or anything >= k for one group a row
   const void* packed;
   const float* lut;      // [16], QK_W4 only
-  const float* scale;    // [n, groups]
+  const void* scale;     // [n, groups]
+  int32_t scale_dtype;   // QK_F32 or QK_BF16
   int64_t scale_stride_n, scale_stride_g;
   const float* zero;     // [n, groups] or NULL, in units of the decoded code
   int64_t zero_stride_n, zero_stride_g;
@@ -61,23 +64,35 @@ typedef struct qk_weight_only_args {
   int64_t ldy;
 } qk_weight_only_args;
 
-// INT8 activations times INT8 weights, accumulated exactly in int32:
-//   y[m,n] = float(sum_k xq[m,k] * wq[n,k]) * (x_scale[m] * w_scale[n]) + bias[n]
-typedef struct qk_w8a8_args {
+// INT8 activations times integer weights, accumulated exactly in int32 within a step: the columns
+// that share the weight's scale and the activation's.
+//
+//   y[m,n] = sum_s (sum_{k in s} (decode(code[n,k]) - zero[n,g]) * xq[m,k]) * w_scale[n,g] * x_scale[m,s]
+//            + bias[n]
+//
+// QK_W4 takes codebooks of integers or of halves of integers that span at most 127 (or 127 halves).
+typedef struct qk_int8_linear_args {
   const int8_t* xq;      // [m, k], rows ldx bytes apart
   int64_t ldx;
-  int64_t m, n, k;       // k <= 131071, so that no int32 sum can overflow
-  const void* packed;    // qk_pack_w8
-  const void* x_scale;   // [m], or one value with x_scale_stride == 0
+  int32_t format;        // QK_W4 or QK_I8
+  int64_t m, n, k;
+  int64_t group_size;    // columns that share a weight scale: a multiple of 16, or >= k
+  int64_t x_group_size;  // columns that share an activation scale: the same; one divides the other
+  const void* packed;
+  const float* lut;      // [16], QK_W4 only
+  const float* x_scale;  // [m, ceil(k / x_group_size)], or one value with x_scale_stride == 0
   int64_t x_scale_stride;
-  int32_t x_scale_dtype;
-  const float* w_scale;  // [n]
+  const void* scale;     // as in qk_weight_only_args
+  int32_t scale_dtype;
+  int64_t scale_stride_n, scale_stride_g;
+  const float* zero;
+  int64_t zero_stride_n, zero_stride_g;
   const void* bias;      // [n] or NULL
   int32_t bias_dtype;
   int32_t y_dtype;
   void* y;               // [m, n], rows ldy elements apart
   int64_t ldy;
-} qk_w8a8_args;
+} qk_int8_linear_args;
 
 // Activations to 8-bit codes, in the arithmetic of compressed-tensors: every intermediate is
 // rounded to `arith_dtype`, as a tensor library that works in that dtype would round it.
@@ -108,12 +123,15 @@ typedef struct qk_quantize_args {
 //          code k = 8c + 2j + 1 at bits 16+4j .. 16+4j+3        (j = 0..3)
 //        so one shift yields a bf16 pair's two indices in the two halves of a 32-bit lane.
 // 8 bit: chunk c holds k = 4c .. 4c+3, byte j of a row k = 4c + j: the operand order of vpdpbusd.
+// QK_B16: chunk c holds k = 2c, 2c+1; QK_F32W: k = c.
 QK_EXPORT int qk_pack_w4(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, uint8_t* packed);
 QK_EXPORT int qk_pack_w8(const uint8_t* codes, int64_t ldc, int64_t n, int64_t k, uint8_t* packed);
+QK_EXPORT int qk_pack_float(const void* values, int32_t dtype, int64_t ldv, int64_t n, int64_t k,
+                            void* packed);  // QK_BF16 -> QK_B16, QK_F32 -> QK_F32W
 QK_EXPORT int64_t qk_packed_bytes(int32_t format, int64_t n, int64_t k);
 
 QK_EXPORT int qk_weight_only_linear(const qk_weight_only_args* args);
-QK_EXPORT int qk_w8a8_linear(const qk_w8a8_args* args);
+QK_EXPORT int qk_int8_linear(const qk_int8_linear_args* args);
 QK_EXPORT int qk_quantize(const qk_quantize_args* args);
 // w[n,k] = (decode(code) - zero) * scale in fp32, rounded once to x_dtype; writes y as [n, k].
 QK_EXPORT int qk_dequantize(const qk_weight_only_args* args);

@@ -1,0 +1,807 @@
+// The decoder: which rows go through which kernel, in which order.
+//
+// Ladder:
+//   1. One operator call a step from Python: about 3 us each, and ten steps a layer are a
+//      millisecond a token.
+//   2. One native call a forward pass (this file). A pass is a list of parallel regions with a
+//      barrier behind each; the little that stands between two products (a residual addition, a
+//      norm, rounding to what the next product takes) is done by the caller alone when there are
+//      one or two tokens, and in parallel when there are more.
+#include "quantkit/decoder.h"
+
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "int8_job.h"
+#include "kernel_table.h"
+#include "numeric.h"
+#include "units.h"
+
+using namespace quantkit;
+
+namespace {
+
+// Rows that the caller prepares alone: below this a parallel region costs more than it saves.
+constexpr int64_t kSerialRows = 2;
+constexpr int64_t kTokensAUnit = 8;  // of attention over a prompt, and of rope
+constexpr int64_t kUnitsAThread = 4;
+
+// Memory that grows and is never given back, aligned to cache lines.
+class Buffer {
+ public:
+  ~Buffer() { std::free(memory_); }
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  template <class T>
+  T* get(int64_t count) {
+    const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 127) / 64 * 64;
+    if (bytes > bytes_) {
+      std::free(memory_);
+      memory_ = std::aligned_alloc(64, static_cast<size_t>(bytes));
+      bytes_ = memory_ == nullptr ? 0 : bytes;
+      if (memory_ == nullptr) throw std::bad_alloc();
+    }
+    return static_cast<T*>(memory_);
+  }
+
+ private:
+  void* memory_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+// What a row must become before a product: codes with scales and sums, or words with sums.
+struct Form {
+  bool integer = false;
+  int32_t activation = QK_ACT_FLOAT;
+  int64_t k = 0, padded_k = 0;
+  int64_t act_group = 0;
+  float act_scale = 0.0f;
+  int32_t format = 0;    // integer: the order of the codes
+  int64_t step = 0, steps = 0;
+  float unit = 1.0f;
+  bool words_bf16 = false;
+  int64_t sum_step = 0;  // floats: columns of a sum for zero points, 0 for none
+
+  bool operator==(const Form& o) const {
+    return integer == o.integer && activation == o.activation && k == o.k &&
+           padded_k == o.padded_k && act_group == o.act_group && act_scale == o.act_scale &&
+           format == o.format && step == o.step && steps == o.steps && unit == o.unit &&
+           words_bf16 == o.words_bf16 && sum_step == o.sum_step;
+  }
+  int64_t row_bytes() const {
+    const int64_t bytes = integer ? padded_k : padded_k * (words_bf16 ? 2 : 4);
+    return ceil_div(bytes, 64) * 64;
+  }
+  int64_t sums() const { return sum_step > 0 ? ceil_div(padded_k, sum_step) : 0; }
+};
+
+struct FormMemory {
+  Buffer bytes, scales, sums;
+};
+
+struct Part {
+  int form = 0;
+  int64_t offset = 0;  // columns of y before this part's
+  int64_t blocks = 0;
+  Int8Job integer;     // of forms with integer == true
+  qk_weight_only_args args;
+  WeightOnlyJob job;
+  const WeightOnlyKernel* kernel = nullptr;
+};
+
+struct Projection {
+  std::vector<Part> parts;
+  std::vector<Form> forms;
+  int64_t n = 0, blocks = 0;
+};
+
+struct Layer {
+  qk_decoder_layer spec;
+  Projection qkv, attention_out, gate_up, down;
+};
+
+class Clock {
+ public:
+  explicit Clock(int64_t* times) : times_(times), last_(now()) {}
+  void lap(int part) {
+    const int64_t time = now();
+    times_[part] += time - last_;
+    last_ = time;
+  }
+  static int64_t now() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(
+               std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+  }
+
+ private:
+  int64_t* times_;
+  int64_t last_;
+};
+
+template <class F>
+void for_rows(int64_t rows, F&& body) {
+  if (rows <= kSerialRows) {
+    for (int64_t m = 0; m < rows; ++m) body(m);
+    return;
+  }
+  const int64_t share = rows / (num_threads() * kUnitsAThread);
+  const int64_t step = share < 1 ? 1 : (share > kTokensAUnit ? kTokensAUnit : share);
+  parallel_for(ceil_div(rows, step), [&](int64_t unit) {
+    const int64_t end = (unit + 1) * step < rows ? (unit + 1) * step : rows;
+    for (int64_t m = unit * step; m < end; ++m) body(m);
+  });
+}
+
+}  // namespace
+
+struct qk_decoder {
+  qk_decoder_config config;
+  std::vector<std::unique_ptr<qk_linear[]>> owned;  // copies of the callers' arrays
+  std::vector<Layer> layers;
+  Projection head;
+  const KernelTable* table;
+  const AttentionKernel* attention;
+  int64_t widest = 0;  // columns of the widest input
+
+  // Of the pass that runs.
+  const qk_batch* batch = nullptr;
+  int64_t rows = 0;
+  FormMemory forms[3];
+  Buffer residual, y, queries, states, partials, normed;
+  std::vector<AttentionUnit> units;
+  std::vector<int64_t> row_sequence, row_position, partial_offset, partial_spans, partial_base;
+  int64_t times[QK_PARTS] = {};
+
+  bool bf16() const { return config.precision == QK_PRECISION_BF16; }
+  float* row(Buffer& buffer, int64_t m, int64_t width) { return buffer.get<float>(0) + m * width; }
+
+  // ---- construction ------------------------------------------------------------------------
+
+  int add_linear(const qk_linear& linear, Projection* out) {
+    if (linear.n <= 0 || linear.k <= 0 || linear.group_size <= 0) return QK_INVALID_ARGUMENT;
+    if (linear.packed == nullptr || linear.scale == nullptr) return QK_INVALID_ARGUMENT;
+    if (linear.format < QK_W4 || linear.format > QK_F32W) return QK_UNSUPPORTED;
+    if (linear.format == QK_W4 && linear.lut == nullptr) return QK_INVALID_ARGUMENT;
+    if (linear.scale_dtype != QK_F32 && linear.scale_dtype != QK_BF16) return QK_UNSUPPORTED;
+    if (linear.group_size < linear.k && linear.group_size % 16 != 0) return QK_INVALID_ARGUMENT;
+    Part part;
+    part.offset = out->n;
+    part.blocks = ceil_div(linear.n, kBlockRows);
+    Form form;
+    form.activation = linear.activation;
+    form.k = linear.k;
+    form.act_scale = linear.act_scale;
+    form.act_group = linear.act_group <= 0 || linear.act_group > linear.k ? linear.k
+                                                                          : linear.act_group;
+    form.integer = linear.activation == QK_ACT_INT8 || linear.activation == QK_ACT_INT8_STATIC;
+    if (linear.activation == QK_ACT_INT8_STATIC || linear.activation == QK_ACT_FP8_STATIC) {
+      if (!(linear.act_scale > 0.0f)) return QK_INVALID_ARGUMENT;
+    }
+    if (form.integer) {
+      if (!make_int8_job({linear.format, linear.n, linear.k, linear.group_size, form.act_group,
+                          linear.packed, linear.lut, linear.scale, linear.scale_dtype, 1,
+                          linear.scale_stride, linear.zero, 1, linear.scale_stride},
+                         table->int8, &part.integer)) {
+        return QK_UNSUPPORTED;
+      }
+      if (part.integer.step > 131071) return QK_INVALID_ARGUMENT;
+      part.integer.bias = linear.bias;
+      part.integer.bias_dtype = QK_F32;
+      part.integer.y_dtype = QK_F32;
+      form.padded_k = part.integer.padded_k;
+      form.format = linear.format;
+      form.step = part.integer.step;
+      form.steps = part.integer.steps;
+      form.unit = part.integer.unit;
+    } else {
+      const bool words_bf16 =
+          bf16() && table->bf16.run != nullptr && linear.format != QK_F32W;
+      part.kernel = words_bf16 ? &table->bf16 : &table->f32;
+      part.args = qk_weight_only_args{};
+      part.args.x_dtype = QK_F32;  // of y
+      part.args.format = linear.format;
+      part.args.n = linear.n;
+      part.args.k = linear.k;
+      part.args.group_size = linear.group_size;
+      part.args.packed = linear.packed;
+      part.args.lut = linear.lut;
+      part.args.scale = linear.scale;
+      part.args.scale_dtype = linear.scale_dtype;
+      part.args.scale_stride_n = part.args.zero_stride_n = 1;
+      part.args.scale_stride_g = part.args.zero_stride_g = linear.scale_stride;
+      part.args.zero = linear.zero;
+      part.args.bias = linear.bias;
+      part.args.bias_dtype = QK_F32;
+      part.job = WeightOnlyJob{};
+      const int64_t codes = chunk_codes(linear.format);
+      part.job.padded_k = ceil_div(linear.k, codes) * codes;
+      part.job.groups = linear.group_size >= linear.k ? 1 : ceil_div(linear.k, linear.group_size);
+      part.job.group_size = part.job.groups == 1 ? part.job.padded_k : linear.group_size;
+      part.job.blocks = part.blocks;
+      part.job.chunks = part.job.padded_k / codes;
+      form.padded_k = part.job.padded_k;
+      form.words_bf16 = words_bf16;
+      form.sum_step = linear.zero == nullptr ? 0 : part.job.group_size;
+    }
+    for (part.form = 0; part.form < static_cast<int>(out->forms.size()); ++part.form) {
+      if (out->forms[static_cast<size_t>(part.form)] == form) break;
+    }
+    if (part.form == static_cast<int>(out->forms.size())) out->forms.push_back(form);
+    out->parts.push_back(part);
+    out->n += linear.n;
+    out->blocks += part.blocks;
+    widest = form.padded_k > widest ? form.padded_k : widest;
+    return QK_OK;
+  }
+
+  int add_projection(const qk_projection& from, int64_t n, int64_t k, Projection* out) {
+    if (from.parts == nullptr || from.count < 1 || from.count > 3) return QK_INVALID_ARGUMENT;
+    for (int i = 0; i < from.count; ++i) {
+      if (from.parts[i].k != k) return QK_INVALID_ARGUMENT;
+      if (const int status = add_linear(from.parts[i], out)) return status;
+    }
+    return out->n == n ? QK_OK : QK_INVALID_ARGUMENT;
+  }
+
+  int build(const qk_decoder_layer* from) {
+    const qk_decoder_config& c = config;
+    if (c.layers < 0 || c.hidden <= 0 || c.ffn <= 0 || c.vocab <= 0 || c.heads <= 0 ||
+        c.kv_heads <= 0 || c.heads % c.kv_heads != 0 || c.head_dim <= 0 ||
+        c.rotary_dim > c.head_dim || c.rotary_dim % 2 != 0 || c.max_positions <= 0 ||
+        c.embedding == nullptr || c.final_norm == nullptr) {
+      return QK_INVALID_ARGUMENT;
+    }
+    if (c.head_dim % 16 != 0 || c.head_dim > 512) return QK_UNSUPPORTED;
+    if (c.precision != QK_PRECISION_F32 && c.precision != QK_PRECISION_BF16) return QK_UNSUPPORTED;
+    table = &kernels();
+    attention = bf16() && table->attention_bf16.run != nullptr ? &table->attention_bf16
+                                                               : &table->attention_f32;
+    layers.resize(static_cast<size_t>(c.layers));
+    const int64_t q_width = c.heads * c.head_dim;
+    for (int64_t i = 0; i < c.layers; ++i) {
+      Layer& layer = layers[static_cast<size_t>(i)];
+      layer.spec = from[i];
+      if (from[i].attention_norm == nullptr || from[i].mlp_norm == nullptr ||
+          from[i].rope_cos == nullptr || from[i].rope_sin == nullptr) {
+        return QK_INVALID_ARGUMENT;
+      }
+      int status = add_projection(from[i].qkv, q_width + 2 * c.kv_heads * c.head_dim, c.hidden,
+                                  &layer.qkv);
+      if (status == QK_OK) {
+        status = add_projection(from[i].attention_out, c.hidden, q_width, &layer.attention_out);
+      }
+      if (status == QK_OK) {
+        status = add_projection(from[i].gate_up, 2 * c.ffn, c.hidden, &layer.gate_up);
+      }
+      if (status == QK_OK) status = add_projection(from[i].down, c.hidden, c.ffn, &layer.down);
+      if (status != QK_OK) return status;
+    }
+    const qk_projection only{&c.head, 1};
+    return add_projection(only, c.vocab, c.hidden, &head);
+  }
+
+  // ---- products ----------------------------------------------------------------------------
+
+  void reserve_forms(const Projection& p, int64_t m) {
+    for (size_t i = 0; i < p.forms.size(); ++i) {
+      const Form& form = p.forms[i];
+      forms[i].bytes.get<uint8_t>(m * form.row_bytes());
+      if (form.integer) {
+        forms[i].scales.get<float>(m * form.steps);
+        forms[i].sums.get<int32_t>(m * form.steps);
+      } else {
+        forms[i].sums.get<float>(m * form.sums());
+      }
+    }
+  }
+
+  // Row m of the input of a projection, in each form that its parts want.
+  void fill_forms(const Projection& p, const float* x, int64_t m) {
+    for (size_t i = 0; i < p.forms.size(); ++i) fill_form(p.forms[i], x, m, &forms[i]);
+  }
+
+  void fill_form(const Form& form, const float* x, int64_t m, FormMemory* memory) {
+    const RowKernels& r = table->rows;
+    uint8_t* bytes = memory->bytes.get<uint8_t>(0) + m * form.row_bytes();
+    // Room for a row of floats and one of bytes; reserved by reserve_row.
+    float* spare = static_cast<float*>(scratch(kRowSlot, row_scratch()));
+    if (form.integer) {
+      int8_t* q = reinterpret_cast<int8_t*>(spare);
+      float* scale = spare + widest;
+      r.int8(x, form.k, form.act_group, form.act_scale, q, scale);
+      table->int8.order_row(q, form.k, form.padded_k, form.format, bytes);
+      r.int8_sums(q, form.k, form.step, memory->sums.get<int32_t>(0) + m * form.steps);
+      float* out = memory->scales.get<float>(0) + m * form.steps;
+      for (int64_t s = 0; s < form.steps; ++s) {
+        out[s] = scale[s * form.step / form.act_group] / form.unit;
+      }
+      return;
+    }
+    if (form.activation != QK_ACT_FLOAT) {
+      r.fp8(x, form.k, form.act_group, form.act_scale, spare);
+      x = spare;
+    }
+    const int64_t padding = form.padded_k - form.k;
+    if (form.words_bf16) {
+      uint16_t* words = reinterpret_cast<uint16_t*>(bytes);
+      r.bf16_words(x, form.k, words);
+      std::memset(words + form.k, 0, static_cast<size_t>(padding) * 2);
+    } else {
+      float* words = reinterpret_cast<float*>(bytes);
+      if (bf16()) {
+        r.round_bf16(x, form.k, words);
+      } else {
+        std::memcpy(words, x, static_cast<size_t>(form.k) * 4);
+      }
+      std::memset(words + form.k, 0, static_cast<size_t>(padding) * 4);
+    }
+    if (form.sum_step > 0) {
+      if (bf16()) {
+        r.round_bf16(x, form.k, spare);
+        x = spare;
+      }
+      r.float_sums(x, form.k, form.sum_step, memory->sums.get<float>(0) + m * form.sums());
+    }
+  }
+
+  int64_t row_scratch() const { return 2 * (widest + 64) * static_cast<int64_t>(sizeof(float)); }
+
+  // y[m, 0 .. p.n) for the rows in the forms.
+  void project(Projection& p, int64_t m, float* out, int64_t ldy) {
+    for (Part& part : p.parts) {
+      const Form& form = p.forms[static_cast<size_t>(part.form)];
+      FormMemory& memory = forms[part.form];
+      if (form.integer) {
+        part.integer.codes = memory.bytes.get<uint8_t>(0);
+        part.integer.row_bytes = form.row_bytes();
+        part.integer.x_scale = memory.scales.get<float>(0);
+        part.integer.x_sum = memory.sums.get<int32_t>(0);
+        part.integer.y = out + part.offset;
+        part.integer.ldy = ldy;
+      } else {
+        part.args.m = m;
+        part.args.y = out + part.offset;
+        part.args.ldy = ldy;
+        part.job.args = &part.args;
+        part.job.words = memory.bytes.get<uint8_t>(0);
+        part.job.row_bytes = form.row_bytes();
+        part.job.group_sums = form.sum_step > 0 ? memory.sums.get<float>(0) : nullptr;
+      }
+    }
+    const BlockPlan plan(p.blocks, kBlocksTogether, m <= kFewRows);
+    const RowPlan row_plan(m);
+    parallel_for(plan.units() * row_plan.units, [&](int64_t unit) {
+      Range range;
+      int64_t first, count;
+      plan.unit(unit / row_plan.units, &first, &count);
+      row_plan.unit(unit % row_plan.units, &range.row, &range.rows);
+      if (range.rows <= 0) return;
+      for (const Part& part : p.parts) {
+        // The part's own blocks within [first, first + count).
+        const int64_t from = first > 0 ? first : 0;
+        const int64_t to = first + count < part.blocks ? first + count : part.blocks;
+        first -= part.blocks;
+        if (from >= to) continue;
+        range.block = from;
+        range.blocks = to - from;
+        if (p.forms[static_cast<size_t>(part.form)].integer) {
+          void* memory = scratch(kUnitSlot, table->int8.scratch_bytes(part.integer));
+          table->int8.run(part.integer, range, static_cast<uint8_t*>(memory));
+        } else {
+          void* memory = scratch(kUnitSlot, part.kernel->scratch_bytes(part.job, range.rows));
+          part.kernel->run(part.job, range, static_cast<uint8_t*>(memory));
+        }
+      }
+    });
+  }
+
+  // ---- a pass ------------------------------------------------------------------------------
+
+  int check(const qk_batch& b) {
+    if (b.sequences < 0 || (b.logit_count > 0 && (b.logits == nullptr || b.logit_rows == nullptr))) {
+      return QK_INVALID_ARGUMENT;
+    }
+    if (b.sequences == 0) return QK_OK;
+    if (b.tokens == nullptr || b.starts == nullptr || b.past == nullptr || b.pages == nullptr ||
+        b.kv == nullptr || b.kv->data == nullptr || b.starts[0] != 0) {
+      return QK_INVALID_ARGUMENT;
+    }
+    const int32_t dtype = b.kv->dtype;
+    if (dtype < QK_KV_F32 || dtype > QK_KV_FP8) return QK_UNSUPPORTED;
+    if (dtype >= QK_KV_INT8 && b.kv->scale == nullptr) return QK_INVALID_ARGUMENT;
+    if (dtype == QK_KV_F32 && attention->codes_per_word != 1) return QK_UNSUPPORTED;
+    for (int64_t s = 0; s < b.sequences; ++s) {
+      const int64_t count = b.starts[s + 1] - b.starts[s], end = b.past[s] + count;
+      if (count < 1 || b.past[s] < 0 || end > config.max_positions) return QK_INVALID_ARGUMENT;
+      if (ceil_div(end, QK_PAGE_TOKENS) > b.page_stride) return QK_INVALID_ARGUMENT;
+      for (int64_t p = 0; p < ceil_div(end, QK_PAGE_TOKENS); ++p) {
+        const int32_t page = b.pages[s * b.page_stride + p];
+        if (page < 0 || page >= b.kv->pages) return QK_INVALID_ARGUMENT;
+      }
+    }
+    const int64_t all = b.starts[b.sequences];
+    for (int64_t i = 0; i < all; ++i) {
+      if (b.tokens[i] < 0 || b.tokens[i] >= config.vocab) return QK_INVALID_ARGUMENT;
+    }
+    for (int64_t i = 0; i < b.logit_count; ++i) {
+      if (b.logit_rows[i] < (i > 0 ? b.logit_rows[i - 1] + 1 : 0) || b.logit_rows[i] >= all) {
+        return QK_INVALID_ARGUMENT;
+      }
+    }
+    return QK_OK;
+  }
+
+  int64_t kv_bytes() const { return qk_kv_page_bytes(batch->kv->dtype, config.head_dim); }
+
+  // Pages that new tokens enter hold what their last owner left. Keys beyond a query's own position
+  // are never looked at, but values are multiplied by a probability of 0, and 0 * NaN is NaN.
+  void clear_new_values(int64_t layer) {
+    const qk_kv_cache& kv = *batch->kv;
+    const int64_t bytes = kv_bytes();
+    uint8_t* data = static_cast<uint8_t*>(kv.data) +
+                    layer * kv.pages * config.kv_heads * 2 * bytes;
+    for (int64_t s = 0; s < batch->sequences; ++s) {
+      const int64_t past = batch->past[s];
+      const int64_t end = past + batch->starts[s + 1] - batch->starts[s];
+      for (int64_t p = ceil_div(past, QK_PAGE_TOKENS); p * QK_PAGE_TOKENS < end; ++p) {
+        const int64_t page = batch->pages[s * batch->page_stride + p];
+        for (int64_t h = 0; h < config.kv_heads; ++h) {
+          std::memset(data + ((page * config.kv_heads + h) * 2 + 1) * bytes, 0,
+                      static_cast<size_t>(bytes));
+        }
+      }
+    }
+  }
+
+  void rope_and_store(const Layer& layer, int64_t index, const float* qkv, int64_t width) {
+    const qk_decoder_config& c = config;
+    const qk_kv_cache& kv = *batch->kv;
+    const RowKernels& r = table->rows;
+    const int64_t bytes = kv_bytes(), hd = c.head_dim;
+    uint8_t* data = static_cast<uint8_t*>(kv.data) + index * kv.pages * c.kv_heads * 2 * bytes;
+    float* scales = kv.scale == nullptr
+                        ? nullptr
+                        : kv.scale + index * kv.pages * c.kv_heads * 2 * QK_PAGE_TOKENS;
+    const bool words_bf16 = attention->codes_per_word == 2;
+    const int64_t word_bytes = words_bf16 ? 2 : 4;
+    uint8_t* q_words = queries.get<uint8_t>(0);
+    for_rows(rows, [&](int64_t m) {
+      float* row = const_cast<float*>(qkv) + m * width;
+      const int64_t position = row_position[static_cast<size_t>(m)];
+      const float* cos = layer.spec.rope_cos + position * (c.rotary_dim / 2);
+      const float* sin = layer.spec.rope_sin + position * (c.rotary_dim / 2);
+      for (int64_t h = 0; h < c.heads + c.kv_heads; ++h) {
+        float* x = row + h * hd;
+        const float* norm = h < c.heads ? layer.spec.q_norm : layer.spec.k_norm;
+        if (norm != nullptr) r.rms_norm(x, norm, hd, c.norm_epsilon, x);
+        r.rope(x, cos, sin, c.rotary_dim);
+        if (h >= c.heads) continue;
+        uint8_t* out = q_words + (m * c.heads + h) * hd * word_bytes;
+        if (words_bf16) {
+          r.bf16_words(x, hd, reinterpret_cast<uint16_t*>(out));
+        } else if (bf16()) {
+          r.round_bf16(x, hd, reinterpret_cast<float*>(out));
+        } else {
+          std::memcpy(out, x, static_cast<size_t>(hd) * 4);
+        }
+      }
+      const int64_t s = row_sequence[static_cast<size_t>(m)];
+      const int64_t page = batch->pages[s * batch->page_stride + position / QK_PAGE_TOKENS];
+      const int64_t slot = position % QK_PAGE_TOKENS;
+      for (int64_t h = 0; h < 2 * c.kv_heads; ++h) {
+        const bool value = h >= c.kv_heads;
+        const int64_t place = (page * c.kv_heads + h % c.kv_heads) * 2 + (value ? 1 : 0);
+        float* scale = scales == nullptr ? nullptr : scales + place * QK_PAGE_TOKENS + slot;
+        attention->write_page(row + (c.heads + h) * hd, hd, kv.dtype, slot, value,
+                              data + place * bytes, scale);
+      }
+    });
+  }
+
+  int64_t state_floats() const { return kStateHeader + config.head_dim; }
+
+  void lay_out_attention(int64_t window) {
+    const qk_decoder_config& c = config;
+    units.clear();
+    const int64_t span = kSpanPages * QK_PAGE_TOKENS;
+    int64_t single_spans = 0;
+    const auto spans_of = [&](int64_t position, int64_t* first, int64_t* end) {
+      const int64_t oldest = window > 0 && position + 1 > window ? position + 1 - window : 0;
+      *first = oldest / span;
+      *end = position / span + 1;
+    };
+    for (int64_t s = 0; s < batch->sequences; ++s) {
+      if (batch->starts[s + 1] - batch->starts[s] != 1) continue;
+      int64_t first, end;
+      spans_of(batch->past[s], &first, &end);
+      single_spans += (end - first) * c.kv_heads;
+    }
+    const int64_t share = single_spans / (num_threads() * kUnitsAThread);
+    const int64_t spans_a_unit = share < 1 ? 1 : share;
+    int64_t partial_count = 0;
+    for (int64_t s = 0; s < batch->sequences; ++s) {
+      const int64_t token = batch->starts[s], count = batch->starts[s + 1] - token;
+      AttentionUnit unit{};
+      unit.pages = batch->pages + s * batch->page_stride;
+      partial_spans[static_cast<size_t>(s)] = 0;
+      if (count == 1) {
+        int64_t first, end;
+        spans_of(batch->past[s], &first, &end);
+        unit.token = token;
+        unit.tokens = 1;
+        unit.position = batch->past[s];
+        unit.span_base = first;
+        if (end - first > spans_a_unit) {
+          partial_spans[static_cast<size_t>(s)] = end - first;
+          partial_offset[static_cast<size_t>(s)] = partial_count;
+          partial_count += (end - first) * c.heads * state_floats();
+        }
+        for (unit.kv_head = 0; unit.kv_head < c.kv_heads; ++unit.kv_head) {
+          for (int64_t p = first; p < end; p += spans_a_unit) {
+            unit.first_span = p;
+            unit.end_span = p + spans_a_unit < end ? p + spans_a_unit : end;
+            units.push_back(unit);
+          }
+        }
+        continue;
+      }
+      // The last tokens first: they see the most keys, and long units should not come last.
+      for (int64_t i = (count - 1) / kTokensAUnit * kTokensAUnit; i >= 0; i -= kTokensAUnit) {
+        unit.token = token + i;
+        unit.tokens = count - i < kTokensAUnit ? count - i : kTokensAUnit;
+        unit.position = batch->past[s] + i;
+        int64_t unused;
+        spans_of(unit.position, &unit.first_span, &unused);
+        spans_of(unit.position + unit.tokens - 1, &unused, &unit.end_span);
+        for (unit.kv_head = 0; unit.kv_head < c.kv_heads; ++unit.kv_head) units.push_back(unit);
+      }
+    }
+    float* memory = partials.get<float>(partial_count);
+    for (AttentionUnit& unit : units) {
+      const size_t s = static_cast<size_t>(row_sequence[static_cast<size_t>(unit.token)]);
+      if (partial_spans[s] > 0) unit.partials = memory + partial_offset[s];
+    }
+  }
+
+  void attend(const Layer& layer, int64_t index) {
+    const qk_decoder_config& c = config;
+    const qk_kv_cache& kv = *batch->kv;
+    AttentionJob job{};
+    job.head_dim = c.head_dim;
+    job.heads = c.heads;
+    job.kv_heads = c.kv_heads;
+    job.group = c.heads / c.kv_heads;
+    job.scale = c.attention_scale;
+    job.softcap = c.attention_softcap;
+    job.window = layer.spec.window;
+    job.round_bf16 = bf16();
+    job.queries = queries.get<uint8_t>(0);
+    job.query_bytes = c.head_dim * (attention->codes_per_word == 2 ? 2 : 4);
+    job.kv_dtype = kv.dtype;
+    job.page_bytes = kv_bytes();
+    job.data = static_cast<const uint8_t*>(kv.data) +
+               index * kv.pages * c.kv_heads * 2 * job.page_bytes;
+    job.scale_data = kv.scale == nullptr
+                         ? nullptr
+                         : kv.scale + index * kv.pages * c.kv_heads * 2 * QK_PAGE_TOKENS;
+    job.states = states.get<float>(0);
+    job.state_floats = state_floats();
+    parallel_for(static_cast<int64_t>(units.size()), [&](int64_t i) {
+      const AttentionUnit& unit = units[static_cast<size_t>(i)];
+      void* memory = scratch(kUnitSlot, attention->scratch_bytes(job, unit.tokens));
+      attention->run(job, unit, static_cast<uint8_t*>(memory));
+    });
+  }
+
+  // The attention of row m: [heads * head_dim].
+  void attention_row(int64_t m, float* out) {
+    const size_t s = static_cast<size_t>(row_sequence[static_cast<size_t>(m)]);
+    float* state = states.get<float>(0) + m * config.heads * state_floats();
+    for (int64_t h = 0; h < config.heads; ++h, state += state_floats()) {
+      if (partial_spans[s] > 0) {
+        attention->clear_state(state, config.head_dim);
+        const float* part = partials.get<float>(0) + partial_offset[s] + h * state_floats();
+        for (int64_t i = 0; i < partial_spans[s]; ++i, part += config.heads * state_floats()) {
+          attention->merge_state(state, part[0], part[1], part + kStateHeader, config.head_dim);
+        }
+      }
+      attention->finish_state(state, config.head_dim, out + h * config.head_dim);
+    }
+  }
+
+  // x += a branch's output, through its own norm where the model has one.
+  void add_branch(float* x, float* branch, const float* norm) {
+    const RowKernels& r = table->rows;
+    if (norm != nullptr) {
+      r.rms_norm(branch, norm, config.hidden, config.norm_epsilon, branch);
+    }
+    r.add(x, branch, config.hidden);
+  }
+
+  int forward(const qk_batch& b) {
+    if (const int status = check(b)) return status;
+    batch = &b;
+    std::memset(times, 0, sizeof times);
+    if (b.sequences == 0) return QK_OK;
+    const int64_t began = Clock::now();
+    Clock clock(times);
+    const qk_decoder_config& c = config;
+    const RowKernels& r = table->rows;
+    rows = b.starts[b.sequences];
+    const int64_t q_width = c.heads * c.head_dim, qkv_width = q_width + 2 * c.kv_heads * c.head_dim;
+    const int64_t y_width = qkv_width > 2 * c.ffn ? qkv_width : 2 * c.ffn;
+    const int64_t y_stride = y_width > c.hidden ? y_width : c.hidden;
+
+    row_sequence.resize(static_cast<size_t>(rows));
+    row_position.resize(static_cast<size_t>(rows));
+    partial_offset.resize(static_cast<size_t>(b.sequences));
+    partial_spans.resize(static_cast<size_t>(b.sequences));
+    for (int64_t s = 0; s < b.sequences; ++s) {
+      for (int64_t i = b.starts[s]; i < b.starts[s + 1]; ++i) {
+        row_sequence[static_cast<size_t>(i)] = s;
+        row_position[static_cast<size_t>(i)] = b.past[s] + i - b.starts[s];
+      }
+    }
+    float* x = residual.get<float>(rows * c.hidden);
+    float* out = y.get<float>(rows * y_stride);
+    const int64_t work_width = widest > c.hidden ? widest : c.hidden;
+    float* work = normed.get<float>(rows * work_width);
+    queries.get<uint8_t>(rows * q_width * 4);
+    states.get<float>(rows * c.heads * state_floats());
+    for (Layer& layer : layers) {
+      reserve_forms(layer.qkv, rows);
+      reserve_forms(layer.attention_out, rows);
+      reserve_forms(layer.gate_up, rows);
+      reserve_forms(layer.down, rows);
+    }
+
+    for_rows(rows, [&](int64_t m) {
+      r.load(x + m * c.hidden, c.embedding, c.embedding_dtype,
+             static_cast<int64_t>(b.tokens[m]) * c.hidden, c.hidden);
+      if (c.embedding_scale != 1.0f) {
+        for (int64_t i = 0; i < c.hidden; ++i) x[m * c.hidden + i] *= c.embedding_scale;
+      }
+    });
+
+    int64_t window = -1;
+    const float* pending_norm = nullptr;
+    for (int64_t index = 0; index < c.layers; ++index) {
+      Layer& layer = layers[static_cast<size_t>(index)];
+      if (layer.spec.window != window) lay_out_attention(window = layer.spec.window);
+      for_rows(rows, [&](int64_t m) {
+        if (index > 0) add_branch(x + m * c.hidden, out + m * y_stride, pending_norm);
+        float* normal = work + m * work_width;
+        r.rms_norm(x + m * c.hidden, layer.spec.attention_norm, c.hidden, c.norm_epsilon, normal);
+        fill_forms(layer.qkv, normal, m);
+      });
+      clock.lap(QK_PART_NORM);
+      project(layer.qkv, rows, out, y_stride);
+      clock.lap(QK_PART_LINEAR);
+      clear_new_values(index);
+      rope_and_store(layer, index, out, y_stride);
+      clock.lap(QK_PART_ROPE);
+      attend(layer, index);
+      clock.lap(QK_PART_ATTENTION);
+      for_rows(rows, [&](int64_t m) {
+        float* row = work + m * work_width;
+        attention_row(m, row);
+        fill_forms(layer.attention_out, row, m);
+      });
+      clock.lap(QK_PART_ATTENTION);
+      project(layer.attention_out, rows, out, y_stride);
+      clock.lap(QK_PART_LINEAR);
+      for_rows(rows, [&](int64_t m) {
+        add_branch(x + m * c.hidden, out + m * y_stride, layer.spec.post_attention_norm);
+        float* normal = work + m * work_width;
+        r.rms_norm(x + m * c.hidden, layer.spec.mlp_norm, c.hidden, c.norm_epsilon, normal);
+        fill_forms(layer.gate_up, normal, m);
+      });
+      clock.lap(QK_PART_NORM);
+      project(layer.gate_up, rows, out, y_stride);
+      clock.lap(QK_PART_LINEAR);
+      for_rows(rows, [&](int64_t m) {
+        float* gate = out + m * y_stride;
+        r.gate(gate, gate + c.ffn, c.ffn, c.gate, gate);
+        fill_forms(layer.down, gate, m);
+      });
+      clock.lap(QK_PART_GATE);
+      project(layer.down, rows, out, y_stride);
+      clock.lap(QK_PART_LINEAR);
+      pending_norm = layer.spec.post_mlp_norm;
+    }
+
+    // The rows that somebody reads.
+    const int64_t wanted = b.states != nullptr ? rows : b.logit_count;
+    for_rows(wanted, [&](int64_t i) {
+      const int64_t m = b.states != nullptr ? i : b.logit_rows[i];
+      if (c.layers > 0) add_branch(x + m * c.hidden, out + m * y_stride, pending_norm);
+      float* normal = b.states != nullptr ? b.states + m * c.hidden : work + m * work_width;
+      r.rms_norm(x + m * c.hidden, c.final_norm, c.hidden, c.norm_epsilon, normal);
+    });
+    clock.lap(QK_PART_NORM);
+    if (b.logit_count > 0) {
+      const bool kept = b.states != nullptr;
+      run_head(b.logit_count, b.logits, [&](int64_t i) {
+        const int64_t m = b.logit_rows[i];
+        return kept ? b.states + m * c.hidden : work + m * work_width;
+      });
+    }
+    clock.lap(QK_PART_HEAD);
+    times[QK_PART_TOTAL] = Clock::now() - began;
+    return QK_OK;
+  }
+
+  // Logits of `count` rows; state(i) is the i-th row's normalized state.
+  template <class F>
+  void run_head(int64_t count, float* logits, F&& state) {
+    reserve_forms(head, count);
+    for_rows(count, [&](int64_t i) { fill_forms(head, state(i), i); });
+    project(head, count, logits, config.vocab);
+    if (config.logit_softcap > 0.0f) {
+      const float cap = config.logit_softcap;
+      for_rows(count, [&](int64_t i) {
+        float* row = logits + i * config.vocab;
+        for (int64_t j = 0; j < config.vocab; ++j) row[j] = cap * __builtin_tanhf(row[j] / cap);
+      });
+    }
+  }
+};
+
+int64_t qk_kv_page_bytes(int32_t dtype, int64_t head_dim) {
+  const int64_t bytes = dtype == QK_KV_F32 ? 4 : (dtype == QK_KV_BF16 ? 2 : 1);
+  return head_dim * QK_PAGE_TOKENS * bytes;
+}
+
+int qk_decoder_create(const qk_decoder_config* config, const qk_decoder_layer* layers,
+                      qk_decoder** decoder) {
+  if (config == nullptr || (layers == nullptr && config->layers > 0) || decoder == nullptr) {
+    return QK_INVALID_ARGUMENT;
+  }
+  try {
+    auto made = std::make_unique<qk_decoder>();
+    made->config = *config;
+    if (const int status = made->build(layers)) return status;
+    *decoder = made.release();
+  } catch (const std::bad_alloc&) {
+    return QK_OUT_OF_MEMORY;
+  }
+  return QK_OK;
+}
+
+void qk_decoder_destroy(qk_decoder* decoder) { delete decoder; }
+
+int qk_decoder_forward(qk_decoder* decoder, const qk_batch* batch) {
+  if (decoder == nullptr || batch == nullptr) return QK_INVALID_ARGUMENT;
+  try {
+    return decoder->forward(*batch);
+  } catch (const std::bad_alloc&) {
+    return QK_OUT_OF_MEMORY;
+  }
+}
+
+int qk_decoder_head(qk_decoder* decoder, const float* states, int64_t rows, float* logits) {
+  if (decoder == nullptr || rows < 0 || (rows > 0 && (states == nullptr || logits == nullptr))) {
+    return QK_INVALID_ARGUMENT;
+  }
+  if (rows == 0) return QK_OK;
+  try {
+    const int64_t hidden = decoder->config.hidden;
+    decoder->run_head(rows, logits, [&](int64_t i) { return states + i * hidden; });
+  } catch (const std::bad_alloc&) {
+    return QK_OUT_OF_MEMORY;
+  }
+  return QK_OK;
+}
+
+int qk_decoder_times(const qk_decoder* decoder, int64_t* nanoseconds) {
+  if (decoder == nullptr || nanoseconds == nullptr) return QK_INVALID_ARGUMENT;
+  std::memcpy(nanoseconds, decoder->times, sizeof decoder->times);
+  return QK_OK;
+}

@@ -1,0 +1,148 @@
+// Operations on one row of fp32 activations: what stands between the products of a decoder.
+//
+// Ladder: plain loops that the compiler vectorizes with each translation unit's flags. Sums go
+// through sixteen partial sums in a fixed order; the exponential is a polynomial without a branch.
+// A row is one token's, so nothing here depends on the rest of the batch.
+#pragma once
+
+#include "activations.h"
+
+namespace quantkit {
+namespace {
+
+// exp(x) to about 2 ulp, for x clamped to where the result is a normal number (Cephes expf: x =
+// n ln 2 + r, a polynomial of degree 5 in r, and n into the exponent).
+inline float exp_approx(float x) {
+  x = x > -87.0f ? x : -87.0f;
+  x = x < 88.0f ? x : 88.0f;
+  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+  const float n = shifted - 12582912.0f;
+  float r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const float y = p * (r * r) + r + 1.0f;
+  return float_of(bits_of(y) + (bits_of(shifted) << 23));
+}
+
+inline void add_row(float* x, const float* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] += y[i];
+}
+
+// out = x / sqrt(mean(x^2) + epsilon) * weight. out may be x.
+inline void rms_norm_row(const float* x, const float* weight, int64_t n, float epsilon,
+                         float* out) {
+  float part[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    for (int j = 0; j < 16; ++j) part[j] += x[i + j] * x[i + j];
+  }
+  for (int j = 0; i + j < n; ++j) part[j] += x[i + j] * x[i + j];
+  const float total = sum_row(part, 16);
+  const float factor = 1.0f / __builtin_sqrtf(total / static_cast<float>(n) + epsilon);
+  for (i = 0; i < n; ++i) out[i] = x[i] * factor * weight[i];
+}
+
+// out = act(gate) * up. out may be gate.
+inline void gate_row(const float* gate, const float* up, int64_t n, int32_t kind, float* out) {
+  if (kind == QK_GATE_SILU) {
+    for (int64_t i = 0; i < n; ++i) out[i] = gate[i] / (1.0f + exp_approx(-gate[i])) * up[i];
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const float g = gate[i];
+    const float z = 0.7978845608028654f * (g + 0.044715f * g * g * g);
+    const float tanh = 1.0f - 2.0f / (exp_approx(2.0f * z) + 1.0f);
+    out[i] = 0.5f * g * (1.0f + tanh) * up[i];
+  }
+}
+
+// Pairs (i, i + dim/2) of the first `dim` values are turned by the angle of i.
+inline void rope_row(float* x, const float* cos, const float* sin, int64_t dim) {
+  const int64_t half = dim / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = x[i], b = x[i + half];
+    x[i] = a * cos[i] - b * sin[i];
+    x[i + half] = b * cos[i] + a * sin[i];
+  }
+}
+
+inline void bf16_words_row(const float* x, int64_t n, uint16_t* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = f32_to_bf16(x[i]);
+}
+
+inline void round_bf16_row(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = bf16_to_f32(f32_to_bf16(x[i]));
+}
+
+// Symmetric int8 with a scale for each `group` columns: absmax / 127.5, as compressed-tensors has
+// it. `given` replaces it when it is not 0. scale[g] is written for each group.
+inline void int8_row(const float* x, int64_t n, int64_t group, float given, int8_t* q,
+                     float* scale) {
+  for (int64_t first = 0, g = 0; first < n; first += group, ++g) {
+    const int64_t count = group < n - first ? group : n - first;
+    float s = given;
+    if (given == 0.0f) {
+      s = absmax(x + first, count) / 127.5f;
+      if (s == 0.0f) s = 1.0f;
+    }
+    scale[g] = s;
+    const float inverse = 1.0f / s;
+    const float* v = x + first;
+    int8_t* out = q + first;
+    for (int64_t i = 0; i < count; ++i) {
+      float f = v[i] * inverse;
+      f = f > -128.0f ? f : -128.0f;  // a NaN, too: the scale holds it already
+      f = f < 127.0f ? f : 127.0f;
+      out[i] = static_cast<int8_t>(bits_of(f + 12582912.0f));
+    }
+  }
+}
+
+// Rounded to the grid of float8 e4m3 and multiplied back. out may be x.
+inline void fp8_row(const float* x, int64_t n, int64_t group, float given, float* out) {
+  uint8_t codes[512];
+  for (int64_t first = 0; first < n; first += group) {
+    const int64_t count = group < n - first ? group : n - first;
+    float s = given;
+    if (given == 0.0f) {
+      s = absmax(x + first, count) / 448.0f;
+      if (s == 0.0f) s = 1.0f;
+    }
+    for (int64_t i = first; i < first + count; i += 512) {
+      const int64_t piece = 512 < first + count - i ? 512 : first + count - i;
+      float scaled[512];
+      for (int64_t j = 0; j < piece; ++j) scaled[j] = x[i + j] / s;
+      to_fp8(scaled, piece, codes);
+      for (int64_t j = 0; j < piece; ++j) out[i + j] = f8_to_f32(codes[j]) * s;
+    }
+  }
+}
+
+// sums[s] = sum of q over the s-th `step` columns.
+inline void int8_sums_row(const int8_t* q, int64_t n, int64_t step, int32_t* sums) {
+  for (int64_t first = 0, s = 0; first < n; first += step, ++s) {
+    const int64_t end = step < n - first ? first + step : n;
+    int32_t total = 0;
+    for (int64_t i = first; i < end; ++i) total += q[i];
+    sums[s] = total;
+  }
+}
+
+inline void float_sums_row(const float* x, int64_t n, int64_t step, float* sums) {
+  for (int64_t first = 0, s = 0; first < n; first += step, ++s) {
+    sums[s] = sum_row(x + first, step < n - first ? step : n - first);
+  }
+}
+
+inline RowKernels row_kernels() {
+  return {add_row, rms_norm_row,   gate_row, rope_row,      bf16_words_row,
+          round_bf16_row, int8_row, fp8_row,  int8_sums_row, float_sums_row, load_row};
+}
+
+}  // namespace
+}  // namespace quantkit

@@ -1,0 +1,156 @@
+// A dense decoder of the Llama family as one native call, and the parts it is made of.
+//
+// A forward pass takes a ragged batch: any number of sequences, each with one or more new tokens
+// behind those that are in its pages of the key-value cache. Nothing that is computed for a token
+// depends on what else is in the batch, on how a prompt was cut into chunks, or on the number of
+// threads: the order of every sum is fixed by the token's own position.
+//
+// The residual stream, rotary embeddings, softmax and all sums are fp32. What is rounded on the way
+// into a product is said by qk_precision and, for each linear layer, by qk_activation.
+#pragma once
+
+#include "quantkit/quantkit.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// QK_PRECISION_F32: nothing is rounded; for comparing with an fp32 model.
+// QK_PRECISION_BF16: what enters a product of floats (activations, queries, probabilities) is
+// rounded to bf16, as a bf16 model does, and multiplied with fp32 sums.
+enum qk_precision { QK_PRECISION_F32 = 0, QK_PRECISION_BF16 = 1 };
+
+// What becomes of the input of a linear layer.
+//   QK_ACT_FLOAT        the precision's own rounding
+//   QK_ACT_INT8         int8, one scale for `act_group` columns of a token (k: one a token)
+//   QK_ACT_INT8_STATIC  int8 with the given scale
+//   QK_ACT_FP8          rounded to the grid of float8 e4m3, one scale for `act_group` columns,
+//                       multiplied as floats
+//   QK_ACT_FP8_STATIC   the same with the given scale
+enum qk_activation {
+  QK_ACT_FLOAT = 0,
+  QK_ACT_INT8 = 1,
+  QK_ACT_INT8_STATIC = 2,
+  QK_ACT_FP8 = 3,
+  QK_ACT_FP8_STATIC = 4,
+};
+
+enum qk_gate { QK_GATE_SILU = 0, QK_GATE_GELU_TANH = 1 };
+
+// One linear layer. Fields have the meaning of qk_weight_only_args and qk_int8_linear_args.
+typedef struct qk_linear {
+  int32_t format;      // qk_format
+  int32_t activation;  // qk_activation
+  int64_t n, k;
+  int64_t group_size;  // columns that share a weight scale; >= k for one group a row
+  int64_t act_group;   // columns that share an activation scale
+  float act_scale;     // of the static activations
+  int32_t scale_dtype; // QK_F32 or QK_BF16
+  const void* packed;
+  const float* lut;    // QK_W4
+  const void* scale;   // [groups][n]: n is the dense dimension, groups are scale_stride apart
+  int64_t scale_stride;
+  const float* zero;   // the same order and stride, or NULL
+  const float* bias;   // [n] or NULL
+} qk_linear;
+
+// Linear layers that read the same input and write side by side: query, key and value; gate and up.
+typedef struct qk_projection {
+  const qk_linear* parts;
+  int32_t count;
+} qk_projection;
+
+typedef struct qk_decoder_layer {
+  const float* attention_norm;       // [hidden]
+  qk_projection qkv;                 // n = (heads + 2 kv_heads) * head_dim in this order
+  const float* q_norm;               // [head_dim] or NULL
+  const float* k_norm;
+  qk_projection attention_out;
+  const float* post_attention_norm;  // [hidden] or NULL: of the attention's output
+  const float* mlp_norm;             // [hidden]
+  qk_projection gate_up;             // n = 2 ffn: all of gate, then all of up
+  qk_projection down;
+  const float* post_mlp_norm;        // [hidden] or NULL
+  const float* rope_cos;             // [max_positions, rotary_dim / 2]
+  const float* rope_sin;
+  int64_t window;                    // keys a query sees, itself included; 0: all
+} qk_decoder_layer;
+
+typedef struct qk_decoder_config {
+  int32_t precision;  // qk_precision
+  int32_t gate;       // qk_gate
+  int64_t layers, hidden, ffn, vocab;
+  int64_t heads, kv_heads, head_dim, rotary_dim;
+  int64_t max_positions;
+  float norm_epsilon;
+  float attention_scale;
+  float attention_softcap;     // 0: none
+  float logit_softcap;         // 0: none
+  float embedding_scale;
+  const void* embedding;       // [vocab, hidden] row-major
+  int32_t embedding_dtype;     // qk_dtype
+  const float* final_norm;     // [hidden]
+  qk_linear head;              // n = vocab
+} qk_decoder_config;
+
+// Keys and values: pages of QK_PAGE_TOKENS tokens, a page of one layer and one head together.
+//
+//   data   [layers][pages][kv_heads][2: key, value][page bytes]
+//   scale  [layers][pages][kv_heads][2][QK_PAGE_TOKENS] fp32 (int8 and fp8 only): one scale a token
+//
+// A key page is the packed layout of a weight [QK_PAGE_TOKENS, head_dim]; a value page that of
+// [head_dim, QK_PAGE_TOKENS], its blocks of 16 rows side by side: 16 rows x 4 bytes of codes along
+// the second dimension make a chunk. So both products of attention are the linear layer's kernel.
+// Pages must hold zeros or what a forward pass wrote.
+enum { QK_PAGE_TOKENS = 64 };
+enum qk_kv_dtype { QK_KV_F32 = 0, QK_KV_BF16 = 1, QK_KV_INT8 = 2, QK_KV_FP8 = 3 };
+
+typedef struct qk_kv_cache {
+  int32_t dtype;  // qk_kv_dtype
+  int64_t pages;
+  void* data;
+  float* scale;
+} qk_kv_cache;
+
+typedef struct qk_batch {
+  int64_t sequences;
+  const int32_t* tokens;     // ids of all new tokens, sequence after sequence
+  const int32_t* starts;     // [sequences + 1] where a sequence's new tokens begin
+  const int32_t* past;       // [sequences] tokens that its pages hold already
+  const int32_t* pages;      // [sequences][page_stride] page numbers
+  int64_t page_stride;
+  const qk_kv_cache* kv;
+  const int32_t* logit_rows; // new tokens whose logits are wanted, ascending
+  int64_t logit_count;
+  float* logits;             // [logit_count, vocab]
+  float* states;             // [all new tokens, hidden] after the final norm, or NULL
+} qk_batch;
+
+typedef struct qk_decoder qk_decoder;
+
+// Copies the descriptions, not the weights, which must outlive the decoder.
+QK_EXPORT int qk_decoder_create(const qk_decoder_config* config, const qk_decoder_layer* layers,
+                                qk_decoder** decoder);
+QK_EXPORT void qk_decoder_destroy(qk_decoder* decoder);
+// One call at a time for one decoder.
+QK_EXPORT int qk_decoder_forward(qk_decoder* decoder, const qk_batch* batch);
+// logits [rows, vocab] of states [rows, hidden] that a forward pass returned.
+QK_EXPORT int qk_decoder_head(qk_decoder* decoder, const float* states, int64_t rows,
+                              float* logits);
+QK_EXPORT int64_t qk_kv_page_bytes(int32_t dtype, int64_t head_dim);
+// Nanoseconds of the last forward pass by part: see qk_part. For benchmarks.
+enum qk_part {
+  QK_PART_NORM = 0,   // residual additions, norms, rounding of inputs
+  QK_PART_LINEAR = 1,
+  QK_PART_ROPE = 2,   // rotary embedding and cache writes
+  QK_PART_ATTENTION = 3,
+  QK_PART_GATE = 4,
+  QK_PART_HEAD = 5,
+  QK_PART_TOTAL = 6,
+  QK_PARTS = 7,
+};
+QK_EXPORT int qk_decoder_times(const qk_decoder* decoder, int64_t* nanoseconds);
+
+#ifdef __cplusplus
+}
+#endif
