@@ -1,0 +1,468 @@
+"""A transformers model of the Llama family as a native decoder.
+
+One table says what a family does differently; everything else is read off the model's modules.
+A model that the table does not hold, or that has a part the native decoder does not know, is not
+an error: `why_not` says what stands in the way and the model runs in transformers' own modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit import ops
+from quantkit.layers import QuantLinear
+from quantkit.ops.decoder import Layer, Linear, NativeDecoder, PageStore, Shape
+from quantkit.schemes import DType, Granularity, QuantSpec
+
+#: Columns that share an int8 activation scale where a weight's group is longer.
+INT8_GROUP = 64
+
+#: Scalings of rotary positions that do not depend on the length of the text.
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one architecture does differently from Llama.
+
+    Attributes:
+        norm_offset: norms multiply by ``offset + weight``.
+        branch_norms: norms stand behind attention and MLP, too, and have Gemma 2's names.
+        head_norms: queries and keys are normalized a head at a time.
+        rope_by_layer_type: each layer type has its own rotary frequencies.
+        window: what slides: "never", "all" layers, or those of "layer_types".
+    """
+
+    norm_offset: float = 0.0
+    branch_norms: bool = False
+    head_norms: bool = False
+    rope_by_layer_type: bool = False
+    window: str = "never"
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "llama": Family(),
+        "mistral": Family(window="all"),
+        "qwen2": Family(window="layer_types"),
+        "qwen3": Family(head_norms=True, window="layer_types"),
+        "gemma": Family(norm_offset=1.0),
+        "gemma2": Family(norm_offset=1.0, branch_norms=True, window="layer_types"),
+        "gemma3_text": Family(
+            norm_offset=1.0,
+            branch_norms=True,
+            head_norms=True,
+            rope_by_layer_type=True,
+            window="layer_types",
+        ),
+    }
+)
+
+_GATES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """New tokens of several sequences, for one forward pass. All tensors are int32.
+
+    Attributes:
+        tokens: ids, sequence after sequence ``[tokens]``.
+        starts: where each sequence's tokens begin ``[sequences + 1]``.
+        past: tokens that a sequence's pages hold already ``[sequences]``.
+        pages: page numbers ``[sequences, most pages]``.
+        logit_rows: new tokens whose logits are wanted, ascending; None for none.
+    """
+
+    tokens: Tensor
+    starts: Tensor
+    past: Tensor
+    pages: Tensor
+    logit_rows: Tensor | None = None
+
+    @staticmethod
+    def of(
+        tokens: Sequence[Sequence[int]],
+        past: Sequence[int],
+        pages: Sequence[Sequence[int]],
+        *,
+        logits: str = "last",
+    ) -> Batch:
+        """A batch from lists. ``logits``: of each sequence's "last" token, of "all", or "none"."""
+        starts = [0]
+        for ids in tokens:
+            starts.append(starts[-1] + len(ids))
+        width = max(map(len, pages))
+        rows = {
+            "last": [end - 1 for end in starts[1:]],
+            "all": list(range(starts[-1])),
+            "none": None,
+        }[logits]
+        return Batch(
+            tokens=_int32([token for ids in tokens for token in ids]),
+            starts=_int32(starts),
+            past=_int32(past),
+            pages=_int32([[*row, *[0] * (width - len(row))] for row in pages]),
+            logit_rows=None if rows is None else _int32(rows),
+        )
+
+
+def _int32(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+class Decoder:
+    """A model as one native call a forward pass.
+
+    Attributes:
+        numerics: how products are computed, for fingerprints: each weight format with what its
+            activations are, such as ``w4-int8g64+int8-int8g32``.
+        shape: sizes.
+    """
+
+    def __init__(self, native: NativeDecoder, numerics: str) -> None:
+        self.native = native
+        self.numerics = numerics
+        self.shape = native.shape
+
+    def new_cache(self, pages: int, dtype: str = "auto") -> PageStore:
+        """An empty key-value store of so many pages of `quantkit.ops.decoder.PAGE_TOKENS`."""
+        return self.native.new_cache(pages, dtype)
+
+    def logits(self, batch: Batch, cache: PageStore) -> Tensor:
+        """fp32 logits ``[logit rows, vocab]``; keys and values go into the cache."""
+        found, _ = self.native.forward(
+            batch.tokens, batch.starts, batch.past, batch.pages, cache, logit_rows=batch.logit_rows
+        )
+        assert found is not None, "the batch names no logit rows"
+        return found
+
+    def states(self, batch: Batch, cache: PageStore) -> Tensor:
+        """fp32 final states ``[tokens, hidden]``, for `head`."""
+        _, found = self.native.forward(
+            batch.tokens, batch.starts, batch.past, batch.pages, cache, states=True
+        )
+        assert found is not None
+        return found
+
+    def head(self, states: Tensor) -> Tensor:
+        """fp32 logits ``[rows, vocab]`` of states."""
+        return self.native.head(states)
+
+
+def why_not(model: Any) -> str | None:
+    """What keeps a transformers model from running natively, or None."""
+    config = model.config
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        return f"architecture {config.model_type!r} has no native decoder"
+    if model.device.type != "cpu":
+        return f"the native decoder runs on the CPU, the model is on {model.device}"
+    head_dim = _head_dim(config)
+    if head_dim % 16 or head_dim > 512:
+        return f"head_dim {head_dim} is not a multiple of 16 up to 512"
+    if _activation(config) not in _GATES:
+        return f"activation {_activation(config)!r} is not one of {', '.join(_GATES)}"
+    for kind in _rope_types(config):
+        if kind not in STATIC_ROPE:
+            return f"rotary scaling {kind!r} depends on the length of the text"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "attention is bidirectional"
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            if module.kind == "reference":
+                return "the reference kernels were asked for"
+            reason = _unknown_input(module)
+            if reason:
+                return f"{name}: {reason}"
+    return None
+
+
+def build_decoder(model: Any, *, activations: str = "auto") -> Decoder:
+    """Make a native decoder of a transformers model for which `why_not` is None.
+
+    The weights move: quantized layers go on sharing them, while the model's other linear layers
+    are left without (on the meta device), so that nothing is held twice.
+
+    Args:
+        model: a causal language model on the CPU; its linear layers are `QuantLinear` or
+            ``nn.Linear``. bf16 models multiply floats in bf16, others in fp32.
+        activations: of weight-only schemes: "int8" rounds them to int8 with a scale for each
+            group of columns, "float" leaves them as they are, "auto" is int8 for bf16 models.
+    """
+    config = model.config
+    family = FAMILIES[config.model_type]
+    base = model.model
+    precision = "bf16" if model.dtype == torch.bfloat16 else "fp32"
+    if activations == "auto":
+        activations = "int8" if precision == "bf16" else "float"
+    embedding = base.embed_tokens.weight.detach().contiguous()
+    shape = _shape(config, base)
+    ropes = _rope_tables(base, config, family, shape.max_positions)
+    linears = _Linears(precision, activations)
+    for block in base.layers:
+        for module in _projections(block):
+            linears.add(module)
+    linears.add(model.get_output_embeddings())
+    linears.place()
+    native = NativeDecoder(
+        shape,
+        precision,
+        [
+            _layer(block, index, config, family, linears, ropes)
+            for index, block in enumerate(base.layers)
+        ],
+        embedding,
+        _norm(base.norm, family),
+        linears[model.get_output_embeddings()],
+    )
+    return Decoder(native, linears.numerics())
+
+
+#: Bytes of weights that are copied into huge pages at a time: what loading needs beside the model.
+_PLACED_TOGETHER = 64 << 20
+
+
+class _Linears:
+    """Linear modules as the decoder runs them, side by side in memory in the order of use."""
+
+    def __init__(self, precision: str, activations: str) -> None:
+        self.precision = precision
+        self.activations = activations
+        self._made: dict[nn.Module, Linear] = {}
+        self._waiting: list[nn.Module] = []
+        self._bytes = 0
+
+    def __getitem__(self, module: nn.Module) -> Linear:
+        return self._made[module]
+
+    def add(self, module: nn.Module) -> None:
+        linear = self._quantized(module) if isinstance(module, QuantLinear) else self._plain(module)
+        self._made[module] = linear
+        self._waiting.append(module)
+        self._bytes += linear.packed.nbytes
+        if self._bytes >= _PLACED_TOGETHER:
+            self.place()
+
+    def place(self) -> None:
+        """Move what waits into huge pages, and let the modules share it or let go of theirs."""
+        tensors = []
+        for module in self._waiting:
+            tensors += [self._made[module].packed, self._made[module].scale.t()]
+        placed = iter(ops.consolidate(tensors))
+        for module in self._waiting:
+            packed, scale = next(placed), next(placed).t()
+            self._made[module] = replace(self._made[module], packed=packed, scale=scale)
+            if isinstance(module, QuantLinear):
+                module.packed = packed
+            else:
+                weight: Any = module.weight
+                module.weight = nn.Parameter(weight.detach().to("meta"), False)
+        self._waiting, self._bytes = [], 0
+
+    def numerics(self) -> str:
+        """Each weight format with what its activations are."""
+        seen = set()
+        for linear in self._made.values():
+            group = "" if linear.act_group in (0, linear.k) else f"g{linear.act_group}"
+            kind = self.precision if linear.activation == "float" else linear.activation + group
+            seen.add(f"{linear.format}-{kind}")
+        return "+".join(sorted(seen))
+
+    def _plain(self, module: Any) -> Linear:
+        weight = module.weight.detach()
+        n, k = weight.shape
+        keep = weight.dtype == torch.bfloat16
+        return Linear(
+            format="bf16" if keep else "fp32",
+            n=n,
+            k=k,
+            # Two bf16 values, or one fp32 value, are the four bytes of a row of a chunk.
+            packed=ops.pack_w8((weight if keep else weight.float()).contiguous().view(torch.uint8)),
+            scale=ops.pack_scale(torch.ones(n, 1)),
+            group_size=k,
+            bias=None if module.bias is None else module.bias.detach().float(),
+        )
+
+    def _quantized(self, module: QuantLinear) -> Linear:
+        n, k = module.out_features, module.in_features
+        spec = module.spec
+        formats = {"w4": "w4", "w8": "int8" if spec.dtype is DType.INT else "fp8", "w8a8": "int8"}
+        scale = _narrow(module.scale) if module.zero is None else module.scale
+        linear = Linear(
+            format=formats[module.kind],
+            n=n,
+            k=k,
+            packed=module.packed,
+            scale=scale,
+            group_size=module.group,
+            lut=module.table if module.kind == "w4" else None,
+            zero=module.zero,
+            bias=None if module.bias is None else module.bias.detach().float(),
+        )
+        inputs = module.scheme.input
+        if inputs is None:
+            return self._weight_only(linear)
+        act_scale = 0.0 if module.input_scale is None else float(module.input_scale)
+        kind = "int8" if inputs.dtype is DType.INT else "fp8"
+        group = inputs.group_size if inputs.granularity is Granularity.GROUP else k
+        return replace(
+            linear,
+            activation=kind if inputs.dynamic else f"{kind}-static",
+            act_group=group or k,
+            act_scale=act_scale,
+        )
+
+    def _weight_only(self, linear: Linear) -> Linear:
+        if self.activations != "int8" or not _integer_codes(linear):
+            return linear
+        group = min(linear.group_size, INT8_GROUP)
+        if linear.group_size < linear.k and linear.group_size % group:
+            group = linear.group_size
+        return replace(linear, activation="int8", act_group=min(group, linear.k))
+
+
+def _integer_codes(linear: Linear) -> bool:
+    """Whether the integer kernels multiply these weights exactly."""
+    if linear.format == "int8":
+        return True
+    if linear.format != "w4" or linear.lut is None:
+        return False
+    doubled = linear.lut * 2
+    return bool((doubled == doubled.round()).all() and (doubled.max() - doubled.min()) <= 127)
+
+
+def _narrow(scale: Tensor) -> Tensor:
+    """Scales in bf16 where that loses nothing: half the bytes to read beside the codes."""
+    half = scale.t().to(torch.bfloat16).contiguous().t()
+    return half if torch.equal(half.float(), scale) else scale
+
+
+def _unknown_input(module: QuantLinear) -> str | None:
+    spec: QuantSpec | None = module.scheme.input
+    if spec is None:
+        return None
+    if spec.bits != 8:
+        return f"{spec.bits}-bit activations are not native"
+    if not spec.symmetric:
+        return "asymmetric activations are not native"
+    if spec.dtype is DType.INT and module.spec.dtype is not DType.INT and module.kind != "w4":
+        return "int8 activations need integer weights"
+    return None
+
+
+def _head_dim(config: Any) -> int:
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+
+
+def _activation(config: Any) -> str:
+    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
+
+
+def _rope_types(config: Any) -> set[str]:
+    parameters = config.rope_parameters or {}
+    if "rope_type" in parameters:
+        return {str(parameters["rope_type"])}
+    return {str(p["rope_type"]) for p in parameters.values() if p is not None}
+
+
+def _shape(config: Any, base: Any) -> Shape:
+    head_dim = _head_dim(config)
+    scale = getattr(config, "query_pre_attn_scalar", None) or head_dim
+    embed_scale = getattr(base.embed_tokens, "embed_scale", None)
+    if embed_scale is not None:
+        # The model multiplies in its own dtype, and so by a rounded factor.
+        embed_scale = float(embed_scale.to(base.embed_tokens.weight.dtype))
+    rotary = int(head_dim * (getattr(config, "partial_rotary_factor", None) or 1.0))
+    return Shape(
+        hidden=config.hidden_size,
+        ffn=config.intermediate_size,
+        vocab=base.embed_tokens.weight.shape[0],
+        heads=config.num_attention_heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_dim=head_dim,
+        rotary_dim=rotary,
+        max_positions=config.max_position_embeddings,
+        norm_epsilon=config.rms_norm_eps,
+        attention_scale=float(scale) ** -0.5,
+        gate=_GATES[_activation(config)],
+        attention_softcap=getattr(config, "attn_logit_softcapping", None) or 0.0,
+        logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
+        embedding_scale=1.0 if embed_scale is None else embed_scale,
+    )
+
+
+def _rope_tables(
+    base: Any, config: Any, family: Family, positions: int
+) -> dict[str | None, tuple[Tensor, Tensor]]:
+    """(cos, sin), each ``[positions, rotary_dim / 2]``, by layer type or for all (None)."""
+    # fp32, whatever the model's dtype: the module takes the dtype of what it is given.
+    like = torch.zeros(1, dtype=torch.float32)
+    ids = torch.arange(positions)[None]
+    kinds = set(config.layer_types) if family.rope_by_layer_type else {None}
+    tables = {}
+    for kind in kinds:
+        extra = () if kind is None else (kind,)
+        cos, sin = base.rotary_emb(like, ids, *extra)
+        half = cos.shape[-1] // 2
+        tables[kind] = (cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+    return tables
+
+
+def _norm(module: Any, family: Family) -> Tensor:
+    return module.weight.detach().float() + family.norm_offset
+
+
+def _projections(block: Any) -> list[nn.Module]:
+    """The block's linear layers in the order of use."""
+    attention, mlp = block.self_attn, block.mlp
+    inputs = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    return [*inputs, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def _layer(
+    block: Any,
+    index: int,
+    config: Any,
+    family: Family,
+    linears: _Linears,
+    ropes: Mapping[str | None, tuple[Tensor, Tensor]],
+) -> Layer:
+    attention = block.self_attn
+    query, key, value, out, gate, up, down = (linears[m] for m in _projections(block))
+    layer_types = getattr(config, "layer_types", None)
+    kind = layer_types[index] if layer_types else None
+    window = 0
+    if family.window == "all" or (family.window == "layer_types" and kind == "sliding_attention"):
+        window = config.sliding_window or 0
+    cos, sin = ropes[kind if family.rope_by_layer_type else None]
+    # Gemma 2 and 3 norm a branch's output, too; then the norm before the MLP has another name.
+    before_mlp = (
+        block.pre_feedforward_layernorm if family.branch_norms else block.post_attention_layernorm
+    )
+    return Layer(
+        attention_norm=_norm(block.input_layernorm, family),
+        qkv=(query, key, value),
+        attention_out=(out,),
+        mlp_norm=_norm(before_mlp, family),
+        gate_up=(gate, up),
+        down=(down,),
+        rope_cos=cos,
+        rope_sin=sin,
+        window=window,
+        q_norm=_norm(attention.q_norm, family) if family.head_norms else None,
+        k_norm=_norm(attention.k_norm, family) if family.head_norms else None,
+        post_attention_norm=(
+            _norm(block.post_attention_layernorm, family) if family.branch_norms else None
+        ),
+        post_mlp_norm=(
+            _norm(block.post_feedforward_layernorm, family) if family.branch_norms else None
+        ),
+    )

@@ -1,0 +1,449 @@
+"""The native decoder: a whole forward pass of a Llama-family model in one call.
+
+These are the structures of ``csrc/include/quantkit/decoder.h`` and a handle that keeps the tensors
+they point at alive. What a model's modules are in these terms is `quantkit.models.decoder`'s
+business.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import QuantkitError
+from quantkit.ops.library import CPU
+
+#: Tokens of a page of the key-value cache.
+PAGE_TOKENS = 64
+
+FORMATS: Mapping[str, int] = MappingProxyType({"w4": 0, "int8": 1, "fp8": 2, "bf16": 3, "fp32": 4})
+ACTIVATIONS: Mapping[str, int] = MappingProxyType(
+    {"float": 0, "int8": 1, "int8-static": 2, "fp8": 3, "fp8-static": 4}
+)
+GATES: Mapping[str, int] = MappingProxyType({"silu": 0, "gelu_tanh": 1})
+PRECISIONS: Mapping[str, int] = MappingProxyType({"fp32": 0, "bf16": 1})
+KV_DTYPES: Mapping[str, int] = MappingProxyType({"fp32": 0, "bf16": 1, "int8": 2, "fp8": 3})
+PARTS = ("norm", "linear", "rope", "attention", "gate", "head", "total")
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+_pointer, _i32, _i64, _f32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+
+
+class _CLinear(ctypes.Structure):
+    _fields_ = (
+        ("format", _i32),
+        ("activation", _i32),
+        ("n", _i64),
+        ("k", _i64),
+        ("group_size", _i64),
+        ("act_group", _i64),
+        ("act_scale", _f32),
+        ("scale_dtype", _i32),
+        ("packed", _pointer),
+        ("lut", _pointer),
+        ("scale", _pointer),
+        ("scale_stride", _i64),
+        ("zero", _pointer),
+        ("bias", _pointer),
+    )
+
+
+class _CProjection(ctypes.Structure):
+    _fields_ = (("parts", ctypes.POINTER(_CLinear)), ("count", _i32))
+
+
+class _CLayer(ctypes.Structure):
+    _fields_ = (
+        ("attention_norm", _pointer),
+        ("qkv", _CProjection),
+        ("q_norm", _pointer),
+        ("k_norm", _pointer),
+        ("attention_out", _CProjection),
+        ("post_attention_norm", _pointer),
+        ("mlp_norm", _pointer),
+        ("gate_up", _CProjection),
+        ("down", _CProjection),
+        ("post_mlp_norm", _pointer),
+        ("rope_cos", _pointer),
+        ("rope_sin", _pointer),
+        ("window", _i64),
+    )
+
+
+class _CConfig(ctypes.Structure):
+    _fields_ = (
+        ("precision", _i32),
+        ("gate", _i32),
+        ("layers", _i64),
+        ("hidden", _i64),
+        ("ffn", _i64),
+        ("vocab", _i64),
+        ("heads", _i64),
+        ("kv_heads", _i64),
+        ("head_dim", _i64),
+        ("rotary_dim", _i64),
+        ("max_positions", _i64),
+        ("norm_epsilon", _f32),
+        ("attention_scale", _f32),
+        ("attention_softcap", _f32),
+        ("logit_softcap", _f32),
+        ("embedding_scale", _f32),
+        ("embedding", _pointer),
+        ("embedding_dtype", _i32),
+        ("final_norm", _pointer),
+        ("head", _CLinear),
+    )
+
+
+class _CCache(ctypes.Structure):
+    _fields_ = (("dtype", _i32), ("pages", _i64), ("data", _pointer), ("scale", _pointer))
+
+
+class _CBatch(ctypes.Structure):
+    _fields_ = (
+        ("sequences", _i64),
+        ("tokens", _pointer),
+        ("starts", _pointer),
+        ("past", _pointer),
+        ("pages", _pointer),
+        ("page_stride", _i64),
+        ("kv", ctypes.POINTER(_CCache)),
+        ("logit_rows", _pointer),
+        ("logit_count", _i64),
+        ("logits", _pointer),
+        ("states", _pointer),
+    )
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer ``[n, k]`` as the decoder runs it.
+
+    Attributes:
+        format: a key of `FORMATS`.
+        packed: the packed codes or values.
+        scale: fp32 or bf16 ``[n, groups]`` from `quantkit.ops.pack_scale` (n is dense).
+        group_size: columns that share a weight scale; k for one group a row.
+        activation: a key of `ACTIVATIONS`: what becomes of the layer's input.
+        act_group: columns that share an activation scale.
+        act_scale: of a static activation.
+        lut: fp32 ``[16]`` of format w4.
+        zero: fp32 like scale, or None.
+        bias: fp32 ``[n]``, or None.
+    """
+
+    format: str
+    n: int
+    k: int
+    packed: Tensor
+    scale: Tensor
+    group_size: int
+    activation: str = "float"
+    act_group: int = 0
+    act_scale: float = 0.0
+    lut: Tensor | None = None
+    zero: Tensor | None = None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block. Norm weights are fp32; rope tables fp32 ``[positions, rotary_dim / 2]``."""
+
+    attention_norm: Tensor
+    qkv: tuple[Linear, ...]
+    attention_out: tuple[Linear, ...]
+    mlp_norm: Tensor
+    gate_up: tuple[Linear, ...]
+    down: tuple[Linear, ...]
+    rope_cos: Tensor
+    rope_sin: Tensor
+    window: int = 0
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    post_attention_norm: Tensor | None = None
+    post_mlp_norm: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes and constants of a decoder; see ``qk_decoder_config``."""
+
+    hidden: int
+    ffn: int
+    vocab: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    max_positions: int
+    norm_epsilon: float
+    attention_scale: float
+    gate: str = "silu"
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    embedding_scale: float = 1.0
+
+
+class NativeDecoder:
+    """A handle on ``qk_decoder``.
+
+    Args:
+        shape: sizes and constants.
+        precision: a key of `PRECISIONS`.
+        layers: the blocks.
+        embedding: ``[vocab, hidden]``, fp32, fp16 or bf16.
+        final_norm: fp32 ``[hidden]``.
+        head: the output projection.
+
+    Raises:
+        KernelMissingError: the CPU library is not built.
+        QuantkitError: the library refuses the description.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        precision: str,
+        layers: Sequence[Layer],
+        embedding: Tensor,
+        final_norm: Tensor,
+        head: Linear,
+    ) -> None:
+        self.shape = shape
+        self.precision = precision
+        self._library = CPU.require()
+        self._library.qk_status_message.restype = ctypes.c_char_p
+        self._library.qk_kv_page_bytes.restype = _i64
+        self._destroy = self._library.qk_decoder_destroy
+        self._kept: list[object] = []
+        blocks = (_CLayer * max(1, len(layers)))(*(self._layer(layer) for layer in layers))
+        config = _CConfig(
+            precision=PRECISIONS[precision],
+            gate=GATES[shape.gate],
+            layers=len(layers),
+            hidden=shape.hidden,
+            ffn=shape.ffn,
+            vocab=shape.vocab,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            rotary_dim=shape.rotary_dim,
+            max_positions=shape.max_positions,
+            norm_epsilon=shape.norm_epsilon,
+            attention_scale=shape.attention_scale,
+            attention_softcap=shape.attention_softcap,
+            logit_softcap=shape.logit_softcap,
+            embedding_scale=shape.embedding_scale,
+            embedding=self._data(embedding),
+            embedding_dtype=_DTYPES[embedding.dtype],
+            final_norm=self._floats(final_norm),
+            head=self._linear(head),
+        )
+        self.layers = len(layers)
+        self._handle: ctypes.c_void_p | None = None
+        handle = _pointer()
+        self._check(
+            self._library.qk_decoder_create(ctypes.byref(config), blocks, ctypes.byref(handle)),
+            "the description of the model",
+        )
+        self._handle = handle
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the native half; the tensors live on in whoever else has them."""
+        handle, self._handle = getattr(self, "_handle", None), None
+        if handle:
+            self._destroy(handle)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        starts: Tensor,
+        past: Tensor,
+        pages: Tensor,
+        cache: PageStore,
+        *,
+        logit_rows: Tensor | None = None,
+        states: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Run new tokens of several sequences and store their keys and values.
+
+        Args:
+            tokens: int32 ids of all new tokens, sequence after sequence.
+            starts: int32 ``[sequences + 1]``, where each sequence's tokens begin.
+            past: int32 ``[sequences]``, tokens that its pages hold already.
+            pages: int32 ``[sequences, most pages]``, page numbers.
+            cache: where keys and values are.
+            logit_rows: int32, ascending: the new tokens whose logits are wanted.
+            states: also return every new token's state.
+
+        Returns:
+            fp32 logits ``[rows, vocab]`` or None, and fp32 states after the final norm
+            ``[tokens, hidden]`` or None.
+
+        Raises:
+            QuantkitError: an argument is out of range (a page, an id, a position), or memory
+                ran out; nothing was computed.
+        """
+        rows = 0 if logit_rows is None else len(logit_rows)
+        logits = torch.empty(rows, self.shape.vocab) if rows else None
+        kept = torch.empty(len(tokens), self.shape.hidden) if states else None
+        batch = _CBatch(
+            sequences=len(past),
+            tokens=tokens.data_ptr(),
+            starts=starts.data_ptr(),
+            past=past.data_ptr(),
+            pages=pages.data_ptr(),
+            page_stride=pages.shape[1],
+            kv=cache.pointer,
+            logit_rows=None if logit_rows is None else logit_rows.data_ptr(),
+            logit_count=rows,
+            logits=None if logits is None else logits.data_ptr(),
+            states=None if kept is None else kept.data_ptr(),
+        )
+        self._follow_torch_threads()
+        self._check(
+            self._library.qk_decoder_forward(self._handle, ctypes.byref(batch)), "a forward pass"
+        )
+        return logits, kept
+
+    def head(self, states: Tensor) -> Tensor:
+        """fp32 logits ``[rows, vocab]`` of fp32 states ``[rows, hidden]``."""
+        states = states.contiguous()
+        logits = torch.empty(len(states), self.shape.vocab)
+        self._follow_torch_threads()
+        status = self._library.qk_decoder_head(
+            self._handle,
+            _pointer(states.data_ptr()),
+            _i64(len(states)),
+            _pointer(logits.data_ptr()),
+        )
+        self._check(status, "the output projection")
+        return logits
+
+    def times(self) -> dict[str, float]:
+        """Seconds of the last forward pass by part."""
+        values = (_i64 * len(PARTS))()
+        self._library.qk_decoder_times(self._handle, values)
+        return {part: value * 1e-9 for part, value in zip(PARTS, values, strict=True)}
+
+    def new_cache(self, pages: int, dtype: str = "auto") -> PageStore:
+        """An empty store of so many pages."""
+        if dtype == "auto":
+            dtype = "fp32" if self.precision == "fp32" else "bf16"
+        page_bytes = int(
+            self._library.qk_kv_page_bytes(_i32(KV_DTYPES[dtype]), _i64(self.shape.head_dim))
+        )
+        return PageStore(self.layers, pages, self.shape.kv_heads, page_bytes, dtype)
+
+    def _follow_torch_threads(self) -> None:
+        self._library.qk_set_default_threads(_i32(torch.get_num_threads()))
+
+    def _check(self, status: int, what: str) -> None:
+        if status != 0:
+            reason = self._library.qk_status_message(_i32(status)).decode()
+            raise QuantkitError(f"the native decoder refuses {what}: {reason}")
+
+    def _data(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        if tensor.device.type != "cpu":
+            raise ValueError(f"a tensor is on {tensor.device}; the native decoder runs on the CPU")
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _floats(self, tensor: Tensor | None) -> int | None:
+        return None if tensor is None else self._data(tensor.detach().float().contiguous())
+
+    def _linear(self, linear: Linear) -> _CLinear:
+        scale, zero = linear.scale, linear.zero
+        for table in (scale, zero):
+            if table is not None and (table.shape[0] != linear.n or table.stride(0) != 1):
+                raise ValueError("scales and zeros must come from quantkit.ops.pack_scale")
+        if zero is not None and zero.stride() != scale.stride():
+            raise ValueError("zeros must lie as the scales do")
+        return _CLinear(
+            format=FORMATS[linear.format],
+            activation=ACTIVATIONS[linear.activation],
+            n=linear.n,
+            k=linear.k,
+            group_size=linear.group_size,
+            act_group=linear.act_group,
+            act_scale=linear.act_scale,
+            scale_dtype=_DTYPES[scale.dtype],
+            packed=self._data(linear.packed),
+            lut=self._floats(linear.lut),
+            scale=self._data(scale),
+            scale_stride=linear.n,
+            zero=self._data(zero),
+            bias=self._floats(linear.bias),
+        )
+
+    def _projection(self, parts: tuple[Linear, ...]) -> _CProjection:
+        array = (_CLinear * len(parts))(*(self._linear(part) for part in parts))
+        self._kept.append(array)
+        return _CProjection(parts=array, count=len(parts))
+
+    def _layer(self, layer: Layer) -> _CLayer:
+        return _CLayer(
+            attention_norm=self._floats(layer.attention_norm),
+            qkv=self._projection(layer.qkv),
+            q_norm=self._floats(layer.q_norm),
+            k_norm=self._floats(layer.k_norm),
+            attention_out=self._projection(layer.attention_out),
+            post_attention_norm=self._floats(layer.post_attention_norm),
+            mlp_norm=self._floats(layer.mlp_norm),
+            gate_up=self._projection(layer.gate_up),
+            down=self._projection(layer.down),
+            post_mlp_norm=self._floats(layer.post_mlp_norm),
+            rope_cos=self._floats(layer.rope_cos),
+            rope_sin=self._floats(layer.rope_sin),
+            window=layer.window,
+        )
+
+
+class PageStore:
+    """Memory of a key-value cache: pages of `PAGE_TOKENS` tokens; see ``qk_kv_cache``.
+
+    Attributes:
+        data: uint8 ``[layers, pages, kv_heads, 2, page bytes]``.
+        scale: fp32 ``[layers, pages, kv_heads, 2, PAGE_TOKENS]`` of 8-bit caches, or None.
+        dtype: a key of `KV_DTYPES`.
+    """
+
+    def __init__(self, layers: int, pages: int, kv_heads: int, page_bytes: int, dtype: str) -> None:
+        self.pages = pages
+        self.dtype = dtype
+        self.data = torch.zeros(layers, pages, kv_heads, 2, page_bytes, dtype=torch.uint8)
+        self.scale = (
+            torch.zeros(layers, pages, kv_heads, 2, PAGE_TOKENS)
+            if dtype in ("int8", "fp8")
+            else None
+        )
+        self._struct = _CCache(
+            dtype=KV_DTYPES[dtype],
+            pages=pages,
+            data=self.data.data_ptr(),
+            scale=None if self.scale is None else self.scale.data_ptr(),
+        )
+        self.pointer = ctypes.pointer(self._struct)
+
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of one page over all layers and heads."""
+        tensors = (self.data,) if self.scale is None else (self.data, self.scale)
+        return sum(t.nbytes for t in tensors) // max(1, self.pages)
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Make page ``target`` a copy of page ``source``, in every layer."""
+        self.data[:, target] = self.data[:, source]
+        if self.scale is not None:
+            self.scale[:, target] = self.scale[:, source]

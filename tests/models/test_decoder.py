@@ -1,0 +1,263 @@
+"""The native decoder beside transformers, on a small random model of each family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from quantkit import ops
+from quantkit.models.decoder import FAMILIES, Batch, Decoder, build_decoder, why_not
+
+COMMON = {
+    "vocab_size": 211,
+    "hidden_size": 96,
+    "intermediate_size": 176,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+#: (name, model type, what differs from COMMON)
+VARIANTS = [
+    ("llama", "llama", {}),
+    ("llama-biases", "llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama-no-gqa", "llama", {"num_key_value_heads": 6, "head_dim": 48}),
+    ("smollm-tied", "llama", {"tie_word_embeddings": True, "rope_theta": 100000.0}),
+    (
+        "llama3-rope",
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    ("mistral-window", "mistral", {"sliding_window": 37}),
+    ("qwen2", "qwen2", {}),
+    (
+        "qwen2-window",
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 50, "max_window_layers": 1},
+    ),
+    ("qwen3", "qwen3", {"head_dim": 32}),
+    ("gemma", "gemma", {"head_dim": 32}),
+    (
+        "gemma2",
+        "gemma2",
+        {
+            "head_dim": 32,
+            "sliding_window": 40,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 20.0,
+            "final_logit_softcapping": 10.0,
+        },
+    ),
+    ("gemma3", "gemma3_text", {"head_dim": 32, "sliding_window": 40, "sliding_window_pattern": 2}),
+]
+
+
+def make(kind: str, extra: dict, dtype: torch.dtype = torch.float32):
+    torch.manual_seed(5)
+    config = AutoConfig.for_model(kind, **{**COMMON, **extra})
+    config._attn_implementation = "eager"  # the only one that caps logits
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # norms and biases are 1 and 0 until trained
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            elif "proj" in name:
+                parameter.mul_(2.0)
+    return model
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(COMMON["vocab_size"], (count,), generator=generator).tolist()
+
+
+@torch.no_grad()
+def expected(model, ids: list[int]) -> torch.Tensor:
+    return model(torch.tensor([ids])).logits[0].float()
+
+
+def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def whole(decoder: Decoder, ids: list[int], dtype: str = "auto") -> torch.Tensor:
+    cache = decoder.new_cache(8, dtype)
+    return decoder.logits(Batch.of([ids], [0], [[3, 1, 7]], logits="all"), cache)
+
+
+def test_every_family_has_a_variant() -> None:
+    assert {kind for _, kind, _ in VARIANTS} == set(FAMILIES)
+
+
+@pytest.mark.parametrize(("kind", "extra"), [v[1:] for v in VARIANTS], ids=[v[0] for v in VARIANTS])
+def test_fp32_agrees_with_transformers(kind: str, extra: dict) -> None:
+    model = make(kind, extra)
+    assert why_not(model) is None
+    ids = tokens(150)
+    wanted = expected(model, ids)
+    assert relative(whole(build_decoder(model), ids), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
+    if isa not in ops.available_isas():
+        pytest.skip(f"this CPU does not run {isa}")
+    model, exact = make("llama", {}, dtype), make("llama", {}).float()
+    exact.load_state_dict(model.state_dict())
+    ids = tokens(70)
+    wanted = expected(exact, ids)
+    limit = 1e-5 if dtype == torch.float32 else relative(expected(model, ids), wanted)
+    ops.set_isa(isa)
+    try:
+        error = relative(whole(build_decoder(model), ids), wanted)
+    finally:
+        ops.set_isa("auto")
+    # In bf16 as good as transformers' own bf16: less is rounded on the way.
+    assert error < limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv", ["auto", "bf16", "int8", "fp8"])
+def test_chunks_batches_and_pages_change_no_bit(dtype: torch.dtype, kv: str) -> None:
+    """A prompt at once, in chunks, beside others, in other pages: the same bits."""
+    decoder = build_decoder(make("mistral", {"sliding_window": 100}, dtype))
+    ids, other = tokens(170), tokens(40, seed=1)
+    wanted = whole(decoder, ids, kv)
+
+    cache = decoder.new_cache(12, kv)
+    got, done, others = [], 0, 0
+    for count in (1, 7, 64, 1, 1, 60, 36):
+        # The neighbour joins later and grows by a few tokens at a time.
+        batch, past, pages = [ids[done : done + count]], [done], [[9, 0, 4]]
+        if done >= 1 and others < 36:
+            batch = [other[others : others + 4], *batch]
+            past, pages = [others, done], [[2], *pages]
+            others += 4
+        out = decoder.logits(Batch.of(batch, past, pages, logits="all"), cache)
+        got.append(out[-count:])
+        done += count
+    assert torch.equal(torch.cat(got), wanted)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_no_bit(threads: int) -> None:
+    decoder = build_decoder(make("llama", {}, torch.bfloat16))
+    ids = tokens(140)
+    wanted = whole(decoder, ids)
+    ops.set_num_threads(threads)
+    try:
+        assert torch.equal(whole(decoder, ids), wanted)
+    finally:
+        ops.set_num_threads(0)
+
+
+@pytest.mark.parametrize(
+    ("kv", "limit"), [("fp32", 1e-5), ("bf16", 1e-2), ("int8", 2e-2), ("fp8", 8e-2)]
+)
+def test_cache_types(kv: str, limit: float) -> None:
+    model = make("llama", {})
+    ids = tokens(150)
+    wanted = expected(model, ids)
+    assert relative(whole(build_decoder(model), ids, kv), wanted) < limit
+
+
+def test_long_context_is_divided_among_threads() -> None:
+    """One token behind 500: its spans are separate units, merged in order."""
+    model = make("llama", {})
+    ids = tokens(500)
+    wanted = expected(model, ids)[-1:]
+    decoder = build_decoder(model)
+    cache = decoder.new_cache(8)
+    pages = [[7, 6, 5, 4, 3, 2, 1, 0]]
+    decoder.states(Batch.of([ids[:-1]], [0], pages, logits="none"), cache)
+    got = decoder.logits(Batch.of([ids[-1:]], [499], pages), cache)
+    assert relative(got, wanted) < 1e-5
+    everything = decoder.logits(Batch.of([ids], [0], pages), decoder.new_cache(8))
+    assert torch.equal(got, everything)
+
+
+def test_states_and_head_are_the_logits() -> None:
+    decoder = build_decoder(make("gemma2", {"head_dim": 32, "final_logit_softcapping": 5.0}))
+    ids = tokens(30)
+    states = decoder.states(Batch.of([ids], [0], [[0]], logits="none"), decoder.new_cache(1))
+    logits = decoder.logits(Batch.of([ids], [0], [[0]], logits="all"), decoder.new_cache(1))
+    assert torch.equal(decoder.head(states), logits)
+
+
+def test_a_page_full_of_nan_does_not_leak() -> None:
+    """What the last owner of a page left there reaches nobody."""
+    decoder = build_decoder(make("llama", {}))
+    ids = tokens(90)
+    wanted = whole(decoder, ids)
+    cache = decoder.new_cache(8)
+    cache.data.view(torch.float32).fill_(float("nan"))
+    got = decoder.logits(Batch.of([ids], [0], [[3, 1]], logits="all"), cache)
+    assert torch.equal(got, wanted)
+
+
+def test_a_nan_stays_with_its_sequence() -> None:
+    model = make("llama", {})
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = float("nan")
+    decoder = build_decoder(model)
+    sick, well = [7, 8, 9], [8, 9, 10, 11]
+    out = decoder.logits(
+        Batch.of([sick, well], [0, 0], [[0], [1]], logits="all"), decoder.new_cache(2)
+    )
+    assert not torch.isfinite(out[:3]).any()
+    alone = decoder.logits(Batch.of([well], [0], [[0]], logits="all"), decoder.new_cache(1))
+    assert torch.equal(out[3:], alone)
+
+
+@pytest.mark.parametrize(
+    ("tokens_", "past", "pages"),
+    [
+        ([[211]], [0], [[0]]),  # an id beyond the vocabulary
+        ([[-1]], [0], [[0]]),
+        ([[1]], [0], [[2]]),  # a page that is not there
+        ([[1]], [64], [[0]]),  # a position without a page
+        ([[1]], [512], [[0] * 9]),  # beyond the longest position
+    ],
+)
+def test_bad_batches_are_refused(tokens_: list, past: list, pages: list) -> None:
+    from quantkit.errors import QuantkitError
+
+    decoder = build_decoder(make("llama", {}))
+    with pytest.raises(QuantkitError, match="refuses a forward pass"):
+        decoder.logits(Batch.of(tokens_, past, pages), decoder.new_cache(2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "reason"),
+    [
+        ("gpt_neox", {"rotary_pct": 0.25}, "architecture 'gpt_neox'"),
+        ("llama", {"head_dim": 24}, "head_dim 24"),
+        ("llama", {"hidden_act": "relu"}, "activation 'relu'"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rotary scaling 'dynamic'",
+        ),
+    ],
+)
+def test_what_is_not_native_says_why(kind: str, extra: dict, reason: str) -> None:
+    assert reason in str(why_not(make(kind, extra)))
+
+
+def test_weights_are_not_held_twice() -> None:
+    model = make("llama", {"tie_word_embeddings": True})
+    build_decoder(model)
+    assert model.model.layers[0].self_attn.q_proj.weight.is_meta
+    assert model.lm_head.weight.is_meta
+    assert not model.model.embed_tokens.weight.is_meta
