@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.serve import Kernels
+from quantkit.cli.kernels import Kernels, KernelsOption
 
 app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 
@@ -35,9 +35,7 @@ def decode(
     repeats: Annotated[
         int, typer.Option("--repeats", min=1, help="Rounds; the median is reported.")
     ] = 3,
-    kernels: Annotated[
-        Kernels, typer.Option("--kernels", help="Native kernels, or the slow reference.")
-    ] = Kernels.native,
+    kernels: KernelsOption = Kernels.native,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quantkit.cli.kernels import Kernels, KernelsOption
+
 if TYPE_CHECKING:
     from quantkit.evals.suites import Suite
     from quantkit.models.runtime import Runtime
     from quantkit.results import Results
-
-
-class Kernels(StrEnum):
-    """Which kernels run the quantized layers."""
-
-    native = "native"
-    reference = "reference"
 
 
 def command(
@@ -57,9 +51,7 @@ def command(
         typer.Option("--max-items", min=1, help="Score a seeded subset of each suite."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Draws the subset.")] = 0,
-    kernels: Annotated[
-        Kernels, typer.Option("--kernels", help="Native kernels, or the slow reference.")
-    ] = Kernels.native,
+    kernels: KernelsOption = Kernels.native,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from quantkit.cli.kernels import Kernels, KernelsOption
 from quantkit.errors import UsageError
-
-
-class Kernels(StrEnum):
-    """Which implementation of the quantized layers runs."""
-
-    native = "native"
-    reference = "reference"
 
 
 def command(
@@ -51,9 +44,7 @@ def command(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
     ] = None,
-    kernels: Annotated[
-        Kernels, typer.Option("--kernels", help="Native kernels, or the slow reference.")
-    ] = Kernels.native,
+    kernels: KernelsOption = Kernels.native,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     drain_seconds: Annotated[
         float,

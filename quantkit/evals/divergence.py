@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import NotComparableError, QuantkitError, UsageError
-from quantkit.evals.forward import Forward, chunk_rows
+from quantkit.evals.forward import Forward, chunk_rows, make_forward
 from quantkit.models.runtime import Runtime
 from quantkit.progress import Progress, silent
 from quantkit.results import TextResult, TextWindow
@@ -67,8 +67,8 @@ def measure_text(
     _check_comparable(runtime, reference)
     windows = cut_windows(runtime, text, seq_len, limit // seq_len)
 
-    model = Forward(runtime.model)
-    base = None if reference is None else Forward(reference.model)
+    model = make_forward(runtime)
+    base = None if reference is None else make_forward(reference)
     rows, kls = [], []
     for index, window in enumerate(windows):
         try:
@@ -174,7 +174,7 @@ def _check_comparable(runtime: Runtime, reference: Runtime | None) -> None:
             f"{runtime.name} and {reference.name} have different tokenizers: token by token, "
             "their distributions are not about the same thing"
         )
-    sizes = [Forward(r.model).vocab_size for r in (runtime, reference)]
+    sizes = [make_forward(r).vocab_size for r in (runtime, reference)]
     if sizes[0] != sizes[1]:
         raise NotComparableError(
             f"{runtime.name} has {sizes[0]} tokens in its vocabulary, {reference.name} {sizes[1]}"

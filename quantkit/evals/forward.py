@@ -11,10 +11,16 @@ and the head is the identity: slower, never wrong.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from quantkit.evals.token_tree import TreeRow
+from quantkit.models.decoder import Decoder
+from quantkit.models.paged import PagedRunner, PagedSequence, Work, pages_for
+from quantkit.models.runtime import Runtime
+from quantkit.ops.decoder import PAGE_TOKENS
 
 #: Architectures in which a token attends exactly where a 4-D mask says, at the position it is
 #: given: rotary (or no) positions, full attention, no recurrent state. They are scored as
@@ -38,8 +44,119 @@ TREE_ARCHITECTURES = (
 CHUNK_ELEMENTS = 1 << 23
 
 
-class Forward:
+class Forward(Protocol):
     """A causal language model, split into hidden states and logits.
+
+    Attributes:
+        device: where tokens, states and logits are.
+        tree: `tree_states` works.
+        vocab_size: width of the logits.
+    """
+
+    device: torch.device
+    tree: bool
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def states(self, tokens: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """What `logits` needs to know about each position.
+
+        Args:
+            tokens: ids ``[batch, length]``.
+            mask: ``[batch, length]`` of 0/1, padding on the right; all 1 when None.
+
+        Returns:
+            ``[batch, length, width]``.
+        """
+        ...
+
+    def tree_states(self, row: TreeRow) -> Tensor:
+        """The same ``[nodes, width]`` for the nodes of a row of packed sequences."""
+        ...
+
+    def logits(self, states: Tensor) -> Tensor:
+        """fp32 logits ``[n, vocab]`` of states ``[n, width]``."""
+        ...
+
+
+def make_forward(runtime: Runtime) -> Forward:
+    """The native decoder's forward pass, or transformers' modules'."""
+    if runtime.decoder is not None:
+        return DecoderForward(runtime.decoder)
+    return ModuleForward(runtime.model)
+
+
+def logit_chunks(forward: Forward, states: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yields (first row, fp32 logits ``[rows, vocab]``) over states ``[n, width]``."""
+    rows = chunk_rows(forward.vocab_size)
+    for first in range(0, len(states), rows):
+        yield first, forward.logits(states[first : first + rows])
+
+
+class DecoderForward:
+    """The native decoder. Sequences of a tree share the pages of their common prefix."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.device = torch.device("cpu")
+        self.tree = True
+        self._runner: PagedRunner | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.decoder.shape.vocab
+
+    def states(self, tokens: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        lengths = [tokens.shape[1]] * len(tokens) if mask is None else mask.sum(1).tolist()
+        ids = [row[: int(n)] for row, n in zip(tokens.tolist(), lengths, strict=True)]
+        runner = self._with_pages(sum(pages_for(len(row)) for row in ids))
+        sequences = [PagedSequence() for _ in ids]
+        found = runner.states([Work(s, row) for s, row in zip(sequences, ids, strict=True)])
+        for sequence in sequences:
+            runner.release(sequence)
+        return torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+
+    def tree_states(self, row: TreeRow) -> Tensor:
+        chains = row.chains()
+        # A chain needs a page for each that its own tokens touch.
+        need = sum(
+            pages_for(row.positions[c.end - 1] + 1) - row.positions[c.start] // PAGE_TOKENS
+            for c in chains
+        )
+        runner = self._with_pages(need)
+        out = torch.empty(len(row.tokens), self.decoder.shape.hidden)
+        sequences: dict[int, PagedSequence] = {}
+        level = [i for i, chain in enumerate(chains) if chain.parent is None]
+        while level:
+            for i in level:
+                parent = chains[i].parent
+                sequences[i] = PagedSequence() if parent is None else runner.fork(sequences[parent])
+            spans = [(chains[i].start, chains[i].end) for i in level]
+            works = [
+                Work(sequences[i], row.tokens[start:end])
+                for i, (start, end) in zip(level, spans, strict=True)
+            ]
+            for (start, end), states in zip(spans, runner.states(works), strict=True):
+                out[start:end] = states
+            here = set(level)
+            level = [i for i, chain in enumerate(chains) if chain.parent in here]
+        for sequence in sequences.values():
+            runner.release(sequence)
+        return out
+
+    def logits(self, states: Tensor) -> Tensor:
+        return self.decoder.head(states)
+
+    def _with_pages(self, pages: int) -> PagedRunner:
+        """A runner with so many pages, all of them free; the last one if it is large enough."""
+        if self._runner is None or self._runner.free_pages < pages:
+            self._runner = PagedRunner(self.decoder, pages)
+        return self._runner
+
+
+class ModuleForward:
+    """A transformers model.
 
     Attributes:
         tree: the model takes 4-D masks and explicit positions (see `TREE_ARCHITECTURES`).
@@ -58,13 +175,8 @@ class Forward:
     def states(
         self, tokens: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """What `logits` needs to know about each position.
-
-        Args:
-            tokens: ids ``[batch, length]``.
-            mask: ``[batch, length]`` of 0/1, or boolean ``[batch, 1, length, length]`` with
-                True where row may attend to column (only if `tree`). Causal when None.
-            positions: ``[batch, length]``; counted from 0 when None.
+        """As `Forward.states`; with ``positions`` the mask may be boolean
+        ``[batch, 1, length, length]``, True where row attends to column.
 
         Returns:
             ``[batch, length, width]``, the model's dtype: final hidden states, or logits when
@@ -86,11 +198,13 @@ class Forward:
         out: Tensor = self._head(states) if self._head is not None else states
         return out.float()
 
-    def logit_chunks(self, states: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yields (first row, fp32 logits ``[rows, vocab]``) over states ``[n, width]``."""
-        rows = chunk_rows(self.vocab_size)
-        for first in range(0, len(states), rows):
-            yield first, self.logits(states[first : first + rows])
+    def tree_states(self, row: TreeRow) -> Tensor:
+        tokens = torch.tensor([row.tokens], device=self.device)
+        if not row.branches:
+            return self.states(tokens)[0]
+        mask = torch.from_numpy(row.mask())[None, None].to(self.device)
+        positions = torch.tensor([row.positions], device=self.device)
+        return self.states(tokens, mask=mask, positions=positions)[0]
 
     @property
     def vocab_size(self) -> int:

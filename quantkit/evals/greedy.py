@@ -4,20 +4,87 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
+from quantkit.models.decoder import Decoder
+from quantkit.models.paged import PagedRunner, PagedSequence, Work, pages_for
+from quantkit.models.runtime import Runtime
 
 #: Prompts decoded together. One token of a small model is bound by reading its weights, so a
 #: batch is nearly free; prompts are sorted by length to keep padding small.
 BATCH = 8
 
 
-class Greedy:
-    """Decodes the most likely token, one after another.
+#: (index of the prompt, tokens written so far) → whether its text is done.
+Finished = Callable[[int, list[int]], bool]
+
+
+class Greedy(Protocol):
+    """Decodes the most likely token, one after another, for up to ``batch`` prompts at once."""
+
+    batch: int
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], max_new: Sequence[int], finished: Finished
+    ) -> list[list[int]]:
+        """Continue prompts.
+
+        Args:
+            prompts: token ids.
+            max_new: most tokens to write for each.
+            finished: asked after each token.
+
+        Returns:
+            The tokens written for each prompt, without the stop token.
+        """
+        ...
+
+
+def make_greedy(runtime: Runtime, stop_ids: frozenset[int], *, pads: bool) -> Greedy:
+    """Greedy decoding on the native decoder, or in transformers' modules."""
+    if runtime.decoder is not None:
+        return DecoderGreedy(runtime.decoder, stop_ids)
+    return ModuleGreedy(runtime.model, stop_ids, pads=pads)
+
+
+class DecoderGreedy:
+    """Greedy decoding on the native decoder. What is written does not depend on the batch."""
+
+    def __init__(self, decoder: Decoder, stop_ids: frozenset[int]) -> None:
+        self.decoder = decoder
+        self.stop_ids = stop_ids
+        self.batch = 2 * BATCH
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], max_new: Sequence[int], finished: Finished
+    ) -> list[list[int]]:
+        pages = sum(pages_for(len(p) + n) for p, n in zip(prompts, max_new, strict=True))
+        runner = PagedRunner(self.decoder, pages)
+        written: list[list[int]] = [[] for _ in prompts]
+        sequences = [PagedSequence() for _ in prompts]
+        new: dict[int, Sequence[int]] = dict(enumerate(prompts))
+        while new:
+            works = [Work(sequences[i], ids) for i, ids in new.items()]
+            logits = torch.cat(runner.logits(works))
+            if not torch.isfinite(logits).all():
+                raise QuantkitError("generation: the logits hold NaN or infinity")
+            alive: dict[int, Sequence[int]] = {}
+            for i, token in zip(new, logits.argmax(-1).tolist(), strict=True):
+                if token in self.stop_ids:
+                    continue
+                written[i].append(token)
+                if len(written[i]) < max_new[i] and not finished(i, written[i]):
+                    alive[i] = [token]
+            new = alive
+        return written
+
+
+class ModuleGreedy:
+    """Greedy decoding in a transformers model.
 
     Args:
         model: a transformers causal language model.
@@ -35,21 +102,8 @@ class Greedy:
 
     @torch.inference_mode()
     def __call__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new: Sequence[int],
-        finished: Callable[[int, list[int]], bool],
+        self, prompts: Sequence[Sequence[int]], max_new: Sequence[int], finished: Finished
     ) -> list[list[int]]:
-        """Continue up to `batch` prompts.
-
-        Args:
-            prompts: token ids.
-            max_new: most tokens to write for each.
-            finished: (index of the prompt, tokens written so far) → whether its text is done.
-
-        Returns:
-            The tokens written for each prompt, without the stop token.
-        """
         tokens, mask = self._left_pad(prompts)
         written: list[list[int]] = [[] for _ in prompts]
         alive = list(range(len(prompts)))

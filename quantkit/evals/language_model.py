@@ -27,8 +27,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
-from quantkit.evals.forward import Forward
-from quantkit.evals.greedy import Greedy
+from quantkit.evals.forward import logit_chunks, make_forward
+from quantkit.evals.greedy import make_greedy
 from quantkit.evals.token_tree import pack
 from quantkit.models.runtime import Runtime
 from quantkit.progress import Progress, silent
@@ -64,7 +64,8 @@ class QuantkitLM(TemplateLM):
     ) -> None:
         super().__init__()
         self.tokenizer: Any = runtime.tokenizer
-        self.forward = Forward(runtime.model)
+        self.forward = make_forward(runtime)
+        self._runtime = runtime
         self.progress = progress
         self.label = ""
         self._device = self.forward.device
@@ -162,12 +163,12 @@ class QuantkitLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Greedy text up to the first stop string, the end of sequence or ``max_gen_toks``."""
-        config = self.forward.model.generation_config
+        config = self._runtime.model.generation_config
         ends = (
             config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         )
         stop_ids = frozenset(int(i) for i in (*ends, self.tokenizer.eos_token_id) if i is not None)
-        greedy = Greedy(self.forward.model, stop_ids, pads=self._tree)
+        greedy = make_greedy(self._runtime, stop_ids, pads=self._tree)
 
         eos = self.tokenizer.decode(self.eot_token_id)
         prompts, stops, limits = [], [], []
@@ -239,13 +240,7 @@ class QuantkitLM(TemplateLM):
         """Yields (indices of the inputs, states ``[n, width]``, each input's rows of states)."""
         if self._tree:
             for row in pack(inputs, self._budget):
-                tokens = torch.tensor([row.tokens], device=self._device)
-                if row.branches:
-                    mask = torch.from_numpy(row.mask())[None, None].to(self._device)
-                    positions = torch.tensor([row.positions], device=self._device)
-                    states = self.forward.states(tokens, mask=mask, positions=positions)[0]
-                else:
-                    states = self.forward.states(tokens)[0]
+                states = self.forward.tree_states(row)
                 yield [i for i, _ in row.paths], states, [path for _, path in row.paths]
             return
         for members in _length_batches(inputs, self._budget):
@@ -283,7 +278,7 @@ class QuantkitLM(TemplateLM):
         values = torch.empty(len(owner), dtype=torch.float64)
         best = torch.empty(len(owner), dtype=torch.bool)
         picked = states[torch.tensor(unique, device=states.device)]
-        for first, logits in self.forward.logit_chunks(picked):
+        for first, logits in logit_chunks(self.forward, picked):
             normalizer = logits.logsumexp(-1)
             if not torch.isfinite(normalizer).all():
                 raise QuantkitError(f"{self.label}: the logits hold NaN or infinity")

@@ -25,6 +25,15 @@ MAX_PACKED = 4096
 
 
 @dataclass(frozen=True)
+class Chain:
+    """Nodes ``[start, end)`` of a row, behind all of chain ``parent`` (None: at a root)."""
+
+    start: int
+    end: int
+    parent: int | None
+
+
+@dataclass(frozen=True)
 class TreeRow:
     """One row of packed sequences.
 
@@ -44,6 +53,23 @@ class TreeRow:
     def branches(self) -> bool:
         """False when the row is one plain sequence."""
         return self.parents != list(range(-1, len(self.tokens) - 1))
+
+    def chains(self) -> list[Chain]:
+        """The row cut where it branches: runs of nodes that each continue the one before."""
+        children = [0] * len(self.tokens)
+        for parent in self.parents:
+            if parent >= 0:
+                children[parent] += 1
+        chains: list[Chain] = []
+        chain_of: list[int] = []
+        for node, parent in enumerate(self.parents):
+            if node and parent == node - 1 and children[parent] == 1:
+                chains[-1] = Chain(chains[-1].start, node + 1, chains[-1].parent)
+            else:
+                above = None if parent < 0 else chain_of[parent]
+                chains.append(Chain(node, node + 1, above))
+            chain_of.append(len(chains) - 1)
+        return chains
 
     def mask(self) -> np.ndarray:
         """Boolean ``[nodes, nodes]``, True where row attends to column."""

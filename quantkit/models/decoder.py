@@ -91,18 +91,13 @@ class Batch:
         past: Sequence[int],
         pages: Sequence[Sequence[int]],
         *,
-        logits: str = "last",
+        rows: Sequence[int] | None = None,
     ) -> Batch:
-        """A batch from lists. ``logits``: of each sequence's "last" token, of "all", or "none"."""
+        """A batch from lists; ``rows`` are the new tokens whose logits are wanted."""
         starts = [0]
         for ids in tokens:
             starts.append(starts[-1] + len(ids))
         width = max(map(len, pages))
-        rows = {
-            "last": [end - 1 for end in starts[1:]],
-            "all": list(range(starts[-1])),
-            "none": None,
-        }[logits]
         return Batch(
             tokens=_int32([token for ids in tokens for token in ids]),
             starts=_int32(starts),
@@ -133,6 +128,10 @@ class Decoder:
     def new_cache(self, pages: int, dtype: str = "auto") -> PageStore:
         """An empty key-value store of so many pages of `quantkit.ops.decoder.PAGE_TOKENS`."""
         return self.native.new_cache(pages, dtype)
+
+    def token_nbytes(self, dtype: str = "auto") -> int:
+        """Bytes of one token's keys and values over all layers."""
+        return self.native.token_nbytes(dtype)
 
     def logits(self, batch: Batch, cache: PageStore) -> Tensor:
         """fp32 logits ``[logit rows, vocab]``; keys and values go into the cache."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,10 +18,22 @@ from quantkit.checkpoint.config import read_config
 from quantkit.checkpoint.tensors import from_disk
 from quantkit.checkpoint.write import MANIFEST
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.layers import KERNELS, QuantLinear
+from quantkit.layers import QuantLinear
+from quantkit.models.decoder import build_decoder, why_not
 from quantkit.models.runtime import Runtime
 from quantkit.results import read_json
 from quantkit.schemes import Scheme
+
+#: How a model computes; what came of it is part of every results file's fingerprint.
+KERNELS: Mapping[str, str] = MappingProxyType(
+    {
+        "native": "the native decoder where the architecture has one, else native layers in "
+        "transformers' modules; 4- and 8-bit weights meet int8 activations",
+        "native-float": "the same with activations as the checkpoint's scheme says",
+        "modules": "native layers in transformers' modules",
+        "reference": "plain torch: the oracle",
+    }
+)
 
 
 def load_runtime(
@@ -34,7 +48,7 @@ def load_runtime(
     Args:
         source: a folder that `quantkit calibrate` (or another compressed-tensors tool)
             wrote; or a hub id, local folder or `.gguf` file of an original model.
-        kernels: ``native``, or ``reference`` for the torch oracle.
+        kernels: a key of `KERNELS`.
         device: ``cpu`` or ``cuda``.
         dtype: of activations and of what is not quantized; the checkpoint's by default.
 
@@ -49,9 +63,32 @@ def load_runtime(
         raise UsageError(f"device {device}: torch sees no CUDA device", remedy="use --device cpu")
     path = Path(source)
     raw = _quantization_config(path) if path.is_dir() else None
+    layers = "reference" if kernels == "reference" else "native"
     if raw is None:
-        return _load_original(str(source), device, dtype)
-    return _load_quantized(path, raw, kernels, device, dtype)
+        runtime = _load_original(str(source), device, dtype)
+    else:
+        runtime = _load_quantized(path, raw, layers, device, dtype)
+    if kernels in ("modules", "reference"):
+        return _in_modules(runtime, f"--kernels {kernels} was asked for")
+    reason = why_not(runtime.model)
+    if reason is not None:
+        return _in_modules(runtime, reason)
+    decoder = build_decoder(
+        runtime.model, activations="float" if kernels == "native-float" else "auto"
+    )
+    # All parallel work is the decoder's: its own pool has the shorter barrier.
+    ops.set_thread_pool("own")
+    fingerprint = {**runtime.fingerprint, "kernels": f"decoder/{decoder.numerics}"}
+    return replace(runtime, decoder=decoder, fingerprint=fingerprint)
+
+
+def _in_modules(runtime: Runtime, reason: str) -> Runtime:
+    """A runtime that goes through transformers' modules, and says why."""
+    if any(isinstance(m, QuantLinear) and m.kernels == "native" for m in runtime.model.modules()):
+        # The modules around our layers are torch's, whose threads spin for a while after each
+        # operation on the cores that a pool of our own would need: one pool is 1.4× faster.
+        ops.set_thread_pool("torch")
+    return replace(runtime, fallback=reason)
 
 
 def _quantization_config(folder: Path) -> Mapping[str, Any] | None:
@@ -84,10 +121,6 @@ def _load_quantized(
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    if kernels == "native" and device == "cpu":
-        # The modules around our layers are torch's, whose threads spin for a while after each
-        # operation on the cores that a pool of our own would need: one pool is 1.4× faster.
-        ops.set_thread_pool("torch")
     config = models.load_config(folder, str(folder))
     del config.quantization_config
     wanted = config.dtype if dtype == "auto" else dtype

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from quantkit.models.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,8 @@ class Runtime:
 
     Attributes:
         model: a transformers causal language model in eval mode; its linear layers are
-            `quantkit.layers.QuantLinear` when it came from a quantized checkpoint.
+            `quantkit.layers.QuantLinear` when it came from a quantized checkpoint. With a
+            ``decoder`` it is a description: its own forward pass has lost weights to it.
         tokenizer: the checkpoint's tokenizer.
         name: what the user called it (path or hub id).
         fingerprint: ``model`` (sha256 of the weights), ``tokenizer``, ``chat_template``,
@@ -27,6 +31,8 @@ class Runtime:
         bits_per_weight: size of the quantized layers against their number of weights,
             scales included; 16 for bf16.
         manifest: the checkpoint's ``quantkit.json``, empty for an original model.
+        decoder: the model as one native call; None where transformers' modules run it.
+        fallback: why there is no decoder, or None.
     """
 
     model: PreTrainedModel
@@ -36,7 +42,22 @@ class Runtime:
     size_bytes: int
     bits_per_weight: float
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    decoder: Decoder | None = None
+    fallback: str | None = None
 
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """fp32 logits ``[n, vocab]`` after each of a text's tokens."""
+        import torch
+
+        if self.decoder is not None:
+            from quantkit.models.paged import PagedRunner, PagedSequence, Work, pages_for
+
+            runner = PagedRunner(self.decoder, pages_for(len(token_ids)))
+            return runner.logits([Work(PagedSequence(), token_ids, all_logits=True)])[0]
+        ids = torch.tensor([list(token_ids)], device=self.device)
+        with torch.inference_mode():
+            return self.model(input_ids=ids, use_cache=False).logits[0].float()

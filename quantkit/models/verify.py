@@ -68,9 +68,7 @@ def verify_reload(folder: Path, *, kernels: str = "native") -> list[Finding]:
             + ("" if planned == loaded else f", the manifest names {len(planned)}"),
         )
     ]
-    ids = torch.arange(1, 9).reshape(1, -1)
-    with torch.no_grad():
-        logits = runtime.model(input_ids=ids).logits
+    logits = runtime.logits(range(1, 9))
     finite = bool(torch.isfinite(logits).all())
     findings.append(Finding("forward", finite, "finite logits" if finite else "NaN or infinity"))
     wanted = runtime.manifest.get("bits_per_weight")

@@ -337,12 +337,23 @@ class NativeDecoder:
 
     def new_cache(self, pages: int, dtype: str = "auto") -> PageStore:
         """An empty store of so many pages."""
+        dtype = self._kv_dtype(dtype)
+        return PageStore(self.layers, pages, self.shape.kv_heads, self._page_bytes(dtype), dtype)
+
+    def token_nbytes(self, dtype: str = "auto") -> int:
+        """Bytes of one token's keys and values over all layers."""
+        dtype = self._kv_dtype(dtype)
+        each = self._page_bytes(dtype) // PAGE_TOKENS + (4 if dtype in ("int8", "fp8") else 0)
+        return 2 * self.layers * self.shape.kv_heads * each
+
+    def _kv_dtype(self, dtype: str) -> str:
         if dtype == "auto":
-            dtype = "fp32" if self.precision == "fp32" else "bf16"
-        page_bytes = int(
-            self._library.qk_kv_page_bytes(_i32(KV_DTYPES[dtype]), _i64(self.shape.head_dim))
-        )
-        return PageStore(self.layers, pages, self.shape.kv_heads, page_bytes, dtype)
+            return "fp32" if self.precision == "fp32" else "bf16"
+        return dtype
+
+    def _page_bytes(self, dtype: str) -> int:
+        head_dim = _i64(self.shape.head_dim)
+        return int(self._library.qk_kv_page_bytes(_i32(KV_DTYPES[dtype]), head_dim))
 
     def _follow_torch_threads(self) -> None:
         self._library.qk_set_default_threads(_i32(torch.get_num_threads()))
@@ -413,6 +424,8 @@ class NativeDecoder:
 class PageStore:
     """Memory of a key-value cache: pages of `PAGE_TOKENS` tokens; see ``qk_kv_cache``.
 
+    It is not initialized, so that the system provides it page by page as it is written.
+
     Attributes:
         data: uint8 ``[layers, pages, kv_heads, 2, page bytes]``.
         scale: fp32 ``[layers, pages, kv_heads, 2, PAGE_TOKENS]`` of 8-bit caches, or None.
@@ -422,9 +435,9 @@ class PageStore:
     def __init__(self, layers: int, pages: int, kv_heads: int, page_bytes: int, dtype: str) -> None:
         self.pages = pages
         self.dtype = dtype
-        self.data = torch.zeros(layers, pages, kv_heads, 2, page_bytes, dtype=torch.uint8)
+        self.data = torch.empty(layers, pages, kv_heads, 2, page_bytes, dtype=torch.uint8)
         self.scale = (
-            torch.zeros(layers, pages, kv_heads, 2, PAGE_TOKENS)
+            torch.empty(layers, pages, kv_heads, 2, PAGE_TOKENS)
             if dtype in ("int8", "fp8")
             else None
         )

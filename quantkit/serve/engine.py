@@ -21,6 +21,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from quantkit.errors import QuantkitError
+from quantkit.models.paged import pages_for
+from quantkit.ops.decoder import PAGE_TOKENS
 from quantkit.serve import sampler
 from quantkit.serve.detokenizer import Detokenizer
 from quantkit.serve.events import (
@@ -35,7 +37,7 @@ from quantkit.serve.events import (
 from quantkit.serve.kv_cache import TokenBudget, plan_capacity
 from quantkit.serve.metrics import Metrics
 from quantkit.serve.request import ContextOverflowError, Request, RequestError, Sequence, Sink
-from quantkit.serve.runner import Runner
+from quantkit.serve.runner import Work, make_runner
 from quantkit.serve.scheduler import PrefillChunk, Scheduler
 from quantkit.serve.stream import EventStream
 
@@ -81,10 +83,18 @@ class Engine:
         self.runtime = runtime
         self.config = config = config or EngineConfig()
         self.capacity = plan_capacity(
-            runtime.model, max_context=config.max_context, max_sequences=config.max_sequences
+            runtime.model,
+            max_context=config.max_context,
+            max_sequences=config.max_sequences,
+            token_bytes=None if runtime.decoder is None else runtime.decoder.token_nbytes(),
         )
-        self.runner = Runner(runtime.model)
-        self.budget = TokenBudget(self.capacity.kv_tokens)
+        granule = PAGE_TOKENS if runtime.decoder is not None else 1
+        # Whole pages for each sequence: the last of a sequence's pages is rarely full.
+        kv_tokens = self.capacity.kv_tokens
+        if granule > 1:
+            kv_tokens = max(kv_tokens // granule, pages_for(self.capacity.max_context)) * granule
+        self.runner = make_runner(runtime, kv_tokens)
+        self.budget = TokenBudget(kv_tokens, granule)
         self.scheduler = Scheduler(
             max_sequences=config.max_sequences,
             prefill_chunk=config.prefill_chunk,
@@ -249,16 +259,35 @@ class Engine:
         return not stopping
 
     def step(self) -> None:
-        """One turn: a token for every decoding sequence, then some prompt."""
+        """One turn: a token for every decoding sequence and some prompt, in one pass."""
         step = self.scheduler.schedule()
+        works: list[Work] = []
+        jobs: list[tuple[Sequence, Callable[[Tensor], None]]] = []
         for sequence in step.decodes:
-            self._guarded(sequence, partial(self._decode, sequence))
+            if self._wanted(sequence):
+                works.append(Work(sequence.cache, sequence.output_ids[-1:]))
+                jobs.append((sequence, partial(self._decoded, sequence)))
         for chunk in step.prefills:
-            self._guarded(chunk.sequence, partial(self._prefill, chunk))
+            sequence = chunk.sequence
+            if not self._wanted(sequence):
+                continue
+            if sequence.cache is None:
+                sequence.cache = self.runner.new_cache()
+            ids = sequence.request.prompt_ids[chunk.start : chunk.end]
+            scores = sequence.request.sampling.scores_prompt
+            works.append(Work(sequence.cache, ids, all_logits=scores))
+            jobs.append((sequence, partial(self._prefilled, chunk)))
+        if not works:
+            return
+        for (sequence, job), result in zip(jobs, self.runner.run(works), strict=True):
+            self._guarded(sequence, partial(_proceed, job, result))
+
+    def _wanted(self, sequence: Sequence) -> bool:
+        return not sequence.done and sequence.request.id not in self._cancelled
 
     def _guarded(self, sequence: Sequence, work: Callable[[], None]) -> None:
         """Run one sequence's work; what it raises is that sequence's end and no one else's."""
-        if sequence.done or sequence.request.id in self._cancelled:
+        if not self._wanted(sequence):
             return
         try:
             work()
@@ -269,15 +298,10 @@ class Engine:
             logger.exception("request %s failed", sequence.request.id)
             self._end(sequence, _internal_error(), "error")
 
-    def _prefill(self, chunk: PrefillChunk) -> None:
+    def _prefilled(self, chunk: PrefillChunk, logits: Tensor) -> None:
         sequence = chunk.sequence
         request = sequence.request
-        if sequence.cache is None:
-            sequence.cache = self.runner.new_cache()
         scores = request.sampling.scores_prompt
-        logits = self.runner.forward(
-            request.prompt_ids[chunk.start : chunk.end], sequence.cache, all_logits=scores
-        )
         sequence.prefilled = chunk.end
         self.metrics.prompt_tokens.inc(chunk.end - chunk.start)
         if scores:
@@ -301,9 +325,7 @@ class Engine:
             logits[: len(targets)], targets, sampling.logprobs or 0
         )
 
-    def _decode(self, sequence: Sequence) -> None:
-        assert sequence.cache is not None  # set by the prefill that made it decode
-        logits = self.runner.forward(sequence.output_ids[-1:], sequence.cache)
+    def _decoded(self, sequence: Sequence, logits: Tensor) -> None:
         self._choose(sequence, logits[-1])
 
     def _choose(self, sequence: Sequence, logits: Tensor) -> None:
@@ -344,6 +366,8 @@ class Engine:
             return
         sequence.done = True
         self.scheduler.remove(sequence)
+        if sequence.cache is not None:
+            self.runner.release(sequence.cache)
         sequence.cache = sequence.generator = sequence.detokenizer = None
         self.metrics.requests.labels(outcome).inc()
         with self._wake:
@@ -362,7 +386,7 @@ class Engine:
 
     def _kv_bytes(self) -> float:
         caches = (sequence.cache for sequence in list(self.scheduler.running))
-        return sum(cache.nbytes for cache in caches if cache is not None)
+        return sum(self.runner.nbytes(cache) for cache in caches if cache is not None)
 
     def _make_metrics(self) -> Metrics:
         metrics = Metrics()
@@ -372,6 +396,12 @@ class Engine:
         metrics.gauge("kv_total_tokens", "Cache tokens there are.", lambda: self.budget.total)
         metrics.gauge("kv_bytes", "Bytes of KV cache held.", self._kv_bytes)
         return metrics
+
+
+def _proceed(job: Callable[[Tensor], None], result: Tensor | Exception) -> None:
+    if isinstance(result, Exception):
+        raise result
+    job(result)
 
 
 def _eos_ids(runtime: Runtime) -> frozenset[int]:

@@ -22,7 +22,12 @@ class KVCache:
     """One sequence's keys and values: ``[1, kv_heads, tokens, head_dim]`` a layer."""
 
     def __init__(self, config: PretrainedConfig) -> None:
+        self._config = config
         self.past = DynamicCache(config=config)
+
+    def clear(self) -> None:
+        """Forget every token and free what they held."""
+        self.past = DynamicCache(config=self._config)
 
     def __len__(self) -> int:
         return int(self.past.get_seq_length())
@@ -40,11 +45,13 @@ class TokenBudget:
     """Accountant of KV cache tokens.
 
     A sequence reserves its worst case (prompt and longest answer) before it starts, so that one
-    that was admitted can never run out of cache half-way.
+    that was admitted can never run out of cache half-way. A reservation is rounded up to whole
+    granules: the tokens of a page, where the cache is paged.
     """
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, granule: int = 1) -> None:
         self.total = total
+        self.granule = granule
         self._reserved: dict[str, int] = {}
 
     @property
@@ -53,6 +60,7 @@ class TokenBudget:
 
     def reserve(self, owner: str, tokens: int) -> bool:
         """Take ``tokens`` for ``owner``; False, and nothing changes, if they are not free."""
+        tokens = -(-tokens // self.granule) * self.granule
         if self.used + tokens > self.total:
             return False
         self._reserved[owner] = tokens
@@ -80,17 +88,24 @@ def bytes_per_token(model: PreTrainedModel) -> int:
 
 
 def plan_capacity(
-    model: PreTrainedModel, *, max_context: int | None, max_sequences: int
+    model: PreTrainedModel,
+    *,
+    max_context: int | None,
+    max_sequences: int,
+    token_bytes: int | None = None,
 ) -> Capacity:
     """Fit context length and cache size to the model and to the memory that is free.
 
     An explicit ``max_context`` is a promise, so it is refused when it cannot be kept; without
-    one the context is as long as the model and the memory allow.
+    one the context is as long as the model and the memory allow. ``token_bytes``: keys and
+    values of one token; by default what transformers' cache takes.
     """
     trained = int(model.config.get_text_config().max_position_embeddings)
     if max_context is not None and not 2 <= max_context <= trained:
         raise UsageError(f"max context {max_context} is not between 2 and the model's {trained}")
-    affordable = int(_free_memory(model.device) * MEMORY_SHARE) // bytes_per_token(model)
+    affordable = int(_free_memory(model.device) * MEMORY_SHARE) // (
+        token_bytes or bytes_per_token(model)
+    )
     if affordable < (max_context or 2):
         raise UsageError(
             f"max context {max_context or 2} needs more KV cache than memory allows "

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantkit.errors import UsageError
+from quantkit.models.paged import pages_for
+from quantkit.ops.decoder import PAGE_TOKENS
 from quantkit.serve import sampler
 from quantkit.serve.engine import EngineConfig
 from quantkit.serve.request import SamplingParams
-from quantkit.serve.runner import Runner
+from quantkit.serve.runner import Runner, Work, make_runner
 
 if TYPE_CHECKING:
     from quantkit.models.runtime import Runtime
@@ -44,7 +46,7 @@ def measure_decode(
     # Random prompts: speed does not depend on the words, and no file is needed.
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(config.vocab_size, (batch, prompt_tokens), generator=generator).tolist()
-    runner = Runner(runtime.model)
+    runner = make_runner(runtime, batch * _whole_pages(prompt_tokens + new_tokens))
     _round(runner, [prompt[:8] for prompt in prompts], 2)
     rounds = [_round(runner, prompts, new_tokens) for _ in range(repeats)]
     return DecodeSpeed(
@@ -53,20 +55,35 @@ def measure_decode(
     )
 
 
+def _whole_pages(tokens: int) -> int:
+    return pages_for(tokens) * PAGE_TOKENS
+
+
 def _round(runner: Runner, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
     """Seconds of prefill and of decode."""
     greedy, chunk = SamplingParams(temperature=0.0), EngineConfig.prefill_chunk
-    random = sampler.make_generator(0, runner.model.device)
+    random = sampler.make_generator(0, torch.device("cpu"))
     caches = [runner.new_cache() for _ in prompts]
     tokens = []
     start = time.perf_counter()
     for prompt, cache in zip(prompts, caches, strict=True):
         for begin in range(0, len(prompt), chunk):
-            logits = runner.forward(prompt[begin : begin + chunk], cache)
+            logits = _run(runner, [Work(cache, prompt[begin : begin + chunk])])[0]
         tokens.append(sampler.sample(logits[-1], greedy, random))
     prefilled = time.perf_counter()
     for _ in range(new_tokens):
-        for index, cache in enumerate(caches):
-            logits = runner.forward([tokens[index]], cache)
-            tokens[index] = sampler.sample(logits[-1], greedy, random)
-    return prefilled - start, time.perf_counter() - prefilled
+        works = [Work(cache, [token]) for cache, token in zip(caches, tokens, strict=True)]
+        tokens = [sampler.sample(row[-1], greedy, random) for row in _run(runner, works)]
+    decoded = time.perf_counter()
+    for cache in caches:
+        runner.release(cache)
+    return prefilled - start, decoded - prefilled
+
+
+def _run(runner: Runner, works: list[Work]) -> list[torch.Tensor]:
+    results = []
+    for result in runner.run(works):
+        if isinstance(result, Exception):
+            raise result
+        results.append(result)
+    return results

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import UsageError
 from quantkit.serve.events import Event, TokenLogprob
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import torch
 
     from quantkit.serve.detokenizer import Detokenizer
-    from quantkit.serve.kv_cache import KVCache
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
@@ -146,7 +145,7 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     done: bool = False
-    cache: KVCache | None = None
+    cache: Any = None
     generator: torch.Generator | None = None
     detokenizer: Detokenizer | None = None
 

@@ -1,25 +1,106 @@
-"""One forward pass of the model for one sequence: a chunk of its prompt or its next token."""
+"""Forward passes for the engine: chunks of prompts and next tokens, of many sequences at once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from quantkit.models.paged import PagedRunner, PagedSequence, pages_for
+from quantkit.models.paged import Work as PagedWork
 from quantkit.serve.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from quantkit.models.decoder import Decoder
+    from quantkit.models.runtime import Runtime
 
-class Runner:
+
+@dataclass(frozen=True)
+class Work:
+    """New tokens of one sequence.
+
+    Attributes:
+        cache: what `Runner.new_cache` returned for it.
+        all_logits: logits after each token are wanted, not only after the last.
+    """
+
+    cache: Any
+    token_ids: Sequence[int]
+    all_logits: bool = False
+
+
+class Runner(Protocol):
     """Calls the model; owns neither requests nor policy.
 
-    Sequences run one at a time: without padding, a sequence's result cannot depend on its
-    neighbours.
+    A sequence's result depends neither on who else is in the call nor on how its prompt was cut.
     """
+
+    def new_cache(self) -> Any:
+        """The memory of a new sequence."""
+        ...
+
+    def release(self, cache: Any) -> None:
+        """Free a sequence's memory."""
+        ...
+
+    def nbytes(self, cache: Any) -> int:
+        """Bytes that a sequence holds."""
+        ...
+
+    def run(self, works: Sequence[Work]) -> list[Tensor | Exception]:
+        """Append each work's tokens to its sequence.
+
+        Returns:
+            For each work fp32 logits ``[1, vocab]`` after its last token or ``[n, vocab]``, or
+            what went wrong with it alone.
+        """
+        ...
+
+
+def make_runner(runtime: Runtime, kv_tokens: int) -> Runner:
+    """The native decoder with pages for so many tokens, or transformers' modules."""
+    if runtime.decoder is not None:
+        return DecoderRunner(runtime.decoder, kv_tokens)
+    return ModuleRunner(runtime.model)
+
+
+class DecoderRunner:
+    """All sequences in one native call."""
+
+    def __init__(self, decoder: Decoder, kv_tokens: int) -> None:
+        self._paged = PagedRunner(decoder, pages_for(kv_tokens))
+
+    def new_cache(self) -> PagedSequence:
+        return PagedSequence()
+
+    def release(self, cache: PagedSequence) -> None:
+        self._paged.release(cache)
+
+    def nbytes(self, cache: PagedSequence) -> int:
+        return len(cache.pages) * self._paged.page_nbytes
+
+    def run(self, works: Sequence[Work]) -> list[Tensor | Exception]:
+        paged = [PagedWork(w.cache, w.token_ids, w.all_logits) for w in works]
+        try:
+            return list(self._paged.logits(paged))
+        except Exception:
+            # A pass that fails has moved no sequence; one by one it shows whose fault it was.
+            return [self._alone(work) for work in paged]
+
+    def _alone(self, work: PagedWork) -> Tensor | Exception:
+        try:
+            return self._paged.logits([work])[0]
+        except Exception as error:
+            return error
+
+
+class ModuleRunner:
+    """A transformers model, one sequence after the other: without padding they cannot mix."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -27,19 +108,28 @@ class Runner:
     def new_cache(self) -> KVCache:
         return KVCache(self.model.config)
 
-    @torch.inference_mode()
-    def forward(
-        self, token_ids: Sequence[int], cache: KVCache, *, all_logits: bool = False
-    ) -> Tensor:
-        """Append ``token_ids`` to the sequence in ``cache``.
+    def release(self, cache: KVCache) -> None:
+        cache.clear()
 
-        Returns:
-            Logits after the last token ``[1, vocab]``, or after each one ``[n, vocab]``.
-        """
+    def nbytes(self, cache: KVCache) -> int:
+        return cache.nbytes
+
+    def run(self, works: Sequence[Work]) -> list[Tensor | Exception]:
+        results: list[Tensor | Exception] = []
+        for work in works:
+            try:
+                results.append(self._forward(work))
+            except Exception as error:
+                results.append(error)
+        return results
+
+    @torch.inference_mode()
+    def _forward(self, work: Work) -> Tensor:
         output = self.model(
-            input_ids=torch.tensor([token_ids], device=self.model.device),
-            past_key_values=cache.past,
+            input_ids=torch.tensor([list(work.token_ids)], device=self.model.device),
+            past_key_values=work.cache.past,
             use_cache=True,
-            logits_to_keep=0 if all_logits else 1,
+            logits_to_keep=0 if work.all_logits else 1,
         )
-        return output.logits[0]
+        logits: Tensor = output.logits[0]
+        return logits

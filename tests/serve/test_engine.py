@@ -10,7 +10,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serve_helpers import Outcome, assert_empty, generate, oracle, request, wait_until
+from serve_helpers import (
+    Outcome,
+    assert_empty,
+    before_forward,
+    generate,
+    oracle,
+    request,
+    wait_until,
+)
 
 from quantkit.errors import UsageError
 from quantkit.models.runtime import Runtime
@@ -173,14 +181,12 @@ def test_exception_fails_one_request_and_the_engine_lives(
 ) -> None:
     ids = runtime.tokenizer.encode("The quick")
     [before] = generate(engine, request("before", ids))
-    forward = engine.runner.forward
 
-    def broken(token_ids, cache, **options):
-        if list(token_ids)[:1] == [9]:
+    def broken(token_ids: list[int]) -> None:
+        if token_ids[:1] == [9]:
             raise RuntimeError("secret detail")
-        return forward(token_ids, cache, **options)
 
-    monkeypatch.setattr(engine.runner, "forward", broken)
+    before_forward(monkeypatch, engine.runner, broken)
     good, bad = generate(engine, request("good", ids), request("bad", [9, 9]))
     assert bad.events == [bad.terminal]
     assert isinstance(bad.terminal, Failed)
@@ -193,8 +199,8 @@ def test_exception_fails_one_request_and_the_engine_lives(
 
 
 def test_logits_that_are_not_finite_fail_the_request(engine: Engine, monkeypatch) -> None:
-    forward = engine.runner.forward
-    monkeypatch.setattr(engine.runner, "forward", lambda *a, **k: forward(*a, **k) * torch.nan)
+    run = engine.runner.run
+    monkeypatch.setattr(engine.runner, "run", lambda works: [x * torch.nan for x in run(works)])
     for temperature in (0.0, 1.0):
         [outcome] = generate(engine, request("a", [5], temperature=temperature))
         assert isinstance(outcome.terminal, Failed)
@@ -250,13 +256,7 @@ def test_stop_without_a_start(runtime: Runtime) -> None:
 def test_a_hung_step_is_not_ready(runtime: Runtime, monkeypatch) -> None:
     engine = Engine(runtime, EngineConfig(stall_seconds=0.1)).start()
     release = threading.Event()
-    forward = engine.runner.forward
-
-    def hang(*arguments, **options):
-        release.wait(20)
-        return forward(*arguments, **options)
-
-    monkeypatch.setattr(engine.runner, "forward", hang)
+    before_forward(monkeypatch, engine.runner, lambda token_ids: release.wait(20))
     assert engine.ready
     engine.submit(request("a", [5]), lambda event: None)
     wait_until(lambda: not engine.ready)
@@ -277,14 +277,16 @@ def test_explicit_context_is_a_promise(runtime: Runtime, monkeypatch) -> None:
 
 def test_kv_bytes_are_what_the_config_says(runtime: Runtime) -> None:
     from quantkit.serve.kv_cache import bytes_per_token
-    from quantkit.serve.runner import Runner
+    from quantkit.serve.runner import ModuleRunner, Work
 
-    runner = Runner(runtime.model)
+    runner = ModuleRunner(runtime.model)
     cache = runner.new_cache()
-    assert (len(cache), cache.nbytes) == (0, 0)
-    runner.forward([5, 6, 7], cache)
-    runner.forward([8], cache)
-    assert (len(cache), cache.nbytes) == (4, 4 * bytes_per_token(runtime.model))
+    assert (len(cache), runner.nbytes(cache)) == (0, 0)
+    runner.run([Work(cache, [5, 6, 7])])
+    runner.run([Work(cache, [8])])
+    assert (len(cache), runner.nbytes(cache)) == (4, 4 * bytes_per_token(runtime.model))
+    runner.release(cache)
+    assert (len(cache), runner.nbytes(cache)) == (0, 0)
 
 
 @settings(

@@ -22,7 +22,8 @@ from quantkit.cli import bench, serve
 from quantkit.errors import UsageError
 from quantkit.models.runtime import Runtime
 
-OPTIONS = ("--port", "0", "--threads", "1", "--json")
+# transformers' modules: the native decoder finishes a tiny model's longest answer at once.
+OPTIONS = ("--kernels", "modules", "--port", "0", "--threads", "1", "--json")
 
 
 class Process:

@@ -6,11 +6,12 @@ import json
 import re
 import socket
 import threading
+import time
 
 import httpx
 import openai
 import pytest
-from serve_helpers import wait_until
+from serve_helpers import before_forward, wait_until
 
 from quantkit.errors import UsageError
 from quantkit.serve.api.middleware import read_api_keys
@@ -111,13 +112,7 @@ def test_drain_finishes_what_runs(live, stream: bool) -> None:
 
 def test_drain_is_bounded(live, monkeypatch) -> None:
     server = live(drain_seconds=0.3)
-    forward = server.engine.runner.forward
-
-    def slow(*arguments, **options):
-        threading.Event().wait(0.05)
-        return forward(*arguments, **options)
-
-    monkeypatch.setattr(server.engine.runner, "forward", slow)
+    before_forward(monkeypatch, server.engine.runner, lambda token_ids: time.sleep(0.05))
     answers: list[httpx.Response] = []
     body = {"prompt": "a", "max_tokens": 500, "stream": True}
     asking = threading.Thread(

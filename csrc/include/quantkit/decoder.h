@@ -101,7 +101,7 @@ typedef struct qk_decoder_config {
 // A key page is the packed layout of a weight [QK_PAGE_TOKENS, head_dim]; a value page that of
 // [head_dim, QK_PAGE_TOKENS], its blocks of 16 rows side by side: 16 rows x 4 bytes of codes along
 // the second dimension make a chunk. So both products of attention are the linear layer's kernel.
-// Pages must hold zeros or what a forward pass wrote.
+// Pages need not be initialized: a forward pass clears what it would multiply with zero.
 enum { QK_PAGE_TOKENS = 64 };
 enum qk_kv_dtype { QK_KV_F32 = 0, QK_KV_BF16 = 1, QK_KV_INT8 = 2, QK_KV_FP8 = 3 };
 

@@ -1,0 +1,144 @@
+"""Sequences whose keys and values live in shared pages, and forward passes over many of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from quantkit.errors import QuantkitError
+from quantkit.models.decoder import Batch, Decoder
+from quantkit.ops.decoder import PAGE_TOKENS
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that so many tokens of one sequence fill."""
+    return -(-tokens // PAGE_TOKENS)
+
+
+@dataclass(eq=False)
+class PagedSequence:
+    """Tokens that have been read: where their keys and values are.
+
+    Attributes:
+        length: tokens held.
+        pages: page numbers, in order; the last may be partly filled.
+    """
+
+    length: int = 0
+    pages: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Work:
+    """New tokens of one sequence. ``all_logits``: of each token, not of the last alone."""
+
+    sequence: PagedSequence
+    token_ids: Sequence[int]
+    all_logits: bool = False
+
+
+class PagedRunner:
+    """A decoder with a store of pages.
+
+    A page may belong to several sequences (`fork`); it is free again when the last lets go.
+
+    Args:
+        decoder: the model.
+        pages: how many pages there are.
+        dtype: of keys and values; the decoder's own by default.
+    """
+
+    def __init__(self, decoder: Decoder, pages: int, dtype: str = "auto") -> None:
+        self.decoder = decoder
+        self.cache = decoder.new_cache(pages, dtype)
+        self._free = list(range(pages - 1, -1, -1))
+        self._owners = [0] * pages
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of one page over all layers."""
+        return self.cache.page_nbytes
+
+    def fork(self, sequence: PagedSequence) -> PagedSequence:
+        """A second sequence with the same tokens: full pages are shared, a partial one copied."""
+        whole = sequence.length // PAGE_TOKENS
+        pages = sequence.pages[:whole]
+        for page in pages:
+            self._owners[page] += 1
+        child = PagedSequence(sequence.length, list(pages))
+        if sequence.length % PAGE_TOKENS:
+            child.pages.append(self._take())
+            self.cache.copy_page(sequence.pages[whole], child.pages[-1])
+        return child
+
+    def release(self, sequence: PagedSequence) -> None:
+        """Give back a sequence's pages. It holds no token afterwards."""
+        for page in sequence.pages:
+            self._owners[page] -= 1
+            if self._owners[page] == 0:
+                self._free.append(page)
+        sequence.length, sequence.pages = 0, []
+
+    def logits(self, works: Sequence[Work]) -> list[Tensor]:
+        """Append each work's tokens to its sequence.
+
+        Returns:
+            fp32 logits of each work: ``[1, vocab]`` after its last token, or ``[n, vocab]``.
+
+        Raises:
+            QuantkitError: no page is free, or an argument is out of range. No sequence changed.
+        """
+        rows: list[int] = []
+        counts = []
+        start = 0
+        for work in works:
+            end = start + len(work.token_ids)
+            first = start if work.all_logits else end - 1
+            rows += range(first, end)
+            counts.append(end - first)
+            start = end
+        batch = self._batch(works, rows)
+        logits = self.decoder.logits(batch, self.cache)
+        self._grow(works)
+        return list(logits.split(counts))
+
+    def states(self, works: Sequence[Work]) -> list[Tensor]:
+        """The same for final states: fp32 ``[n, hidden]`` of each work, for `Decoder.head`."""
+        states = self.decoder.states(self._batch(works, None), self.cache)
+        self._grow(works)
+        return list(states.split([len(work.token_ids) for work in works]))
+
+    def _batch(self, works: Sequence[Work], rows: list[int] | None) -> Batch:
+        needs = [
+            pages_for(w.sequence.length + len(w.token_ids)) - len(w.sequence.pages) for w in works
+        ]
+        if sum(needs) > len(self._free):
+            raise QuantkitError(
+                f"the key-value cache has {len(self._free)} free pages of {PAGE_TOKENS} tokens, "
+                f"{sum(needs)} are needed"
+            )
+        for work, count in zip(works, needs, strict=True):
+            work.sequence.pages += [self._take() for _ in range(count)]
+        return Batch.of(
+            [w.token_ids for w in works],
+            [w.sequence.length for w in works],
+            [w.sequence.pages for w in works],
+            rows=rows,
+        )
+
+    def _grow(self, works: Sequence[Work]) -> None:
+        for work in works:
+            work.sequence.length += len(work.token_ids)
+
+    def _take(self) -> int:
+        if not self._free:
+            raise QuantkitError("the key-value cache has no free page")
+        page = self._free.pop()
+        self._owners[page] = 1
+        return page
