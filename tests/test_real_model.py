@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from quantkit.cli.main import run
+from quantkit.evals.greedy import make_greedy
 from quantkit.models.load import load_runtime
 
 pytestmark = pytest.mark.real_model
@@ -29,19 +30,19 @@ def checkpoint(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_still_knows_what_it_knew(checkpoint: Path) -> None:
     runtime = load_runtime(checkpoint)
     prompt = "The capital of France is Paris. The capital of Germany is"
-    ids = torch.tensor([runtime.tokenizer.encode(prompt)])
-    with torch.no_grad():
-        out = runtime.model.generate(ids, max_new_tokens=4, do_sample=False)
-    assert "Berlin" in runtime.tokenizer.decode(out[0, ids.shape[1] :])
+    assert runtime.decoder is not None
+    greedy = make_greedy(runtime, frozenset(), pads=True)
+    [written] = greedy([runtime.tokenizer.encode(prompt)], [4], lambda index, ids: False)
+    assert "Berlin" in runtime.tokenizer.decode(written)
 
 
 def test_native_and_reference_kernels_agree(checkpoint: Path) -> None:
     prompt = "Customer message: my parcel is late again.\nThis message is about"
-    native, reference = (load_runtime(checkpoint, kernels=k) for k in ("native", "reference"))
+    native, reference = (load_runtime(checkpoint, kernels=k) for k in ("native-float", "reference"))
     ids = torch.tensor([native.tokenizer.encode(prompt)])
     with torch.no_grad():
-        ours = native.model(ids).logits.float()
-        theirs = reference.model(ids).logits.float()
+        ours = native.logits(ids[0].tolist())
+        theirs = reference.logits(ids[0].tolist())
     assert float((ours - theirs).norm() / theirs.norm()) < 0.02
 
 

@@ -209,6 +209,8 @@ def build_decoder(model: Any, *, activations: str = "auto") -> Decoder:
             linears.add(module)
     linears.add(model.get_output_embeddings())
     linears.place()
+    # A linear layer without its weight would not fail, but compute nonsense.
+    model.forward = _moved
     native = NativeDecoder(
         shape,
         precision,
@@ -221,6 +223,10 @@ def build_decoder(model: Any, *, activations: str = "auto") -> Decoder:
         linears[model.get_output_embeddings()],
     )
     return Decoder(native, linears.numerics())
+
+
+def _moved(*arguments: Any, **options: Any) -> Any:
+    raise RuntimeError("this model's weights have moved to its native decoder: ask Runtime.logits")
 
 
 #: Bytes of weights that are copied into huge pages at a time: what loading needs beside the model.

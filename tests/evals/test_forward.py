@@ -47,7 +47,7 @@ def test_chains_cover_a_row(sequences: list[list[int]]) -> None:
 
 def test_trees_agree_with_transformers() -> None:
     prefix = [5, 9, 2] * 30
-    sequences = [prefix + [1, 2], prefix + [1, 3, 4], prefix[:40] + [7], [8, 8]]
+    sequences = [[*prefix, 1, 2], [*prefix, 1, 3, 4], [*prefix[:40], 7], [8, 8]]
     ours, theirs = DecoderForward(DECODER), ModuleForward(MODEL)
     for row in pack(sequences, 256):
         a = ours.logits(ours.tree_states(row))

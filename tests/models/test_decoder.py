@@ -265,3 +265,5 @@ def test_weights_are_not_held_twice() -> None:
     assert model.model.layers[0].self_attn.q_proj.weight.is_meta
     assert model.lm_head.weight.is_meta
     assert not model.model.embed_tokens.weight.is_meta
+    with pytest.raises(RuntimeError, match="moved to its native decoder"):
+        model(torch.tensor([[1, 2]]))
