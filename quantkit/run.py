@@ -200,8 +200,13 @@ def execute(prepared: Prepared, reporter: Reporter = _silent_reporter) -> Outcom
     seconds["quantize"] = round(calibrated.solve_seconds, 3)
     seconds["calibrate"] = round(time.monotonic() - began - calibrated.solve_seconds, 3)
     began = time.monotonic()
-    manifest = write_checkpoint(staging, source, plan, calibrated.layers, _provenance(prepared))
-    outcomes = _judge(prepared, staging, manifest, calibrated.probe, seconds, began, reporter)
+    try:
+        manifest = write_checkpoint(staging, source, plan, calibrated.layers, _provenance(prepared))
+        outcomes = _judge(prepared, staging, manifest, calibrated.probe, seconds, began, reporter)
+    except BaseException:
+        # What failed a check is worth nothing; the finished blocks stay, for --resume.
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     shutil.rmtree(work, ignore_errors=True)
     return outcomes
 

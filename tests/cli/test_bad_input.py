@@ -18,13 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantkit.cli.main import run
-
-RECIPE = """\
-scheme: w4a16-g64
-algorithm: gptq
-keep: [lm_head]
-calibrate: {samples: 4, seq_len: 64}
-"""
+from tests.run_helpers import RECIPE, arguments, contents, leftovers
 
 
 @pytest.fixture
@@ -32,20 +26,6 @@ def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE)
     return path
-
-
-def arguments(model: Path | str, recipe: Path | str, data: Path | str, out: Path) -> list[str]:
-    return [
-        "calibrate", str(model), "--recipe", str(recipe), "--data", str(data), "--no-gate",
-        "-o", str(out),
-    ]  # fmt: skip
-
-
-def leftovers(out: Path) -> list[str]:
-    """What lies beside OUT that a failed run must not leave, ``.partial`` work aside."""
-    names = [p.name for p in out.parent.glob(f"{out.name}*")]
-    names += [p.name for p in out.parent.glob(f".{out.name}*")]
-    return [name for name in names if not name.endswith(".partial")]
 
 
 def edited(source: Path, folder: Path, change: Callable[[Path], None]) -> Path:
@@ -295,18 +275,17 @@ def test_ctrl_c_leaves_resumable_work_only(
     assert code == 130
     assert "interrupted" in err
     assert leftovers(out) == []
-    assert run([*arguments(tiny, slow, traffic, out), "--resume"]) == 0
+    assert run(arguments(tiny, slow, traffic, out, "--resume")) == 0
     whole = tmp_path / "whole"
     assert run(arguments(tiny, slow, traffic, whole)) == 0
-    for path in whole.iterdir():
-        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+    assert contents(whole) == contents(out)
 
 
 def test_success_leaves_one_folder_and_its_run(
     tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert run([*arguments(tiny, recipe, traffic, out), "--json"]) == 0
+    assert run(arguments(tiny, recipe, traffic, out, "--json")) == 0
     document = json.loads(capfd.readouterr().out)
     assert document["output"] == str(out)
     assert document["verdict"] is None
@@ -316,13 +295,26 @@ def test_success_leaves_one_folder_and_its_run(
     assert run(["inspect", str(out)]) == 0
     (out / "config.json").write_text((out / "config.json").read_text() + " ")
     assert run(["verify", str(out), "--json"]) == 4
-    assert torch.get_num_threads() >= 1
+
+
+def test_threads_are_as_many_as_were_asked_for(
+    tiny: Path, traffic: Path, recipe: Path, tmp_path: Path
+) -> None:
+    before = torch.get_num_threads()
+    try:
+        argv = arguments(tiny, recipe, traffic, tmp_path / "out", "--threads", str(before + 1))
+        assert run(argv) == 0
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+    document = json.loads((tmp_path / "out.run" / "run.json").read_text())
+    assert document["machine"]["threads"] == before + 1
 
 
 def test_dry_run_writes_nothing(
     tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    argv = [*arguments(tiny, recipe, traffic, tmp_path / "out"), "--dry-run"]
+    argv = arguments(tiny, recipe, traffic, tmp_path / "out", "--dry-run")
     assert run(argv) == 0
     assert "4 × 64 tokens" in capfd.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
