@@ -18,13 +18,6 @@ LAYER = "model.layers.1.mlp.down_proj"
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE)
-    return path
-
-
-@pytest.fixture
 def patch() -> Iterator[pytest.MonkeyPatch]:
     """Breakage that a test can take back while it runs."""
     with pytest.MonkeyPatch.context() as context:
@@ -179,13 +172,13 @@ def test_scores_that_are_not_numbers(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """A failure behind the reload check discards the export too."""
-    from quantkit import run as runs
+    from quantkit import scoring
     from quantkit.errors import QuantkitError
 
     def fail(*_: object, **__: object) -> None:
         raise QuantkitError("NaN in the logits")
 
-    patch.setattr(runs, "evaluate", fail)
+    patch.setattr(scoring, "evaluate", fail)
     recipe.write_text(RECIPE + "gate: {kl.mean: {max: 0.5}}\n")
     held_out = tmp_path / "held_out.txt"
     held_out.write_text("where is my parcel " * 200)
@@ -200,8 +193,8 @@ def test_tolerances_are_far_from_what_healthy_runs_measure(
     tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, patch: pytest.MonkeyPatch
 ) -> None:
     """With the tolerances at what the docstrings say a healthy run shows, it still passes."""
-    from quantkit import run as runs
+    from quantkit import reload
 
-    patch.setattr(runs, "RELOAD_TOLERANCE", 1e-6)
-    patch.setattr(runs, "KERNEL_TOLERANCE", 0.005)
+    patch.setattr(reload, "RELOAD_TOLERANCE", 1e-6)
+    patch.setattr(reload, "KERNEL_TOLERANCE", 0.005)
     assert run(arguments(tiny, recipe, traffic, tmp_path / "out")) == 0

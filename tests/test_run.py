@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.cli.main import run
+from tests.run_helpers import arguments
 
 WORDS = re.findall(r"\w+", "late parcel refund broken door invoice account thanks please where")
 
@@ -65,12 +66,8 @@ def calibrate(
     suite = tmp_path / "tiny_suite.yaml"
     if not suite.exists():
         write_suite(tmp_path, 60)
-    code = run(
-        [
-            "calibrate", str(tiny), "-r", str(recipe), "--data", str(traffic), "--text", str(text),
-            "--suite", str(suite), "--eval-tokens", "2048", "-o", str(out), *more,
-        ]
-    )  # fmt: skip
+    scored = ["--text", str(text), "--suite", str(suite), "--eval-tokens", "2048"]
+    code = run(arguments(tiny, recipe, traffic, out, *scored, *more, gate=True))
     return code, out
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import UsageError
-from quantkit.results import GateCheck, Outcome, Results, Verdict, read_json
+from quantkit.results import Flip, GateCheck, Outcome, Results, Verdict, read_json
 
 #: What beside ``OUT`` may be given in place of ``OUT.run``.
 _SIBLINGS = (".rejected", ".run")
@@ -44,21 +44,6 @@ class Layer:
     bits: float
     weight_error: float | None
     output_error: float | None
-
-
-@dataclass(frozen=True)
-class Flip:
-    """An item that only one of the two models got right. ``direction``: loss or gain."""
-
-    task: str
-    id: str
-    direction: str
-    slice: str | None
-    prompt: str
-    target: str
-    baseline_prediction: str
-    candidate_prediction: str
-    must_not_flip: bool
 
 
 @dataclass(frozen=True)
@@ -345,6 +330,8 @@ def _flips(path: Path) -> tuple[Flip, ...]:
                 Flip(
                     **{key: str(doc[key]) for key in _FLIP_TEXTS},
                     slice=None if doc["slice"] is None else str(doc["slice"]),
+                    baseline_score=_number(doc["baseline_score"]),
+                    candidate_score=_number(doc["candidate_score"]),
                     must_not_flip=bool(doc["must_not_flip"]),
                 )
             )

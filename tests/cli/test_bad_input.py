@@ -21,13 +21,6 @@ from quantkit.cli.main import run
 from tests.run_helpers import RECIPE, arguments, contents, leftovers
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE)
-    return path
-
-
 def edited(source: Path, folder: Path, change: Callable[[Path], None]) -> Path:
     """A copy of a model folder with one thing broken."""
     shutil.copytree(source, folder)
@@ -272,7 +265,7 @@ def test_ctrl_c_leaves_resumable_work_only(
         code = process.returncode
     if code == 0:
         pytest.skip("the run finished before the signal arrived")
-    assert code == 130
+    assert code == 130, err
     assert "interrupted" in err
     assert leftovers(out) == []
     assert run(arguments(tiny, slow, traffic, out, "--resume")) == 0
@@ -314,7 +307,7 @@ def test_threads_are_as_many_as_were_asked_for(
 def test_dry_run_writes_nothing(
     tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    argv = arguments(tiny, recipe, traffic, tmp_path / "out", "--dry-run")
+    argv = arguments(tiny, recipe, traffic, tmp_path / "deep" / "er" / "out", "--dry-run")
     assert run(argv) == 0
     assert "4 × 64 tokens" in capfd.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
