@@ -274,6 +274,32 @@ def test_ctrl_c_leaves_resumable_work_only(
     assert contents(whole) == contents(out)
 
 
+def test_ctrl_c_that_a_library_turns_into_its_own_error(
+    tiny: Path,
+    traffic: Path,
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As torch does when the signal arrives while it reads a Python object from C++."""
+
+    def load(path: Path) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object") from None
+
+    monkeypatch.setattr("quantkit.work.load_file", load)
+    out = tmp_path / "out"
+    assert run(arguments(tiny, recipe, traffic, out)) == 130
+    err = capfd.readouterr().err
+    assert err.endswith("interrupted\n")
+    assert "defect" not in err
+    assert leftovers(out) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_success_leaves_one_folder_and_its_run(
     tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
