@@ -136,7 +136,12 @@ def _provenance(prepared: Prepared) -> dict[str, Any]:
             "seq_len": calibration.seq_len,
             "seed": calibration.seed,
             "sources": [
-                {"sha256": r.sha256, "documents": r.documents_used, "tokens": r.tokens_used}
+                {
+                    "name": r.name,
+                    "sha256": r.sha256,
+                    "documents": r.documents_used,
+                    "tokens": r.tokens_used,
+                }
                 for r in tokens.report
             ],
         }

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from quantkit.cli.main import run
-from tests.run_helpers import arguments
+from tests.run_helpers import arguments, contents
 
 WORDS = re.findall(r"\w+", "late parcel refund broken door invoice account thanks please where")
 
@@ -94,6 +96,47 @@ def test_pass_promotes(
     policy.write_text(gates.replace("  ", "", 3).replace("\n  ", "\n"))
     argv = ["gate", str(folder / "results.json"), "--baseline", str(folder / "baseline.json")]
     assert run([*argv, "--policy", str(policy)]) == 0
+
+
+def test_the_manifest_names_its_sources_and_nothing_of_the_machine(
+    tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The same model, recipe and data from other folders give the same bytes."""
+    exports = []
+    for name in ("here", "there"):
+        folder = tmp_path / name
+        folder.mkdir()
+        model = Path(shutil.copytree(tiny, folder / "model"))
+        words = folder / "words.txt"
+        words.write_text("where is my parcel and when will it come? " * 40)
+        out = folder / "out"
+        argv = arguments(
+            model,
+            shutil.copy(recipe, folder),
+            shutil.copy(traffic, folder),
+            out,
+            *("--data", str(words), "--seq-len", "96"),
+        )
+        assert run(argv) == 0
+        exports.append(contents(out))
+    assert exports[0] == exports[1]
+    text = exports[0]["quantkit.json"].decode()
+    assert str(tmp_path) not in text
+    data = json.loads(text)["data"]
+    names = [source["name"] for source in data["sources"]]
+    assert names == ["traffic.jsonl", "words.txt"]
+    for source, path in zip(data["sources"], (traffic, words), strict=True):
+        assert source["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert source["tokens"] == 192
+    assert sum(source["tokens"] for source in data["sources"]) == data["samples"] * data["seq_len"]
+    capfd.readouterr()
+    assert run(["inspect", str(out)]) == 0
+    assert "words.txt: 192 tokens" in capfd.readouterr().out
+    page = tmp_path / "report.html"
+    assert run(["report", str(out), "-o", str(page)]) == 0
+    html = page.read_text()
+    assert "words.txt" in html
+    assert "source 1" not in html
 
 
 def test_fail_rejects_and_a_baseline_is_reused(

@@ -192,7 +192,7 @@ def _show_plan(prepared: Prepared) -> None:
         )
         for source in prepared.tokens.report:
             console.print(
-                f"  {Path(source.path).name}: {source.tokens_used:,} tokens from "
+                f"  {source.name}: {source.tokens_used:,} tokens from "
                 f"{source.documents_used} of {source.documents} documents ({source.share:.0%})"
             )
         for warning in prepared.tokens.warnings:

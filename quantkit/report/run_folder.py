@@ -48,7 +48,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class SourceUse:
-    """What calibration took from one file."""
+    """What calibration took from one file or data set."""
 
     name: str | None
     sha256: str
@@ -244,7 +244,7 @@ def _calibration(data: Mapping[str, Any] | None) -> Calibration | None:
         return None
     sources = tuple(
         SourceUse(
-            name=s.get("name") or s.get("path"),
+            name=s.get("name"),
             sha256=str(s["sha256"]),
             documents=_count(s["documents"]),
             tokens=_count(s["tokens"]),
