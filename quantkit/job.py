@@ -132,6 +132,11 @@ def _policy(job: Job) -> tuple[Policy | None, tuple[gate.Preflight, ...]]:
         if not job.suites and job.text is None:
             return None, ()
         raise UsageError("the recipe has no `gate:` section", remedy="add one, or pass --no-gate")
+    if job.max_tokens is not None and job.max_tokens < job.seq_len:
+        raise UsageError(
+            f"{job.max_tokens} held-out tokens are less than one window of {job.seq_len}",
+            remedy="raise --eval-tokens or lower --eval-seq-len",
+        )
     source = str(recipe.file) if recipe.file else "recipe"
     policy = gate.parse_policy(dict(recipe.gate), source=source, lines=recipe.gate_lines)
     names = {suite.name: suite for suite in job.suites}

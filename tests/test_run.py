@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.cli.main import run
-from tests.run_helpers import arguments, contents
+from tests.run_helpers import arguments, contents, leftovers
 
 WORDS = re.findall(r"\w+", "late parcel refund broken door invoice account thanks please where")
 
@@ -137,6 +137,42 @@ def test_the_manifest_names_its_sources_and_nothing_of_the_machine(
     html = page.read_text()
     assert "words.txt" in html
     assert "source 1" not in html
+
+
+def test_the_command_line_overrides_the_recipe(
+    tiny: Path, traffic: Path, text: Path, tmp_path: Path
+) -> None:
+    gated = write_recipe(tmp_path, "w8a16", "  kl.mean: {max: 0.5}\n")
+    gated.write_text(gated.read_text().replace("seq_len: 64", "seq_len: 64, seed: 5"))
+    out = tmp_path / "out"
+
+    def calibration(*more: str) -> tuple[int, int, int]:
+        argv = arguments(tiny, gated, traffic, out, "--text", str(text), *more, gate=True)
+        assert run(argv) == 0
+        data = json.loads((out / "quantkit.json").read_text())["data"]
+        return data["samples"], data["seq_len"], data["seed"]
+
+    def held_out() -> tuple[int, int]:
+        measured = json.loads((tmp_path / "out.run" / "results.json").read_text())["text"]
+        return measured["seq_len"], len(measured["windows"])
+
+    assert calibration() == (4, 64, 5)
+    assert held_out()[0] == 1024
+    numbers = ("--samples", "3", "--seq-len", "48", "--seed", "0")
+    windows = ("--eval-seq-len", "96", "--eval-tokens", "192")
+    assert calibration(*numbers, *windows) == (3, 48, 0)
+    assert held_out() == (96, 2)
+
+
+def test_less_held_out_text_than_a_window_is_refused_before_any_work(
+    tiny: Path, traffic: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, "w8a16", "  kl.mean: {max: 0.5}\n")
+    code, out = calibrate(tmp_path, tiny, traffic, text, recipe, "--eval-tokens", "192")
+    assert code == 2
+    assert "raise --eval-tokens or lower --eval-seq-len" in capfd.readouterr().err
+    assert leftovers(out) == []
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_fail_rejects_and_a_baseline_is_reused(
