@@ -143,6 +143,7 @@ def test_broken_data(
     ("argv", "message"),
     [
         (["calibrate", "no/such/model", "-r", "w8a16", "-o", "x"], "no such folder"),
+        (["calibrate", "my models/tiny", "-r", "w8a16", "-o", "x"], "nor a hub id"),
         (["calibrate", "missing.gguf", "-r", "w8a16", "-o", "x"], "no such file"),
         (["calibrate", "m", "-r", "w8a61", "-o", "x"], "did you mean 'w8a16'"),
         (["calibrate", "m", "-r", "w8a16"], "no output folder; give -o OUT"),
