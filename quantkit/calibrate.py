@@ -1,55 +1,37 @@
 """The calibration loop: for each block, observe → solve → replace → propagate.
 
 Statistics live for one block. What persists, and what a resumed run starts from, are the
-finished blocks in the work folder::
-
-    WORK/state.json               plan and data digests
-    WORK/blocks/0007.safetensors  codes, scales and zero points of block 7's layers
-    WORK/blocks/0007.json         their specs and errors; written last, so its presence
-                                  means that the block is whole
+finished blocks in the work folder (`quantkit.work`).
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quantkit import memory, numerics
 from quantkit import model as models
-from quantkit.algorithms import SOLVERS, Stats
+from quantkit.algorithms import Stats
+from quantkit.collector import Collector
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.numerics import QTensor
-from quantkit.observers import HessianAccumulator, Observer, make_observer
 from quantkit.paused import Spine, head_input, run_paused, trace_groups
 from quantkit.plan import Plan, PlannedLayer
 from quantkit.progress import Progress, silent
-from quantkit.quantize import QuantizedLayer, quantize_group
+from quantkit.quantize import QuantizedLayer, quantize_group, quantized_inputs
 from quantkit.recipe import Step
-from quantkit.results import read_json, write_json
-from quantkit.schemes import QuantSpec
+from quantkit.work import HEAD, WorkFolder
 
 #: Tokens of one paused forward pass. Large enough for the matrix products to run at their
 #: full rate, small enough that a pass's temporaries are a few tens of MB.
 BATCH_TOKENS = 4096
 
-#: Tokens of the sample that each layer's output error is measured on.
-SAMPLE_TOKENS = 256
-
 #: Windows that a data-free recipe runs, only to measure output errors.
 PROBE_WINDOWS = 8
-
-#: Block index under which layers outside of the decoder (the head) are stored.
-HEAD = -1
 
 
 @dataclass(frozen=True)
@@ -91,13 +73,19 @@ def calibrate(
     if plan.needs_data and data is None:
         raise UsageError("this recipe calibrates, and there is no data", remedy="give --data FILE")
     observer = observer or Step("minmax")
-    _open_work(work, plan, data, observer, resume)
+    state = {
+        "weights": source.weight_hash,
+        "plan": plan.digest,
+        "data": data.hash if data else None,
+        "observer": [observer.name, {k: str(v) for k, v in sorted(observer.options.items())}],
+    }
+    blocks = WorkFolder(work, state, resume=resume)
     if plan.unties_head:
         models.untie(source.model)
     spine = Spine(source.model)
     ids = None if data is None else data.ids if plan.needs_data else data.ids[:PROBE_WINDOWS]
     with torch.no_grad():
-        loop = _Loop(source, plan, spine, cut_batches(ids), observer, work, release, progress)
+        loop = _Loop(source, plan, spine, cut_batches(ids), observer, blocks, release, progress)
         layers, probe = loop.run()
     return Calibrated(layers, probe, loop.solve_seconds)
 
@@ -140,40 +128,6 @@ class Calibrated:
     solve_seconds: float
 
 
-@contextmanager
-def quantized_inputs(
-    linears: Mapping[str, nn.Linear],
-    layers: Mapping[str, PlannedLayer],
-    results: Mapping[str, QuantizedLayer],
-) -> Iterator[None]:
-    """While active, layers with quantized activations compute on quantized inputs.
-
-    Wraps ``forward`` rather than hooking in front of it: a leader pauses in a hook, on its
-    unquantized input, and has a static scale only when it goes on.
-
-    Args:
-        linears: the model's layers by name.
-        layers: the planned ones among them.
-        results: looked up when a layer runs, so it may still be filling.
-    """
-
-    def wrap(name: str, spec: QuantSpec, forward: Callable[[Tensor], Tensor]) -> Any:
-        def quantized(x: Tensor) -> Tensor:
-            return forward(numerics.fake_quantize_input(x, spec, results[name].input_scale))
-
-        return quantized
-
-    wrapped = {n: x.scheme.input for n, x in layers.items() if x.scheme.input is not None}
-    for name, spec in wrapped.items():
-        module = linears[name]
-        module.forward = wrap(name, spec, module.forward)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for name in wrapped:
-            del linears[name].forward
-
-
 class _Loop:
     def __init__(
         self,
@@ -182,7 +136,7 @@ class _Loop:
         spine: Spine,
         batches: Sequence[Tensor],
         observer: Step,
-        work: Path,
+        work: WorkFolder,
         release: bool,
         progress: Progress,
     ) -> None:
@@ -208,24 +162,24 @@ class _Loop:
         for index in range(self.plan.blocks):
             layers = self.plan.in_block(index)
             models.bring_in(self.spine.blocks[index])
-            saved = _load_block(self.work, index, layers)
+            saved = self.work.load(index, layers)
             if saved is not None:
                 self._install(saved)
                 hidden = self._propagate(index, layers, saved, hidden)
             elif hidden:
                 block, hidden = self._solve_block(index, layers, hidden)
-                saved = _save_block(self.work, index, block, layers)
+                saved = self.work.save(index, block, layers)
             else:
-                saved = _save_block(self.work, index, self._solve_without_data(layers), layers)
+                saved = self.work.save(index, self._solve_without_data(layers), layers)
             results.update(saved)
             if self.release and hidden:
                 self._release(layers)
             memory.trim_heap()
         head = self.plan.in_block(None)
         if head:
-            saved = _load_block(self.work, HEAD, head)
+            saved = self.work.load(HEAD, head)
             if saved is None:
-                saved = _save_block(self.work, HEAD, self._solve_head(head, hidden), head)
+                saved = self.work.save(HEAD, self._solve_head(head, hidden), head)
             self._install(saved)
             results.update(saved)
         ordered = {layer.name: results[layer.name] for layer in self.plan.layers}
@@ -250,19 +204,18 @@ class _Loop:
         outputs: list[Tensor | None] = [None] * len(runs)
         groups = self._groups(index, layers, runs[0]) if layers else []
         by_leader = {group[0]: group for group in groups}
-        collectors: dict[str, _Collector] = {}
+        collectors: dict[str, Collector] = {}
         results: dict[str, QuantizedLayer] = {}
 
         def observe(leader: str, x: Tensor) -> None:
             if leader not in collectors:
                 members = [layers[name] for name in by_leader[leader]]
-                collectors[leader] = _Collector(members, self.observer)
+                collectors[leader] = Collector(members, self.observer)
             collectors[leader].update(x)
 
         def solve(leader: str) -> None:
-            members = [layers[name] for name in by_leader[leader]]
             began = time.monotonic()
-            solved = collectors.pop(leader).solve(members, self.linears)
+            solved = collectors.pop(leader).solve(self.linears)
             self.solve_seconds += time.monotonic() - began
             self._install(solved)
             results.update(solved)
@@ -309,12 +262,11 @@ class _Loop:
     ) -> dict[str, QuantizedLayer]:
         if not hidden:
             return self._solve_without_data(layers)
-        members = list(layers.values())
-        collector = _Collector(members, self.observer)
+        collector = Collector(list(layers.values()), self.observer)
         for x in self.spine.head_inputs(self.batches, hidden):
             collector.update(x)
             self._advance("head")
-        return collector.solve(members, self.linears)
+        return collector.solve(self.linears)
 
     def _groups(
         self, index: int, layers: Mapping[str, PlannedLayer], run: Callable[[], Tensor]
@@ -348,132 +300,3 @@ class _Loop:
     def _advance(self, label: str) -> None:
         self.done += 1
         self.progress(min(self.done, self.total), self.total, label)
-
-
-class _Collector:
-    """Statistics of one group's input, for as long as the group is being solved."""
-
-    def __init__(self, members: Sequence[PlannedLayer], observer: Step) -> None:
-        self.hessian: HessianAccumulator | None = None
-        self.range: Observer | None = None
-        self.sample: Tensor | None = None
-        self.tokens = 0
-        inputs = members[0].scheme.input
-        self.dynamic = inputs if inputs is not None and inputs.dynamic else None
-        if any(SOLVERS[layer.solver].needs_hessian for layer in members):
-            self.hessian = HessianAccumulator(members[0].shape[1])
-        if any(layer.scheme.needs_static_input for layer in members):
-            self.range = make_observer(observer.name, observer.options)
-            self.spec = next(x.scheme.input for x in members if x.scheme.needs_static_input)
-
-    def update(self, x: Tensor) -> None:
-        x = x.reshape(-1, x.shape[-1])
-        if self.sample is None and len(x):
-            self.sample = x[:SAMPLE_TOKENS].clone()
-        self.tokens += len(x)
-        if self.hessian is not None:
-            # Rounding is judged on what the layer will really multiply with.
-            self.hessian.update(
-                numerics.fake_quantize_input(x, self.dynamic) if self.dynamic else x
-            )
-        if self.range is not None:
-            self.range.update(x)
-
-    def solve(
-        self, members: Sequence[PlannedLayer], linears: Mapping[str, nn.Linear]
-    ) -> dict[str, QuantizedLayer]:
-        hessian = None if self.hessian is None else self.hessian.value()
-        input_range = None
-        if self.range is not None:
-            assert self.spec is not None
-            input_range = self.range.range(self.spec)
-        weights = {layer.name: linears[layer.name].weight for layer in members}
-        return quantize_group(
-            members, weights, Stats(hessian, self.tokens), input_range, self.sample
-        )
-
-
-def _open_work(
-    work: Path, plan: Plan, data: CalibrationData | None, observer: Step, resume: bool
-) -> None:
-    state = {
-        "plan": plan.digest,
-        "data": data.hash if data else None,
-        "observer": [observer.name, {k: str(v) for k, v in sorted(observer.options.items())}],
-    }
-    path = work / "state.json"
-    if resume and path.exists():
-        if read_json(path) != state:
-            raise UsageError(
-                f"{work}: was begun with another model, recipe or data",
-                remedy="run again without --resume to start over",
-            )
-        return
-    if work.exists():
-        shutil.rmtree(work)
-    try:
-        (work / "blocks").mkdir(parents=True)
-    except OSError as e:
-        raise UsageError(f"{work}: cannot be created ({e.strerror})") from e
-    write_json(path, state)
-
-
-def _save_block(
-    work: Path,
-    index: int,
-    layers: Mapping[str, QuantizedLayer],
-    planned: Mapping[str, PlannedLayer],
-) -> dict[str, QuantizedLayer]:
-    """Tensors first, then the JSON whose presence makes the block count, each by a rename.
-
-    Returns the block as it reads back: mapped from its file, so that finished blocks do not
-    add up in memory.
-    """
-    tensors: dict[str, Tensor] = {}
-    facts: dict[str, Any] = {}
-    for name, layer in layers.items():
-        for part, tensor in layer.qtensor.tensors().items():
-            tensors[f"{name}:{part}"] = tensor.contiguous()
-        if layer.input_scale is not None:
-            tensors[f"{name}:input_scale"] = layer.input_scale
-        facts[name] = {"weight_error": layer.weight_error, "output_error": layer.output_error}
-    stem = work / "blocks" / f"{index:04d}"
-    staging = stem.with_suffix(".safetensors.tmp")
-    try:
-        save_file(tensors, staging)
-        os.replace(staging, stem.with_suffix(".safetensors"))
-    except OSError as e:
-        staging.unlink(missing_ok=True)
-        raise UsageError(f"{stem}: cannot be written ({e.strerror or e})") from e
-    write_json(stem.with_suffix(".json"), facts)
-    saved = _load_block(work, index, planned)
-    assert saved is not None
-    return saved
-
-
-def _load_block(
-    work: Path, index: int, layers: Mapping[str, PlannedLayer]
-) -> dict[str, QuantizedLayer] | None:
-    """A finished block, or None. Raises QuantkitError when it is not the planned one."""
-    stem = work / "blocks" / f"{index:04d}"
-    if not stem.with_suffix(".json").exists():
-        return None
-    facts = read_json(stem.with_suffix(".json"))
-    tensors = load_file(stem.with_suffix(".safetensors")) if facts else {}
-    if set(facts) != set(layers):
-        raise QuantkitError(
-            f"{stem}: the finished layers are not the planned ones",
-            remedy="run again without --resume to start over",
-        )
-    parts: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
-    for key, tensor in tensors.items():
-        name, part = key.rsplit(":", 1)
-        parts[name][part] = tensor
-    return {
-        name: QuantizedLayer(
-            QTensor.from_tensors(parts[name], layer.scheme.weight),
-            parts[name].get("input_scale"),
-            **facts[name],
-        )
-        for name, layer in layers.items()
-    }

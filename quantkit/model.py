@@ -150,12 +150,21 @@ def resolve(source: str) -> Path:
             f"{source}: no such folder", remedy="MODEL is a hub id, a local folder or a .gguf file"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return Path(
             snapshot_download(source, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx*"])
         )
+    except HFValidationError as e:
+        raise UsageError(
+            f"{source}: neither a local folder nor a hub id",
+            remedy="MODEL is a hub id, a local folder or a .gguf file",
+        ) from e
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
         raise UsageError(
             f"{source}: neither a local folder nor a model that the hub gave ({type(e).__name__})",

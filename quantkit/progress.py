@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 #: Called as ``progress(done, total, label)``; ``done`` never decreases within one piece of work.
 Progress = Callable[[int, int, str], None]
 
+#: A phase's title → where its progress goes for as long as it lasts.
+Reporter = Callable[[str], AbstractContextManager[Progress]]
+
 
 def silent(done: int, total: int, label: str) -> None:
     """A `Progress` that says nothing."""
+
+
+def silent_reporter(title: str) -> AbstractContextManager[Progress]:
+    """A `Reporter` that says nothing."""
+    return nullcontext(silent)

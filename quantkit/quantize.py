@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantkit import numerics
 from quantkit.algorithms import SOLVERS, Stats
@@ -92,6 +94,40 @@ def quantize_group(
             scale = numerics.compute_scales(low, high, spec)[0].reshape(1)
         result[layer.name] = _measure(solved[layer.name], weights[layer.name], spec, scale, sample)
     return result
+
+
+@contextmanager
+def quantized_inputs(
+    linears: Mapping[str, nn.Linear],
+    layers: Mapping[str, PlannedLayer],
+    results: Mapping[str, QuantizedLayer],
+) -> Iterator[None]:
+    """While active, layers with quantized activations compute on quantized inputs.
+
+    Wraps ``forward`` rather than hooking in front of it: a leader pauses in a hook, on its
+    unquantized input, and has a static scale only when it goes on.
+
+    Args:
+        linears: the model's layers by name.
+        layers: the planned ones among them.
+        results: looked up when a layer runs, so it may still be filling.
+    """
+
+    def wrap(name: str, spec: QuantSpec, forward: Callable[[Tensor], Tensor]) -> Any:
+        def quantized(x: Tensor) -> Tensor:
+            return forward(numerics.fake_quantize_input(x, spec, results[name].input_scale))
+
+        return quantized
+
+    wrapped = {n: x.scheme.input for n, x in layers.items() if x.scheme.input is not None}
+    for name, spec in wrapped.items():
+        module = linears[name]
+        module.forward = wrap(name, spec, module.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for name in wrapped:
+            del linears[name].forward
 
 
 def _stackable(layers: Sequence[PlannedLayer]) -> list[list[PlannedLayer]]:

@@ -268,6 +268,23 @@ class Results:
         return Results.from_json(read_json(path), source=str(path))
 
 
+@dataclass(frozen=True)
+class Flip:
+    """An item that only one of the two models got right. ``direction``: loss or gain."""
+
+    task: str
+    id: str
+    direction: str
+    slice: str | None
+    prompt: str
+    target: str
+    baseline_prediction: str
+    candidate_prediction: str
+    baseline_score: float
+    candidate_score: float
+    must_not_flip: bool
+
+
 class Outcome(StrEnum):
     """What a gate says."""
 

@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.run_helpers import RECIPE
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -98,6 +100,14 @@ def traffic(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 {"role": "assistant", "content": answer},
             ]
             f.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe file: w4a16-g64 by GPTQ on a few short windows, without gates."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
     return path
 
 

@@ -17,10 +17,13 @@ LAYERS = (
     {"schemes", "recipe", "results"},
     {"numerics", "packing", "ops"},
     {"observers", "algorithms", "layers"},
-    {"data", "model", "plan", "paused", "calibrate", "quantize", "checkpoint"},
+    {
+        *("data", "model", "plan", "paused", "quantize", "collector", "work", "calibrate"),
+        "checkpoint",
+    },
     {"models"},
     {"evals", "serve", "gate", "report"},
-    {"run"},
+    {"job", "reload", "scoring", "outcomes", "run"},
     {"cli"},
 )
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
@@ -34,7 +37,10 @@ ONLY = {
     "observers": {"errors", "schemes", "numerics", "ops", "observers"},
 }
 NEVER = {
-    "serve": {"calibrate", "quantize", "plan", "paused", "recipe", "evals", "gate"},
+    "serve": {
+        *("calibrate", "quantize", "collector", "work", "plan", "paused", "recipe"),
+        *("evals", "gate"),
+    },
     "algorithms": {"model", "models", "layers"},
     "evals": {"serve", "gate"},
 }

@@ -16,6 +16,7 @@ from quantkit.plan import Plan, make_plan
 from quantkit.quantize import QuantizedLayer
 from quantkit.recipe import Recipe, Step
 from quantkit.schemes import SCHEMES
+from tests.conftest import save_model, tiny_llama
 
 IDS = torch.randint(0, 256, (6, 64), generator=torch.Generator().manual_seed(2))
 
@@ -101,6 +102,16 @@ def test_resume_of_another_run_is_refused(tiny: Path, tmp_path: Path) -> None:
     run(tiny, tmp_path / "w", recipe("w4a16-g64"))
     with pytest.raises(UsageError, match="begun with another model, recipe or data"):
         run(tiny, tmp_path / "w", recipe("w4a16-g32"), resume=True)
+
+
+def test_resume_on_other_weights_is_refused(tiny: Path, tmp_path: Path) -> None:
+    """A fine-tune has its original's shapes, plan and tokens, and other weights."""
+    run(tiny, tmp_path / "w", recipe("w4a16-g64"))
+    other = tiny_llama()
+    other.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1.0
+    tuned = save_model(other, tmp_path / "tuned")
+    with pytest.raises(UsageError, match="begun with another model, recipe or data"):
+        run(tuned, tmp_path / "w", recipe("w4a16-g64"), resume=True)
 
 
 def test_without_resume_old_work_is_not_trusted(tiny: Path, tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from quantkit.cli.main import run
+from tests.run_helpers import arguments, contents, leftovers
 
 WORDS = re.findall(r"\w+", "late parcel refund broken door invoice account thanks please where")
 
@@ -65,12 +68,8 @@ def calibrate(
     suite = tmp_path / "tiny_suite.yaml"
     if not suite.exists():
         write_suite(tmp_path, 60)
-    code = run(
-        [
-            "calibrate", str(tiny), "-r", str(recipe), "--data", str(traffic), "--text", str(text),
-            "--suite", str(suite), "--eval-tokens", "2048", "-o", str(out), *more,
-        ]
-    )  # fmt: skip
+    scored = ["--text", str(text), "--suite", str(suite), "--eval-tokens", "2048"]
+    code = run(arguments(tiny, recipe, traffic, out, *scored, *more, gate=True))
     return code, out
 
 
@@ -97,6 +96,83 @@ def test_pass_promotes(
     policy.write_text(gates.replace("  ", "", 3).replace("\n  ", "\n"))
     argv = ["gate", str(folder / "results.json"), "--baseline", str(folder / "baseline.json")]
     assert run([*argv, "--policy", str(policy)]) == 0
+
+
+def test_the_manifest_names_its_sources_and_nothing_of_the_machine(
+    tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The same model, recipe and data from other folders give the same bytes."""
+    exports = []
+    for name in ("here", "there"):
+        folder = tmp_path / name
+        folder.mkdir()
+        model = Path(shutil.copytree(tiny, folder / "model"))
+        words = folder / "words.txt"
+        words.write_text("where is my parcel and when will it come? " * 40)
+        out = folder / "out"
+        argv = arguments(
+            model,
+            shutil.copy(recipe, folder),
+            shutil.copy(traffic, folder),
+            out,
+            *("--data", str(words), "--seq-len", "96"),
+        )
+        assert run(argv) == 0
+        exports.append(contents(out))
+    assert exports[0] == exports[1]
+    text = exports[0]["quantkit.json"].decode()
+    assert str(tmp_path) not in text
+    data = json.loads(text)["data"]
+    names = [source["name"] for source in data["sources"]]
+    assert names == ["traffic.jsonl", "words.txt"]
+    for source, path in zip(data["sources"], (traffic, words), strict=True):
+        assert source["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert source["tokens"] == 192
+    assert sum(source["tokens"] for source in data["sources"]) == data["samples"] * data["seq_len"]
+    capfd.readouterr()
+    assert run(["inspect", str(out)]) == 0
+    assert "words.txt: 192 tokens" in capfd.readouterr().out
+    page = tmp_path / "report.html"
+    assert run(["report", str(out), "-o", str(page)]) == 0
+    html = page.read_text()
+    assert "words.txt" in html
+    assert "source 1" not in html
+
+
+def test_the_command_line_overrides_the_recipe(
+    tiny: Path, traffic: Path, text: Path, tmp_path: Path
+) -> None:
+    gated = write_recipe(tmp_path, "w8a16", "  kl.mean: {max: 0.5}\n")
+    gated.write_text(gated.read_text().replace("seq_len: 64", "seq_len: 64, seed: 5"))
+    out = tmp_path / "out"
+
+    def calibration(*more: str) -> tuple[int, int, int]:
+        argv = arguments(tiny, gated, traffic, out, "--text", str(text), *more, gate=True)
+        assert run(argv) == 0
+        data = json.loads((out / "quantkit.json").read_text())["data"]
+        return data["samples"], data["seq_len"], data["seed"]
+
+    def held_out() -> tuple[int, int]:
+        measured = json.loads((tmp_path / "out.run" / "results.json").read_text())["text"]
+        return measured["seq_len"], len(measured["windows"])
+
+    assert calibration() == (4, 64, 5)
+    assert held_out()[0] == 1024
+    numbers = ("--samples", "3", "--seq-len", "48", "--seed", "0")
+    windows = ("--eval-seq-len", "96", "--eval-tokens", "192")
+    assert calibration(*numbers, *windows) == (3, 48, 0)
+    assert held_out() == (96, 2)
+
+
+def test_less_held_out_text_than_a_window_is_refused_before_any_work(
+    tiny: Path, traffic: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, "w8a16", "  kl.mean: {max: 0.5}\n")
+    code, out = calibrate(tmp_path, tiny, traffic, text, recipe, "--eval-tokens", "192")
+    assert code == 2
+    assert "raise --eval-tokens or lower --eval-seq-len" in capfd.readouterr().err
+    assert leftovers(out) == []
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_fail_rejects_and_a_baseline_is_reused(

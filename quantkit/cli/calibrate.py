@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -49,6 +49,12 @@ def command(
     seq_len: Annotated[
         int | None, typer.Option("--seq-len", min=2, help="Tokens of a calibration window.")
     ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Draws the calibration windows.")
+    ] = None,
+    eval_seq_len: Annotated[
+        int, typer.Option("--eval-seq-len", min=2, help="Tokens of a window of held-out text.")
+    ] = 1024,
     eval_tokens: Annotated[
         int | None, typer.Option("--eval-tokens", min=2, help="Tokens of held-out text to score.")
     ] = None,
@@ -81,7 +87,8 @@ def command(
     The plan is printed first. The checkpoint appears at OUT only when every gate passes;
     otherwise it stays at OUT.rejected. OUT.run holds scores, verdict and flips.
 
-    Exit codes: 0 pass, 1 regression, 2 usage, 3 inconclusive, 4 runtime, 130 interrupted.
+    Exit codes: 0 pass, 1 regression, 2 usage, 3 inconclusive, 4 runtime, 5 the baseline is of
+    another model, 130 interrupted.
     """
     from quantkit.errors import UsageError
 
@@ -89,7 +96,7 @@ def command(
         raise UsageError("no output folder", remedy="give -o OUT, or --dry-run")
     from quantkit.evals.suites import load_suites
 
-    loaded = _recipe(recipe, data, samples, seq_len)
+    loaded = _recipe(recipe, data, samples=samples, seq_len=seq_len, seed=seed)
     source = model or loaded.model
     if source is None:
         raise UsageError("no MODEL", remedy="name it on the command line or in the recipe")
@@ -114,6 +121,7 @@ def command(
         resume=resume,
         device=device,
         kernels=kernels,
+        seq_len=eval_seq_len,
         max_tokens=eval_tokens,
     )
     prepared = prepare(job)
@@ -132,8 +140,8 @@ def command(
         raise typer.Exit(outcomes.verdict.exit_code)
 
 
-def _recipe(name: str, data: list[str] | None, samples: int | None, seq_len: int | None) -> Recipe:
-    """The recipe with the command line's overrides."""
+def _recipe(name: str, data: list[str] | None, **overrides: int | None) -> Recipe:
+    """The recipe with the command line's data and numbers, where it gives some."""
     from dataclasses import replace
 
     from quantkit.algorithms import KNOWN
@@ -144,11 +152,8 @@ def _recipe(name: str, data: list[str] | None, samples: int | None, seq_len: int
     calibration = recipe.calibrate
     if data:
         calibration = replace(calibration, data=tuple(SourceSpec(path) for path in data))
-    if samples:
-        calibration = replace(calibration, samples=samples)
-    if seq_len:
-        calibration = replace(calibration, seq_len=seq_len)
-    return replace(recipe, calibrate=calibration)
+    given: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
+    return replace(recipe, calibrate=replace(calibration, **given))
 
 
 def _show_plan(prepared: Prepared) -> None:
@@ -192,7 +197,7 @@ def _show_plan(prepared: Prepared) -> None:
         )
         for source in prepared.tokens.report:
             console.print(
-                f"  {Path(source.path).name}: {source.tokens_used:,} tokens from "
+                f"  {source.name}: {source.tokens_used:,} tokens from "
                 f"{source.documents_used} of {source.documents} documents ({source.share:.0%})"
             )
         for warning in prepared.tokens.warnings:

@@ -67,6 +67,11 @@ def _show(manifest: dict[str, Any]) -> None:
             f"calibration data  {data['samples']}×{data['seq_len']} tokens, "
             f"sha256 {data['hash'][:12]}…"
         )
+        for source in data["sources"]:
+            typer.echo(
+                f"                  {source.get('name', 'source')}: {source['tokens']} tokens, "
+                f"sha256 {source['sha256'][:12]}…"
+            )
     verdict = manifest.get("verdict")
     typer.echo(f"verdict           {verdict['outcome'] if verdict else 'not gated'}")
 

@@ -6,7 +6,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import typer
 
@@ -71,27 +76,57 @@ def main() -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    with _interrupts() as seen:
+        try:
+            code = app(arguments, standalone_mode=False)
+            return _ended(code) if isinstance(code, int) else errors.EXIT_PASS
+        except typer.Exit as e:
+            return _ended(e.exit_code)
+        except (KeyboardInterrupt, typer.Abort):
+            return _ended(errors.EXIT_INTERRUPTED)
+        except Exception as e:
+            # C++ code on the stack turns a KeyboardInterrupt into an error of its own.
+            return _ended(errors.EXIT_INTERRUPTED) if seen else _failed(e)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """While active, lists every Ctrl-C, which raises KeyboardInterrupt as always.
+
+    A process that ignores the signal, or handles it in its own way, goes on doing so.
+    """
+    seen: list[int] = []
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    alone = threading.current_thread() is threading.main_thread()
+    if not alone or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield seen
+        return
+    signal.signal(signal.SIGINT, notice)
     try:
-        code = app(arguments, standalone_mode=False)
-        return _ended(code) if isinstance(code, int) else errors.EXIT_PASS
-    except errors.QuantkitError as e:
-        typer.echo(f"error: {e}", err=True)
-        return e.exit_code
-    except typer.Exit as e:
-        return _ended(e.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        return _ended(errors.EXIT_INTERRUPTED)
-    except MemoryError:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _failed(error: Exception) -> int:
+    """Print an error; returns its exit code."""
+    if isinstance(error, errors.QuantkitError):
+        typer.echo(f"error: {error}", err=True)
+        return error.exit_code
+    if isinstance(error, MemoryError):
         typer.echo("error: out of memory; use a smaller model, batch or context", err=True)
         return errors.EXIT_RUNTIME
-    except BrokenPipeError:
+    if isinstance(error, BrokenPipeError):
         return errors.EXIT_RUNTIME
-    except Exception as e:
-        # The parser's own errors: their classes are typer's or click's, by version.
-        if hasattr(e, "show") and hasattr(e, "exit_code"):
-            e.show()
-            return errors.EXIT_USAGE
-        return _unexpected(e)
+    # The parser's own errors: their classes are typer's or click's, by version.
+    if hasattr(error, "show") and hasattr(error, "exit_code"):
+        error.show()
+        return errors.EXIT_USAGE
+    return _unexpected(error)
 
 
 def _ended(code: int) -> int:

@@ -80,6 +80,14 @@ class Source:
                         remedy=f"remove it, or write the path as {HUB}owner/name",
                     )
 
+    @property
+    def name(self) -> str:
+        """The file's or folder's own name, or a hub dataset's id: nothing of this machine."""
+        if self.path.startswith(HUB):
+            return self.path.removeprefix(HUB).split(":")[0]
+        # A name that is not UTF-8 on disk holds surrogates, which no text file can.
+        return os.path.basename(os.path.abspath(self.path)).encode(errors="replace").decode()
+
 
 class Corpus:
     """The documents of one source, as a stream that can be read again.

@@ -29,6 +29,7 @@ class SourceReport:
 
     Attributes:
         path: as it was written.
+        name: see `quantkit.data.sources.Source`.
         sha256: of its content; see `quantkit.data.sources.Corpus`.
         documents: documents it holds.
         documents_used: documents with at least one token in the windows.
@@ -42,6 +43,7 @@ class SourceReport:
     """
 
     path: str
+    name: str
     sha256: str
     documents: int
     documents_used: int
@@ -182,6 +184,7 @@ def _feed(
 def _report(corpus: Corpus, use: Use, total: int, budget: int) -> SourceReport:
     return SourceReport(
         path=corpus.source.path,
+        name=corpus.source.name,
         sha256=corpus.sha256,
         documents=len(corpus),
         documents_used=use.documents,

@@ -9,7 +9,7 @@ Imports only `quantkit.errors` and `quantkit.results`, and never torch: a CI job
 model can hold a gate.
 """
 
-from quantkit.gate.compare import Flip, flips
+from quantkit.gate.compare import flips
 from quantkit.gate.policy import Policy, default_policy, load_policy, parse_policy
 from quantkit.gate.render import (
     MARKDOWN_BYTES,
@@ -25,6 +25,7 @@ from quantkit.gate.render import (
 )
 from quantkit.gate.sample_size import Preflight, fewest_items, items_needed, power, preflight
 from quantkit.gate.verdict import exit_code, judge
+from quantkit.results import Flip
 
 __all__ = [
     "MARKDOWN_BYTES",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from quantkit.errors import NotComparableError, QuantkitError, UsageError
 from quantkit.gate.policy import LimitGate, Policy, TaskGate
-from quantkit.results import COMPARABLE_KEYS, ItemRow, Results, TaskResult, TextResult
+from quantkit.results import COMPARABLE_KEYS, Flip, ItemRow, Results, TaskResult, TextResult
 
 #: A row counts as right from this score on, so that graded metrics can flip too.
 RIGHT = 0.5
@@ -195,23 +195,6 @@ def paired_windows(candidate: TextResult, baseline: TextResult) -> None:
                 "in the baseline",
                 remedy=_AGAIN,
             )
-
-
-@dataclass(frozen=True)
-class Flip:
-    """An item that only one of the two models got right. ``direction``: loss or gain."""
-
-    task: str
-    id: str
-    direction: str
-    slice: str | None
-    prompt: str
-    target: str
-    baseline_prediction: str
-    candidate_prediction: str
-    baseline_score: float
-    candidate_score: float
-    must_not_flip: bool
 
 
 def flips(candidate: Results, baseline: Results, policy: Policy) -> tuple[Flip, ...]:

@@ -16,9 +16,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from quantkit.errors import UsageError
-from quantkit.gate.compare import Flip
 from quantkit.gate.policy import Policy
-from quantkit.results import GateCheck, Outcome, Results, Verdict
+from quantkit.results import Flip, GateCheck, Outcome, Results, Verdict
 
 #: GitHub aborts the upload of a step summary above 1 MiB.
 MARKDOWN_BYTES = 1024 * 1024

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import UsageError
-from quantkit.results import GateCheck, Outcome, Results, Verdict, read_json
+from quantkit.results import Flip, GateCheck, Outcome, Results, Verdict, read_json
 
 #: What beside ``OUT`` may be given in place of ``OUT.run``.
 _SIBLINGS = (".rejected", ".run")
@@ -47,23 +47,8 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Flip:
-    """An item that only one of the two models got right. ``direction``: loss or gain."""
-
-    task: str
-    id: str
-    direction: str
-    slice: str | None
-    prompt: str
-    target: str
-    baseline_prediction: str
-    candidate_prediction: str
-    must_not_flip: bool
-
-
-@dataclass(frozen=True)
 class SourceUse:
-    """What calibration took from one file."""
+    """What calibration took from one file or data set."""
 
     name: str | None
     sha256: str
@@ -259,7 +244,7 @@ def _calibration(data: Mapping[str, Any] | None) -> Calibration | None:
         return None
     sources = tuple(
         SourceUse(
-            name=s.get("name") or s.get("path"),
+            name=s.get("name"),
             sha256=str(s["sha256"]),
             documents=_count(s["documents"]),
             tokens=_count(s["tokens"]),
@@ -345,6 +330,8 @@ def _flips(path: Path) -> tuple[Flip, ...]:
                 Flip(
                     **{key: str(doc[key]) for key in _FLIP_TEXTS},
                     slice=None if doc["slice"] is None else str(doc["slice"]),
+                    baseline_score=_number(doc["baseline_score"]),
+                    candidate_score=_number(doc["candidate_score"]),
                     must_not_flip=bool(doc["must_not_flip"]),
                 )
             )

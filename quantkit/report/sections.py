@@ -8,7 +8,7 @@ from typing import Any
 
 from quantkit.report import plots
 from quantkit.report.intervals import Interval, score_interval
-from quantkit.report.run_folder import Flip, Run
+from quantkit.report.run_folder import Run
 from quantkit.report.words import (
     NBSP,
     duration,
@@ -23,7 +23,7 @@ from quantkit.report.words import (
     size,
     whole,
 )
-from quantkit.results import GateCheck, Outcome, Results, TaskResult, TextResult, Verdict
+from quantkit.results import Flip, GateCheck, Outcome, Results, TaskResult, TextResult, Verdict
 
 #: Flipped items on the page.
 MOST_FLIPS = 200

@@ -18,34 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantkit.cli.main import run
-
-RECIPE = """\
-scheme: w4a16-g64
-algorithm: gptq
-keep: [lm_head]
-calibrate: {samples: 4, seq_len: 64}
-"""
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE)
-    return path
-
-
-def arguments(model: Path | str, recipe: Path | str, data: Path | str, out: Path) -> list[str]:
-    return [
-        "calibrate", str(model), "--recipe", str(recipe), "--data", str(data), "--no-gate",
-        "-o", str(out),
-    ]  # fmt: skip
-
-
-def leftovers(out: Path) -> list[str]:
-    """What lies beside OUT that a failed run must not leave, ``.partial`` work aside."""
-    names = [p.name for p in out.parent.glob(f"{out.name}*")]
-    names += [p.name for p in out.parent.glob(f".{out.name}*")]
-    return [name for name in names if not name.endswith(".partial")]
+from tests.run_helpers import RECIPE, arguments, contents, leftovers
 
 
 def edited(source: Path, folder: Path, change: Callable[[Path], None]) -> Path:
@@ -170,10 +143,14 @@ def test_broken_data(
     ("argv", "message"),
     [
         (["calibrate", "no/such/model", "-r", "w8a16", "-o", "x"], "no such folder"),
+        (["calibrate", "my models/tiny", "-r", "w8a16", "-o", "x"], "nor a hub id"),
         (["calibrate", "missing.gguf", "-r", "w8a16", "-o", "x"], "no such file"),
         (["calibrate", "m", "-r", "w8a61", "-o", "x"], "did you mean 'w8a16'"),
         (["calibrate", "m", "-r", "w8a16"], "no output folder; give -o OUT"),
         (["calibrate", "m", "--no-such-option"], "No such option"),
+        (["calibrate", "m", "--seed", "-1"], "--seed"),
+        (["calibrate", "m", "--samples", "0"], "--samples"),
+        (["calibrate", "m", "--eval-seq-len", "1"], "--eval-seq-len"),
         (["eval"], "no CKPT"),
         (["eval", "m", "--suite", "nothing_here"], "no such suite"),
         (["gate", "missing.json", "--baseline", "missing.json"], "missing.json"),
@@ -292,21 +269,46 @@ def test_ctrl_c_leaves_resumable_work_only(
         code = process.returncode
     if code == 0:
         pytest.skip("the run finished before the signal arrived")
-    assert code == 130
+    assert code == 130, err
     assert "interrupted" in err
     assert leftovers(out) == []
-    assert run([*arguments(tiny, slow, traffic, out), "--resume"]) == 0
+    assert run(arguments(tiny, slow, traffic, out, "--resume")) == 0
     whole = tmp_path / "whole"
     assert run(arguments(tiny, slow, traffic, whole)) == 0
-    for path in whole.iterdir():
-        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+    assert contents(whole) == contents(out)
+
+
+def test_ctrl_c_that_a_library_turns_into_its_own_error(
+    tiny: Path,
+    traffic: Path,
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As torch does when the signal arrives while it reads a Python object from C++."""
+
+    def load(path: Path) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object") from None
+
+    monkeypatch.setattr("quantkit.work.load_file", load)
+    out = tmp_path / "out"
+    assert run(arguments(tiny, recipe, traffic, out)) == 130
+    err = capfd.readouterr().err
+    assert err.endswith("interrupted\n")
+    assert "defect" not in err
+    assert leftovers(out) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_success_leaves_one_folder_and_its_run(
     tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert run([*arguments(tiny, recipe, traffic, out), "--json"]) == 0
+    assert run(arguments(tiny, recipe, traffic, out, "--json")) == 0
     document = json.loads(capfd.readouterr().out)
     assert document["output"] == str(out)
     assert document["verdict"] is None
@@ -316,13 +318,26 @@ def test_success_leaves_one_folder_and_its_run(
     assert run(["inspect", str(out)]) == 0
     (out / "config.json").write_text((out / "config.json").read_text() + " ")
     assert run(["verify", str(out), "--json"]) == 4
-    assert torch.get_num_threads() >= 1
+
+
+def test_threads_are_as_many_as_were_asked_for(
+    tiny: Path, traffic: Path, recipe: Path, tmp_path: Path
+) -> None:
+    before = torch.get_num_threads()
+    try:
+        argv = arguments(tiny, recipe, traffic, tmp_path / "out", "--threads", str(before + 1))
+        assert run(argv) == 0
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+    document = json.loads((tmp_path / "out.run" / "run.json").read_text())
+    assert document["machine"]["threads"] == before + 1
 
 
 def test_dry_run_writes_nothing(
     tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    argv = [*arguments(tiny, recipe, traffic, tmp_path / "out"), "--dry-run"]
+    argv = arguments(tiny, recipe, traffic, tmp_path / "deep" / "er" / "out", "--dry-run")
     assert run(argv) == 0
     assert "4 × 64 tokens" in capfd.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]

@@ -31,6 +31,31 @@ def fails(path: object, message: str, **options: object) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/home/someone/chats.jsonl", "chats.jsonl"),
+        ("../chats.jsonl", "chats.jsonl"),
+        ("/home/someone/folder/", "folder"),
+        ("hf:owner/name", "owner/name"),
+        ("hf:owner/name:train:text", "owner/name"),
+        ("caf\udce9.txt", "caf?.txt"),
+    ],
+)
+def test_names_say_nothing_of_the_machine(path: str, name: str) -> None:
+    assert Source(path).name == name
+
+
+def test_a_folder_is_named_wherever_it_is_read_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "chats")
+    monkeypatch.chdir(tmp_path / "chats")
+    assert Source(".").name == "chats"
+    assert Source(str(tmp_path / "linked")).name == "linked"
+
+
+@pytest.mark.parametrize(
     ("row", "plain"),
     [
         ({"text": " as it\nstands "}, " as it\nstands "),

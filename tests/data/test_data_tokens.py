@@ -39,6 +39,7 @@ def test_windows_are_full_and_reported(tokenizer: PreTrainedTokenizerBase, jsonl
     assert batches.ids.dtype == torch.int64
     (report,) = batches.report
     assert (report.path, report.documents, report.skipped) == (path, 300, 1)
+    assert report.name == Path(path).name
     assert (report.tokens_used, report.share, report.shortfall) == (16 * 128, 1.0, 0)
     assert 0 < report.documents_used < 300
     assert report.tokens_read < 16 * 128 + 210

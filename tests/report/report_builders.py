@@ -224,8 +224,16 @@ def manifest() -> dict[str, Any]:
             "seq_len": 512,
             "seed": 0,
             "sources": [
-                {"sha256": sha("traffic"), "documents": 812, "tokens": 49152},
-                {"sha256": sha("c4"), "documents": 31, "tokens": 16384},
+                {
+                    "name": name,
+                    "sha256": sha(name),
+                    "documents": documents,
+                    "tokens": tokens,
+                }
+                for name, documents, tokens in (
+                    ("traffic.jsonl", 812, 49152),
+                    ("c4.jsonl", 31, 16384),
+                )
             ],
         },
         "versions": {"torch": "2.10.0", "transformers": "5.17.0", "compressed-tensors": "0.19.0"},

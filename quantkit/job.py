@@ -1,0 +1,191 @@
+"""What a run was asked to do, and everything that can be checked before any work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantkit import gate
+from quantkit import model as models
+from quantkit.data.contamination import overlap
+from quantkit.data.sources import Source, iter_texts
+from quantkit.data.tokens import TokenBatches, load_tokens
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.evals.suites import Suite, find_suites, load_suite
+from quantkit.gate.policy import Policy, TaskGate
+from quantkit.plan import Plan, make_plan
+from quantkit.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one run was asked to do.
+
+    Attributes:
+        source: MODEL.
+        recipe: with the command line's overrides applied.
+        out: the checkpoint's final folder.
+        suites: validated suites to score.
+        text: held-out text file, or None for the installed suites' traffic that the recipe
+            does not calibrate on.
+        baseline: results of the original model, to not score it again.
+        gated: False promotes without scoring.
+        resume: continue from finished blocks.
+        device: ``cpu`` or ``cuda``.
+        kernels: what the artifact is judged in.
+        seq_len, max_tokens: windows of held-out text.
+    """
+
+    source: str
+    recipe: Recipe
+    out: Path
+    suites: tuple[Suite, ...] = ()
+    text: Path | None = None
+    baseline: Path | None = None
+    gated: bool = True
+    resume: bool = False
+    device: str = "cpu"
+    kernels: str = "native"
+    seq_len: int = 1024
+    max_tokens: int | None = None
+
+    def beside(self, suffix: str) -> Path:
+        """``OUT.suffix``."""
+        return self.out.with_name(f"{self.out.name}.{suffix}")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job whose inputs are loaded and checked; nothing has been written yet."""
+
+    job: Job
+    source: models.SourceModel
+    plan: Plan
+    tokens: TokenBatches | None
+    policy: Policy | None
+    preflight: tuple[gate.Preflight, ...]
+    load_seconds: float
+
+
+def prepare(job: Job) -> Prepared:
+    """Load and check everything a run needs, before any work.
+
+    Raises:
+        UsageError: whatever is wrong with the arguments, recipe, data, suites or policy.
+        QuantkitError: a damaged model, or calibration data that holds eval items.
+    """
+    began = time.monotonic()
+    _check_out(job.out)
+    policy, preflights = _policy(job)
+    source = models.load_source(job.source, device=job.device)
+    calibration = job.recipe.calibrate
+    samples, seq_len = calibration.samples, calibration.seq_len
+    plan = make_plan(job.recipe, source.model, samples=samples, seq_len=seq_len)
+    tokens = None
+    sources = data_sources(job.recipe)
+    if sources:
+        tokens = load_tokens(
+            sources,
+            source.tokenizer,
+            samples=samples,
+            seq_len=seq_len,
+            seed=calibration.seed,
+            chat_template=calibration.chat_template and source.tokenizer.chat_template is not None,
+        )
+        _check_contamination(sources, job.suites)
+        if len(tokens.ids) != samples:
+            plan = make_plan(job.recipe, source.model, samples=len(tokens.ids), seq_len=seq_len)
+    elif plan.needs_data:
+        raise UsageError("this recipe calibrates, and there is no data", remedy="give --data FILE")
+    return Prepared(job, source, plan, tokens, policy, preflights, time.monotonic() - began)
+
+
+def data_sources(recipe: Recipe) -> list[Source]:
+    """The recipe's data, with ``evals:NAME`` turned into that suite's traffic file."""
+    sources = []
+    for spec in recipe.calibrate.data:
+        path = spec.path
+        if path.startswith("evals:"):
+            path = str(suite_traffic(path.removeprefix("evals:")))
+        else:
+            path = recipe.locate(spec)
+        sources.append(Source(path, weight=spec.weight, split=spec.split, field=spec.field))
+    return sources
+
+
+def suite_traffic(name: str) -> Path:
+    """The calibration traffic that belongs to a suite. UsageError when it has none."""
+    suite = load_suite(find_suites(name)[0])
+    if suite.traffic is None:
+        raise UsageError(f"evals:{name}: this suite has no traffic file")
+    return suite.traffic
+
+
+def _policy(job: Job) -> tuple[Policy | None, tuple[gate.Preflight, ...]]:
+    """The recipe's gates, and what can be known of their power before any work."""
+    if not job.gated:
+        return None, ()
+    recipe = job.recipe
+    if not recipe.gate:
+        if not job.suites and job.text is None:
+            return None, ()
+        raise UsageError("the recipe has no `gate:` section", remedy="add one, or pass --no-gate")
+    if job.max_tokens is not None and job.max_tokens < job.seq_len:
+        raise UsageError(
+            f"{job.max_tokens} held-out tokens are less than one window of {job.seq_len}",
+            remedy="raise --eval-tokens or lower --eval-seq-len",
+        )
+    source = str(recipe.file) if recipe.file else "recipe"
+    policy = gate.parse_policy(dict(recipe.gate), source=source, lines=recipe.gate_lines)
+    names = {suite.name: suite for suite in job.suites}
+    checks = []
+    for task_gate in policy.gates:
+        if not isinstance(task_gate, TaskGate):
+            continue
+        suite = names.get(task_gate.name.rpartition(".")[0])
+        if suite is None:
+            raise UsageError(
+                f"{source}: gate {task_gate.name!r}: no suite of that name is scored",
+                remedy="add it to `suites:` or give --suite",
+            )
+        checks.append(gate.preflight(task_gate.name, suite.n, task_gate.margin))
+    return policy, tuple(checks)
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and not (out / "quantkit.json").exists() and any(_entries(out)):
+        raise UsageError(
+            f"{out}: exists and is not a quantkit checkpoint", remedy="choose another -o"
+        )
+    # Folders that are missing are made when there is something to write.
+    parent = next(folder for folder in out.resolve().parents if folder.exists())
+    try:
+        probe = parent / f".{out.name}.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise UsageError(f"{parent}: cannot be written ({e.strerror})") from e
+
+
+def _entries(path: Path) -> Sequence[Path]:
+    return list(path.iterdir()) if path.is_dir() else [path]
+
+
+def _check_contamination(sources: Sequence[Source], suites: Sequence[Suite]) -> None:
+    """Calibration text that holds eval items would flatter the checkpoint."""
+    texts = [text for source in sources for text in iter_texts(source)] if suites else []
+    for suite in suites:
+        items = [
+            "\n".join(str(v) for k, v in row.items() if isinstance(v, str) and k != "id")
+            for row in suite.rows
+        ]
+        found = overlap(texts, items)
+        if found:
+            item = suite.item_id(found[0].eval_index)
+            raise QuantkitError(
+                f"{len(found)} items of {suite.name} are in the calibration data "
+                f"(first: {item}, {found[0].kind})",
+                remedy="calibrate on other traffic, or drop those items",
+            )

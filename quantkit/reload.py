@@ -1,0 +1,62 @@
+"""Does the checkpoint on disk compute what calibration made?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from quantkit.calibrate import Probe
+from quantkit.errors import QuantkitError
+from quantkit.layers import QuantLinear
+from quantkit.models.load import load_runtime
+from quantkit.models.runtime import Runtime
+from quantkit.paused import head_input
+
+#: ‖reloaded − in memory‖ / ‖in memory‖ of the last hidden states in the reference kernels,
+#: which compute what the calibration loop computed: anything but zero is a defect, and this
+#: leaves room for a library that sums in another order.
+RELOAD_TOLERANCE = 1e-3
+
+#: ‖native − reference‖ / ‖reference‖ of one layer's output. The reference rounds weights and
+#: outputs to bf16, which costs 0.2–0.4 %; a wrong scale or code costs 5 % and up.
+KERNEL_TOLERANCE = 0.01
+
+
+def check_reload(folder: Path, runtime: Runtime, probe: Probe, device: str) -> None:
+    """The files hold what calibration made, and the kernels compute what the files say.
+
+    Args:
+        folder: the exported checkpoint.
+        runtime: the same, loaded in the kernels that will be judged.
+        probe: what the model in memory computed.
+        device: that ``runtime`` is on.
+
+    Raises:
+        QuantkitError: they do not.
+    """
+    reference = load_runtime(folder, kernels="reference", device=device)
+    expected = probe.head_input.float().cpu()
+    with torch.no_grad():
+        got = head_input(reference.model, probe.ids).float().cpu()
+        error = float((got - expected).norm() / expected.norm())
+        if not error <= RELOAD_TOLERANCE:
+            raise QuantkitError(
+                f"the reloaded checkpoint's hidden states differ by {error:.2%} from the model "
+                "in memory",
+                remedy="this is a defect in export or reload; please report it",
+            )
+        for name, layer in runtime.model.named_modules():
+            if not isinstance(layer, QuantLinear) or layer.kernels == "reference":
+                continue
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(4, layer.in_features, generator=generator).to(runtime.model.dtype)
+            ours = layer(x.to(device)).float()
+            theirs = reference.model.get_submodule(name)(x.to(device)).float()
+            error = float((ours - theirs).norm() / theirs.norm())
+            if not error <= KERNEL_TOLERANCE:
+                raise QuantkitError(
+                    f"{name}: the native kernel's output differs by {error:.2%} from the reference",
+                    remedy="this is a defect in a kernel; run with --kernels reference and "
+                    "report it",
+                )

@@ -1,0 +1,128 @@
+"""The work folder: finished blocks on disk, which a resumed run starts from.
+
+::
+
+    WORK/state.json               digests of what the run was begun with
+    WORK/blocks/0007.safetensors  codes, scales and zero points of block 7's layers
+    WORK/blocks/0007.json         their errors; written last, so its presence means that the
+                                  block is whole
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.numerics import QTensor
+from quantkit.plan import PlannedLayer
+from quantkit.quantize import QuantizedLayer
+from quantkit.results import read_json, write_json
+
+#: Block index under which layers outside of the decoder (the head) are stored.
+HEAD = -1
+
+_AGAIN = "run again without --resume to start over"
+
+
+class WorkFolder:
+    """Finished blocks by index.
+
+    Args:
+        path: the folder; made if it does not exist.
+        state: what the blocks depend on, as plain values.
+        resume: keep the blocks that are there; otherwise the folder is emptied.
+
+    Raises:
+        UsageError: the blocks that are there were begun with another state, or the folder
+            cannot be created.
+    """
+
+    def __init__(self, path: Path, state: Mapping[str, Any], *, resume: bool = False) -> None:
+        self.path = path
+        file = path / "state.json"
+        if resume and file.exists():
+            if read_json(file) != state:
+                raise UsageError(
+                    f"{path}: was begun with another model, recipe or data", remedy=_AGAIN
+                )
+            return
+        if path.exists():
+            shutil.rmtree(path)
+        try:
+            (path / "blocks").mkdir(parents=True)
+        except OSError as e:
+            raise UsageError(f"{path}: cannot be created ({e.strerror})") from e
+        write_json(file, state)
+
+    def save(
+        self,
+        index: int,
+        layers: Mapping[str, QuantizedLayer],
+        planned: Mapping[str, PlannedLayer],
+    ) -> dict[str, QuantizedLayer]:
+        """Write a block: tensors first, then the JSON that makes it count, each by a rename.
+
+        Returns:
+            the block as it reads back: mapped from its file, so that finished blocks do not
+            add up in memory.
+        """
+        tensors: dict[str, Tensor] = {}
+        facts: dict[str, Any] = {}
+        for name, layer in layers.items():
+            for part, tensor in layer.qtensor.tensors().items():
+                tensors[f"{name}:{part}"] = tensor.contiguous()
+            if layer.input_scale is not None:
+                tensors[f"{name}:input_scale"] = layer.input_scale
+            facts[name] = {"weight_error": layer.weight_error, "output_error": layer.output_error}
+        stem = self._stem(index)
+        staging = stem.with_suffix(".safetensors.tmp")
+        try:
+            save_file(tensors, staging)
+            os.replace(staging, stem.with_suffix(".safetensors"))
+        except OSError as e:
+            staging.unlink(missing_ok=True)
+            raise UsageError(f"{stem}: cannot be written ({e.strerror or e})") from e
+        write_json(stem.with_suffix(".json"), facts)
+        saved = self.load(index, planned)
+        assert saved is not None
+        return saved
+
+    def load(
+        self, index: int, planned: Mapping[str, PlannedLayer]
+    ) -> dict[str, QuantizedLayer] | None:
+        """A finished block, or None.
+
+        Raises:
+            QuantkitError: its layers are not the planned ones.
+        """
+        stem = self._stem(index)
+        if not stem.with_suffix(".json").exists():
+            return None
+        facts = read_json(stem.with_suffix(".json"))
+        tensors = load_file(stem.with_suffix(".safetensors")) if facts else {}
+        if set(facts) != set(planned):
+            raise QuantkitError(
+                f"{stem}: the finished layers are not the planned ones", remedy=_AGAIN
+            )
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in planned}
+        for key, tensor in tensors.items():
+            name, part = key.rsplit(":", 1)
+            parts[name][part] = tensor
+        return {
+            name: QuantizedLayer(
+                QTensor.from_tensors(parts[name], layer.scheme.weight),
+                parts[name].get("input_scale"),
+                **facts[name],
+            )
+            for name, layer in planned.items()
+        }
+
+    def _stem(self, index: int) -> Path:
+        return self.path / "blocks" / f"{index:04d}"
