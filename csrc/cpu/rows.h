@@ -11,10 +11,10 @@ namespace quantkit {
 namespace {
 
 // exp(x) to about 2 ulp, for x clamped to where the result is a normal number (Cephes expf: x =
-// n ln 2 + r, a polynomial of degree 5 in r, and n into the exponent).
+// n ln 2 + r, a polynomial of degree 5 in r, times 2^n). A NaN passes the comparisons and stays one.
 inline float exp_approx(float x) {
-  x = x > -87.0f ? x : -87.0f;
-  x = x < 88.0f ? x : 88.0f;
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
   const float n = shifted - 12582912.0f;
   float r = x - n * 0.693359375f;
@@ -26,7 +26,7 @@ inline float exp_approx(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   const float y = p * (r * r) + r + 1.0f;
-  return float_of(bits_of(y) + (bits_of(shifted) << 23));
+  return y * float_of(0x3f800000u + (bits_of(shifted) << 23));
 }
 
 inline void add_row(float* x, const float* y, int64_t n) {
