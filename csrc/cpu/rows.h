@@ -81,6 +81,9 @@ inline void round_bf16_row(const float* x, int64_t n, float* out) {
 
 // Symmetric int8 with a scale for each `group` columns: absmax / 127.5, as compressed-tensors has
 // it. `given` replaces it when it is not 0. scale[g] is written for each group.
+//
+// Below the normal numbers a scale's reciprocal may be infinite, and 0 times that no number: such a
+// group counts as zeros.
 inline void int8_row(const float* x, int64_t n, int64_t group, float given, int8_t* q,
                      float* scale) {
   for (int64_t first = 0, g = 0; first < n; first += group, ++g) {
@@ -88,7 +91,7 @@ inline void int8_row(const float* x, int64_t n, int64_t group, float given, int8
     float s = given;
     if (given == 0.0f) {
       s = absmax(x + first, count) / 127.5f;
-      if (s == 0.0f) s = 1.0f;
+      if (s < 1.17549435e-38f) s = 1.0f;
     }
     scale[g] = s;
     const float inverse = 1.0f / s;
