@@ -177,12 +177,12 @@ struct qk_decoder {
     Form form;
     form.activation = linear.activation;
     form.k = linear.k;
-    form.act_scale = linear.act_scale;
     form.act_group = linear.act_group <= 0 || linear.act_group > linear.k ? linear.k
                                                                           : linear.act_group;
     form.integer = linear.activation == QK_ACT_INT8 || linear.activation == QK_ACT_INT8_STATIC;
     if (linear.activation == QK_ACT_INT8_STATIC || linear.activation == QK_ACT_FP8_STATIC) {
       if (!(linear.act_scale > 0.0f)) return QK_INVALID_ARGUMENT;
+      form.act_scale = linear.act_scale;  // 0 asks for a dynamic one
     }
     if (form.integer) {
       if (!make_int8_job({linear.format, linear.n, linear.k, linear.group_size, form.act_group,
