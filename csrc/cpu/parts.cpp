@@ -12,6 +12,7 @@
 #include <cstring>
 #include <new>
 
+#include "kv_pages.h"
 #include "ragged.h"
 #include "simd_portable.h"
 

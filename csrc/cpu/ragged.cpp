@@ -1,9 +1,6 @@
 #include "ragged.h"
 
-#include <cmath>
-#include <cstring>
-
-#include "numeric.h"
+#include <cstddef>
 
 namespace quantkit {
 namespace {
@@ -21,27 +18,7 @@ Spans spans_of(int64_t position, int64_t window) {
 
 int64_t new_tokens(const qk_sequences& s, int64_t i) { return s.starts[i + 1] - s.starts[i]; }
 
-// Whether bf16, and so every type of a page, holds these values.
-bool finite_as_bf16(const float* x, int64_t n) {
-  uint32_t most = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t magnitude = bits_of(x[i]) & 0x7fffffffu;
-    most = magnitude > most ? magnitude : most;
-  }
-  return most < 0x7f7f8000u;  // from here on bf16 rounds to an infinity
-}
-
 }  // namespace
-
-KvPages::KvPages(const qk_kv_cache& cache, int64_t layer, int64_t kv_heads, int64_t head_dim)
-    : dtype(cache.dtype),
-      kv_heads(kv_heads),
-      head_dim(head_dim),
-      page_bytes(qk_kv_page_bytes(cache.dtype, head_dim)) {
-  const int64_t halves = layer * cache.pages * kv_heads * 2;
-  data = static_cast<uint8_t*>(cache.data) + halves * page_bytes;
-  scales = dtype < QK_KV_INT8 ? nullptr : cache.scale + halves * QK_PAGE_TOKENS;
-}
 
 int check_sequences(const qk_sequences& s, int64_t pages, int64_t max_positions) {
   if (s.count < 0) return QK_INVALID_ARGUMENT;
@@ -62,13 +39,6 @@ int check_sequences(const qk_sequences& s, int64_t pages, int64_t max_positions)
   return QK_OK;
 }
 
-int check_cache(const qk_kv_cache& cache) {
-  if (cache.dtype < QK_KV_F32 || cache.dtype > QK_KV_FP8) return QK_UNSUPPORTED;
-  if (cache.data == nullptr) return QK_INVALID_ARGUMENT;
-  if (cache.dtype >= QK_KV_INT8 && cache.scale == nullptr) return QK_INVALID_ARGUMENT;
-  return QK_OK;
-}
-
 RaggedRows::RaggedRows(const qk_sequences& s) {
   if (s.count == 0) return;
   sequence.reserve(static_cast<size_t>(s.starts[s.count]));
@@ -78,35 +48,6 @@ RaggedRows::RaggedRows(const qk_sequences& s) {
       sequence.push_back(i);
       position.push_back(s.past[i] + t);
     }
-  }
-}
-
-void clear_entered_values(const qk_sequences& s, const KvPages& kv) {
-  parallel_for(s.count, [&](int64_t i) {
-    const int64_t end = s.past[i] + new_tokens(s, i);
-    for (int64_t p = ceil_div(s.past[i], QK_PAGE_TOKENS); p * QK_PAGE_TOKENS < end; ++p) {
-      const int64_t page = s.pages[i * s.page_stride + p];
-      for (int64_t h = 0; h < kv.kv_heads; ++h) {
-        std::memset(kv.half(page, h, true), 0, static_cast<size_t>(kv.page_bytes));
-      }
-    }
-  });
-}
-
-void store_token(const AttentionKernel& kernel, const KvPages& kv, int64_t page, int64_t slot,
-                 float* keys, const float* values) {
-  static const float zeros[512] = {};  // the widest head
-  for (int64_t h = 0; h < kv.kv_heads; ++h) {
-    float* key = keys + h * kv.head_dim;
-    const float* value = values + h * kv.head_dim;
-    if (!finite_as_bf16(value, kv.head_dim)) {
-      for (int64_t i = 0; i < kv.head_dim; ++i) key[i] = NAN;
-      value = zeros;
-    }
-    kernel.write_page(key, kv.head_dim, kv.dtype, slot, false, kv.half(page, h, false),
-                      kv.scale(page, h, false, slot));
-    kernel.write_page(value, kv.head_dim, kv.dtype, slot, true, kv.half(page, h, true),
-                      kv.scale(page, h, true, slot));
   }
 }
 

@@ -1,5 +1,5 @@
-// A ragged batch: which sequence and position a row has, how rows and attention are cut into units,
-// and how a token enters its page. Knows no model: for whoever runs one, whole or in parts.
+// A ragged batch: which sequence and position a row has, how rows and attention are cut into units.
+// Knows no model: for whoever runs one, whole or in parts.
 //
 // Units are cut by the numbers of rows, keys and threads. None of it changes a bit of a result: a
 // row is one token's, and attention sums spans at fixed places in ascending order.
@@ -33,36 +33,9 @@ void for_rows(int64_t rows, F&& body) {
   });
 }
 
-// The pages of one layer.
-struct KvPages {
-  int32_t dtype;  // qk_kv_dtype
-  int64_t kv_heads, head_dim;
-  int64_t page_bytes;
-  uint8_t* data;
-  float* scales;  // NULL unless the cache holds 8-bit codes
-
-  KvPages(const qk_kv_cache& cache, int64_t layer, int64_t kv_heads, int64_t head_dim);
-
-  // The key or value half of a page of one head.
-  uint8_t* half(int64_t page, int64_t head, bool value) const {
-    return data + place(page, head, value) * page_bytes;
-  }
-  // The scale of one of its tokens.
-  float* scale(int64_t page, int64_t head, bool value, int64_t slot) const {
-    return scales == nullptr ? nullptr
-                             : scales + place(page, head, value) * QK_PAGE_TOKENS + slot;
-  }
-
- private:
-  int64_t place(int64_t page, int64_t head, bool value) const {
-    return (page * kv_heads + head) * 2 + (value ? 1 : 0);
-  }
-};
-
 // QK_OK if every page number is in [0, pages), every sequence has a new token and its pages reach
 // to the last. Positions are below max_positions unless that is negative.
 int check_sequences(const qk_sequences& sequences, int64_t pages, int64_t max_positions);
-int check_cache(const qk_kv_cache& cache);
 
 // Sequence and position of every row.
 struct RaggedRows {
@@ -71,15 +44,6 @@ struct RaggedRows {
   explicit RaggedRows(const qk_sequences& sequences);
   int64_t count() const { return static_cast<int64_t>(sequence.size()); }
 };
-
-// Pages that new tokens enter hold what their last owner left. Keys beyond a query's own position
-// are never looked at, but values are multiplied by a probability of 0, and 0 * NaN is NaN.
-void clear_entered_values(const qk_sequences& sequences, const KvPages& kv);
-
-// Writes one token's keys and values, [kv_heads * head_dim] each. A value that is not finite
-// becomes zeros, and its key NaNs, which `keys` then holds too.
-void store_token(const AttentionKernel& kernel, const KvPages& kv, int64_t page, int64_t slot,
-                 float* keys, const float* values);
 
 // Attention cut into units.
 //
