@@ -140,12 +140,65 @@ inline int64_t check_group_size(const char* op, int64_t group_size, int64_t k) {
 }
 
 inline void check_group_table(const char* op, const char* what, const Tensor& t, const Tensor& x,
-                              int64_t n, int64_t groups) {
-  require(t.scalar_type() == ScalarType::Float, op, what, " has dtype ", name_of(t.scalar_type()),
-          ", must be float32; convert it once when the layer is loaded");
+                              int64_t n, int64_t groups, bool bf16_too = false) {
+  const bool bf16 = bf16_too && t.scalar_type() == ScalarType::BFloat16;
+  require(bf16 || t.scalar_type() == ScalarType::Float, op, what, " has dtype ",
+          name_of(t.scalar_type()), ", must be float32", bf16_too ? " or bfloat16" : "",
+          "; convert it once when the layer is loaded");
   require(t.dim() == 2 && t.size(0) == n && t.size(1) == groups, op, what, " has shape ",
           shape_of(t), ", must be [N, ceil(K / group_size)] = [", n, ", ", groups, "]");
   require_same_device(op, what, t, x);
+}
+
+// A packed weight: 64 bytes a chunk of 16 rows, in elements of the format's dtype.
+struct PackedFormat {
+  int64_t codes;  // columns of a chunk
+  ScalarType dtype;
+  int64_t width;  // elements of a chunk
+  const char* packer;
+};
+
+inline PackedFormat packed_format(int32_t format) {
+  switch (format) {
+    case QK_W4: return {8, ScalarType::Byte, 64, "pack_w4"};
+    case QK_B16: return {2, ScalarType::BFloat16, 32, "pack_float"};
+    case QK_F32W: return {1, ScalarType::Float, 16, "pack_float"};
+    default: return {4, ScalarType::Byte, 64, "pack_w8"};
+  }
+}
+
+inline const void* check_packed(const char* op, const Tensor& packed, const Tensor& like,
+                                int32_t format, int64_t n, int64_t k) {
+  const PackedFormat f = packed_format(format);
+  const int64_t blocks = (n + 15) / 16, chunks = (k + f.codes - 1) / f.codes;
+  require(packed.dim() == 3 && packed.size(0) == blocks && packed.size(1) == chunks &&
+              packed.size(2) == f.width && packed.is_contiguous(),
+          op, "packed weight has shape ", shape_of(packed), ", must be contiguous [", blocks, ", ",
+          chunks, ", ", f.width, "] for N = ", n, " and K = ", k, "; make it with quantkit.ops.",
+          f.packer);
+  require(packed.scalar_type() == f.dtype, op, "packed weight has dtype ",
+          name_of(packed.scalar_type()), ", must be ",
+          f.dtype == ScalarType::Byte ? "uint8" : name_of(f.dtype));
+  require_same_device(op, "packed weight", packed, like);
+  return packed.const_data_ptr();
+}
+
+inline Tensor check_bias(const char* op, const Tensor& bias, const Tensor& like, int64_t n,
+                         int32_t* dtype) {
+  *dtype = float_dtype(op, "bias", bias);
+  require(bias.dim() == 1 && bias.size(0) == n, op, "bias has shape ", shape_of(bias),
+          ", must be [N] = [", n, "]");
+  require_same_device(op, "bias", bias, like);
+  return bias.is_contiguous() ? bias : torch::stable::contiguous(bias);
+}
+
+inline const float* check_lut(const char* op, const Tensor& lut, const Tensor& like) {
+  require(lut.dim() == 1 && lut.size(0) == 16 && lut.scalar_type() == ScalarType::Float &&
+              lut.is_contiguous(),
+          op, "lut has shape ", shape_of(lut), " and dtype ", name_of(lut.scalar_type()),
+          ", must be 16 contiguous float32 values");
+  require_same_device(op, "lut", lut, like);
+  return static_cast<const float*>(lut.const_data_ptr());
 }
 
 // The tensors behind a qk_weight_only_args: checks everything that the kernel relies on.
@@ -154,52 +207,37 @@ struct WeightOnlyCall {
   Rows x;
   std::optional<Tensor> bias;
 
-  WeightOnlyCall(const char* op, const Tensor& x_, const Tensor& packed, const Tensor& scale,
-                 const std::optional<Tensor>& zero, const std::optional<Tensor>& bias_, int64_t n,
-                 int32_t format, int64_t group_size)
+  WeightOnlyCall(const char* op, const Tensor& x_, const std::optional<Tensor>& bias_, int64_t n,
+                 int32_t format)
       : x(rows_of(op, "x", x_)) {
-    const int64_t k = x.k;
-    require(k > 0 && n > 0, op, "K = ", k, " and N = ", n, " must be positive");
+    require(x.k > 0 && n > 0, op, "K = ", x.k, " and N = ", n, " must be positive");
     args.x = x.data;
     args.ldx = x.stride;
     args.x_dtype = float_dtype(op, "x", x_);
     args.format = format;
     args.m = x.m;
     args.n = n;
-    args.k = k;
-    set_weight(op, packed, scale, zero, x_, group_size);
+    args.k = x.k;
     if (bias_.has_value()) {
-      args.bias_dtype = float_dtype(op, "bias", *bias_);
-      require(bias_->dim() == 1 && bias_->size(0) == n, op, "bias has shape ", shape_of(*bias_),
-              ", must be [N] = [", n, "]");
-      require_same_device(op, "bias", *bias_, x_);
-      bias = bias_->is_contiguous() ? *bias_ : torch::stable::contiguous(*bias_);
+      bias = check_bias(op, *bias_, x_, n, &args.bias_dtype);
       args.bias = bias->const_data_ptr();
     }
   }
 
-  void set_weight(const char* op, const Tensor& packed, const Tensor& scale,
-                  const std::optional<Tensor>& zero, const Tensor& like, int64_t group_size) {
-    const int64_t codes = args.format == QK_W4 ? 8 : 4;
-    const int64_t blocks = (args.n + 15) / 16, chunks = (args.k + codes - 1) / codes;
-    require(packed.dim() == 3 && packed.size(0) == blocks && packed.size(1) == chunks &&
-                packed.size(2) == 64 && packed.is_contiguous(),
-            op, "packed weight has shape ", shape_of(packed), ", must be contiguous [", blocks,
-            ", ", chunks, ", 64] for N = ", args.n, " and K = ", args.k,
-            "; make it with quantkit.ops.", args.format == QK_W4 ? "pack_w4" : "pack_w8");
-    require(packed.scalar_type() == ScalarType::Byte, op, "packed weight has dtype ",
-            name_of(packed.scalar_type()), ", must be uint8");
-    require_same_device(op, "packed weight", packed, like);
-    args.packed = packed.const_data_ptr();
+  WeightOnlyCall(const char* op, const Tensor& x_, const Tensor& packed, const Tensor& scale,
+                 const std::optional<Tensor>& zero, const std::optional<Tensor>& bias_, int64_t n,
+                 int32_t format, int64_t group_size)
+      : WeightOnlyCall(op, x_, bias_, n, format) {
+    args.packed = check_packed(op, packed, x_, format, n, args.k);
     args.group_size = check_group_size(op, group_size, args.k);
     const int64_t groups = (args.k + args.group_size - 1) / args.group_size;
-    check_group_table(op, "scale", scale, like, args.n, groups);
+    check_group_table(op, "scale", scale, x_, n, groups);
     args.scale = scale.const_data_ptr();
     args.scale_dtype = QK_F32;
     args.scale_stride_n = scale.stride(0);
     args.scale_stride_g = scale.stride(1);
     if (zero.has_value()) {
-      check_group_table(op, "zero", *zero, like, args.n, groups);
+      check_group_table(op, "zero", *zero, x_, n, groups);
       args.zero = static_cast<const float*>(zero->const_data_ptr());
       args.zero_stride_n = zero->stride(0);
       args.zero_stride_g = zero->stride(1);
@@ -207,12 +245,7 @@ struct WeightOnlyCall {
   }
 
   void set_lut(const char* op, const Tensor& lut, const Tensor& like) {
-    require(lut.dim() == 1 && lut.size(0) == 16 && lut.scalar_type() == ScalarType::Float &&
-                lut.is_contiguous(),
-            op, "lut has shape ", shape_of(lut), " and dtype ", name_of(lut.scalar_type()),
-            ", must be 16 contiguous float32 values");
-    require_same_device(op, "lut", lut, like);
-    args.lut = static_cast<const float*>(lut.const_data_ptr());
+    args.lut = check_lut(op, lut, like);
   }
 };
 

@@ -1,17 +1,9 @@
 // The CPU operators, through LibTorch's stable ABI. Schemas live in quantkit/ops/schema.py.
-#include "check.h"
+#include "cpu.h"
+#include "quantkit/decoder.h"
 
 namespace quantkit::binding {
 namespace {
-
-void check_status(const char* op, int status) {
-  binding::check_status(op, status, qk_status_message(status));
-}
-
-// Follow torch.set_num_threads unless quantkit.ops.set_num_threads was called.
-void follow_torch_threads() {
-  qk_set_default_threads(static_cast<int32_t>(torch::stable::get_num_threads()));
-}
 
 Tensor pack(const char* op, const Tensor& codes, int32_t format) {
   require(codes.dim() == 2, op, "codes have shape ", shape_of(codes), ", must be [N, K]");
@@ -24,8 +16,8 @@ Tensor pack(const char* op, const Tensor& codes, int32_t format) {
   const auto* in = static_cast<const uint8_t*>(rows.data);
   auto* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
   follow_torch_threads();
-  check_status(op, format == QK_W4 ? qk_pack_w4(in, rows.stride, n, k, out)
-                                   : qk_pack_w8(in, rows.stride, n, k, out));
+  finish(op, format == QK_W4 ? qk_pack_w4(in, rows.stride, n, k, out)
+                             : qk_pack_w8(in, rows.stride, n, k, out));
   return packed;
 }
 
@@ -44,12 +36,31 @@ Tensor pack_w8(Tensor codes) {
   return pack("pack_w8", codes, QK_I8);
 }
 
+Tensor pack_float(Tensor values) {
+  const char* op = "pack_float";
+  require(values.dim() == 2, op, "values have shape ", shape_of(values), ", must be [N, K]");
+  const ScalarType dtype = values.scalar_type();
+  require(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float, op, "values have dtype ",
+          name_of(dtype), ", must be bfloat16 or float32");
+  const int64_t n = values.size(0), k = values.size(1);
+  require(n > 0 && k > 0, op, "values have shape ", shape_of(values),
+          ", N and K must be positive");
+  const Rows rows = rows_of(op, "values", values);
+  const PackedFormat format = packed_format(dtype == ScalarType::Float ? QK_F32W : QK_B16);
+  Tensor packed =
+      empty({(n + 15) / 16, (k + format.codes - 1) / format.codes, format.width}, dtype, values);
+  follow_torch_threads();
+  finish(op, qk_pack_float(rows.data, float_dtype(op, "values", values), rows.stride, n, k,
+                           packed.mutable_data_ptr()));
+  return packed;
+}
+
 Tensor run_weight_only(const char* op, WeightOnlyCall& call, const Tensor& x) {
   Tensor y = empty(with_last(x, call.args.n), x.scalar_type(), x);
   call.args.y = y.mutable_data_ptr();
   call.args.ldy = call.args.n;
   follow_torch_threads();
-  check_status(op, qk_weight_only_linear(&call.args));
+  finish(op, qk_weight_only_linear(&call.args));
   return y;
 }
 
@@ -80,6 +91,22 @@ Tensor w8_linear(Tensor x, Tensor codes, Tensor scale, std::optional<Tensor> zer
   return run_weight_only(op, call, x);
 }
 
+Tensor float_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, int64_t n) {
+  const char* op = "float_linear";
+  const ScalarType dtype = packed.scalar_type();
+  require(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float, op,
+          "packed weight has dtype ", name_of(dtype),
+          ", must be bfloat16 or float32; make it with quantkit.ops.pack_float");
+  WeightOnlyCall call(op, x, bias, n, dtype == ScalarType::Float ? QK_F32W : QK_B16);
+  call.args.packed = check_packed(op, packed, x, call.args.format, n, call.args.k);
+  // Every row's scale is this one: its strides stay 0.
+  static const float one = 1.0f;
+  call.args.scale = &one;
+  call.args.scale_dtype = QK_F32;
+  call.args.group_size = call.args.k;
+  return run_weight_only(op, call, x);
+}
+
 Tensor dequantize(const char* op, const Tensor& packed, const Tensor& scale,
                   const std::optional<Tensor>& zero, const Tensor* lut, int64_t n, int64_t k,
                   int32_t format, int64_t group_size, int64_t dtype) {
@@ -94,7 +121,7 @@ Tensor dequantize(const char* op, const Tensor& packed, const Tensor& scale,
   call.args.y = y.mutable_data_ptr();
   call.args.ldy = k;
   follow_torch_threads();
-  check_status(op, qk_dequantize(&call.args));
+  finish(op, qk_dequantize(&call.args));
   return y;
 }
 
@@ -108,8 +135,6 @@ Tensor dequantize_w8(Tensor packed, Tensor scale, std::optional<Tensor> zero, in
   return dequantize("dequantize_w8", packed, scale, zero, nullptr, n, k,
                     byte_format("dequantize_w8", kind), group_size, out_dtype);
 }
-
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 Tensor as_f32(const char* op, const char* what, const Tensor& t) {
   float_dtype(op, what, t);
@@ -142,10 +167,7 @@ Tensor w8a8_linear(Tensor xq, Tensor x_scale, Tensor wq, Tensor w_scale, std::op
   args.y_dtype = out_dtype(op, dtype);
   std::optional<Tensor> bias_rows;
   if (bias.has_value()) {
-    args.bias_dtype = float_dtype(op, "bias", *bias);
-    require(bias->dim() == 1 && bias->size(0) == n, op, "bias has shape ", shape_of(*bias),
-            ", must be [N] = [", n, "]");
-    bias_rows = dense(*bias);
+    bias_rows = check_bias(op, *bias, xq, n, &args.bias_dtype);
     args.bias = bias_rows->const_data_ptr();
   }
   Tensor y = empty(with_last(xq, n), scalar_type_of(args.y_dtype), xq);
@@ -163,7 +185,82 @@ Tensor w8a8_linear(Tensor xq, Tensor x_scale, Tensor wq, Tensor w_scale, std::op
   args.y = y.mutable_data_ptr();
   args.ldy = n;
   follow_torch_threads();
-  check_status(op, qk_int8_linear(&args));
+  finish(op, qk_int8_linear(&args));
+  return y;
+}
+
+Tensor int8_linear(Tensor xq, Tensor x_scale, Tensor packed, Tensor scale,
+                   std::optional<Tensor> zero, std::optional<Tensor> lut,
+                   std::optional<Tensor> bias, int64_t n, int64_t group_size, int64_t dtype,
+                   int64_t x_group_size) {
+  const char* op = "int8_linear";
+  require(xq.scalar_type() == ScalarType::Char, op, "xq has dtype ", name_of(xq.scalar_type()),
+          ", must be int8; make it with quantkit.ops.quantize_int8_per_group");
+  const Rows x = rows_of(op, "xq", xq);
+  const int64_t k = x.k;
+  require(k > 0 && n > 0, op, "K = ", k, " and N = ", n, " must be positive");
+
+  qk_int8_linear_args args{};
+  args.xq = static_cast<const int8_t*>(x.data);
+  args.ldx = x.stride;
+  args.m = x.m;
+  args.n = n;
+  args.k = k;
+  args.format = lut.has_value() ? QK_W4 : QK_I8;
+  args.packed = check_packed(op, packed, xq, args.format, n, k);
+  if (lut.has_value()) args.lut = check_lut(op, *lut, xq);
+  args.group_size = check_group_size(op, group_size, k);
+  args.x_group_size = check_group_size(op, x_group_size, k);
+  const int64_t smaller = args.group_size < args.x_group_size ? args.group_size : args.x_group_size;
+  const int64_t larger = args.group_size < args.x_group_size ? args.x_group_size : args.group_size;
+  require(larger == k || larger % smaller == 0, op, "group_size ", args.group_size,
+          " and x_group_size ", args.x_group_size, ": one must divide the other");
+  require(smaller <= 131071, op, smaller,
+          " columns share both scales, must be at most 131071, where no int32 sum can overflow");
+
+  const int64_t groups = (k + args.group_size - 1) / args.group_size;
+  check_group_table(op, "scale", scale, xq, n, groups, true);
+  args.scale = scale.const_data_ptr();
+  args.scale_dtype = scale.scalar_type() == ScalarType::Float ? QK_F32 : QK_BF16;
+  args.scale_stride_n = scale.stride(0);
+  args.scale_stride_g = scale.stride(1);
+  if (zero.has_value()) {
+    check_group_table(op, "zero", *zero, xq, n, groups);
+    args.zero = floats(*zero);
+    args.zero_stride_n = zero->stride(0);
+    args.zero_stride_g = zero->stride(1);
+  }
+
+  const int64_t x_groups = (k + args.x_group_size - 1) / args.x_group_size;
+  const bool one = x_scale.numel() == 1;
+  require(one || (x_scale.dim() == xq.dim() && x_scale.size(x_scale.dim() - 1) == x_groups &&
+                  x_scale.numel() == x.m * x_groups),
+          op, "x_scale has shape ", shape_of(x_scale), ", must be ",
+          shape(with_last(xq, x_groups)), " for x_group_size ", args.x_group_size,
+          ", or one value for all");
+  const Tensor scales = as_f32(op, "x_scale", x_scale);
+  args.x_scale = floats(scales);
+  if (one) {
+    args.x_group_size = k;
+  } else {
+    args.x_scale_stride = x_groups;
+  }
+
+  args.y_dtype = out_dtype(op, dtype);
+  std::optional<Tensor> bias_row;
+  if (bias.has_value()) {
+    bias_row = check_bias(op, *bias, xq, n, &args.bias_dtype);
+    args.bias = bias_row->const_data_ptr();
+  }
+  Tensor y = empty(with_last(xq, n), scalar_type_of(args.y_dtype), xq);
+  args.y = y.mutable_data_ptr();
+  args.ldy = n;
+  follow_torch_threads();
+  const int status = qk_int8_linear(&args);
+  require(status != QK_UNSUPPORTED || !lut.has_value(), op,
+          "lut holds values that int8 products cannot take; they must be integers or halves, the"
+          " largest at most 127 steps above the smallest; use w4_linear for other codebooks");
+  finish(op, status);
   return y;
 }
 
@@ -188,7 +285,7 @@ Tensor run_quantize(const char* op, qk_quantize_args& args, const Tensor& x) {
   Tensor q = empty(with_last(x, args.k), code_type(args.format), x);
   args.q = static_cast<uint8_t*>(q.mutable_data_ptr());
   follow_torch_threads();
-  check_status(op, qk_quantize(&args));
+  finish(op, qk_quantize(&args));
   return q;
 }
 
@@ -226,6 +323,27 @@ std::tuple<Tensor, Tensor> quantize_fp8_per_block(Tensor x, int64_t block) {
   require(block > 0, "quantize_fp8_per_block", "block ", block, " must be positive; 128 is usual");
   return quantize_dynamic("quantize_fp8_per_block", x, QK_F8, block);
 }
+std::tuple<Tensor, Tensor> quantize_int8_per_group(Tensor x, int64_t group) {
+  const char* op = "quantize_int8_per_group";
+  require(group > 0, op, "group ", group, " must be positive; K gives one scale a row");
+  const Rows rows = rows_of(op, "x", x);
+  require(rows.k > 0, op, "x has shape ", shape_of(x), ", its last dimension must not be empty");
+  qk_quantize_int8_args args{};
+  args.m = rows.m;
+  args.k = args.ldq = rows.k;
+  args.group = group < rows.k ? group : rows.k;
+  args.x = rows.data;
+  args.ldx = rows.stride;
+  args.x_dtype = float_dtype(op, "x", x);
+  Tensor q = empty(with_last(x, rows.k), ScalarType::Char, x);
+  Tensor scale =
+      empty(with_last(x, (rows.k + args.group - 1) / args.group), ScalarType::Float, x);
+  args.q = static_cast<int8_t*>(q.mutable_data_ptr());
+  args.scale = static_cast<float*>(scale.mutable_data_ptr());
+  follow_torch_threads();
+  finish(op, qk_quantize_int8(&args));
+  return {q, scale};
+}
 Tensor quantize_int8_static(Tensor x, Tensor scale) {
   return quantize_static("quantize_int8_static", x, scale, QK_I8);
 }
@@ -258,12 +376,16 @@ STABLE_TORCH_LIBRARY_IMPL(quantkit, CPU, m) {
   using namespace quantkit::binding;
   m.impl("pack_w4", TORCH_BOX(&pack_w4));
   m.impl("pack_w8", TORCH_BOX(&pack_w8));
+  m.impl("pack_float", TORCH_BOX(&pack_float));
   m.impl("w4_linear", TORCH_BOX(&w4_linear));
   m.impl("w8_linear", TORCH_BOX(&w8_linear));
   m.impl("w8a8_linear", TORCH_BOX(&w8a8_linear));
+  m.impl("int8_linear", TORCH_BOX(&int8_linear));
+  m.impl("float_linear", TORCH_BOX(&float_linear));
   m.impl("dequantize_w4", TORCH_BOX(&dequantize_w4));
   m.impl("dequantize_w8", TORCH_BOX(&dequantize_w8));
   m.impl("quantize_int8_per_token", TORCH_BOX(&quantize_int8_per_token));
+  m.impl("quantize_int8_per_group", TORCH_BOX(&quantize_int8_per_group));
   m.impl("quantize_int8_static", TORCH_BOX(&quantize_int8_static));
   m.impl("quantize_fp8_per_token", TORCH_BOX(&quantize_fp8_per_token));
   m.impl("quantize_fp8_per_block", TORCH_BOX(&quantize_fp8_per_block));

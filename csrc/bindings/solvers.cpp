@@ -1,38 +1,10 @@
 // The calibration operators of the CPU, through LibTorch's stable ABI. Schemas live in
 // quantkit/ops/schema.py.
-#include "check.h"
+#include "cpu.h"
 #include "quantkit/solvers.h"
 
 namespace quantkit::binding {
 namespace {
-
-void finish(const char* op, int status) { check_status(op, status, qk_status_message(status)); }
-
-void follow_torch_threads() {
-  qk_set_default_threads(static_cast<int32_t>(torch::stable::get_num_threads()));
-}
-
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-std::string shape(const std::vector<int64_t>& sizes) {
-  std::ostringstream out;
-  for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "[") << sizes[i];
-  out << ']';
-  return out.str();
-}
-
-// A dense fp32 CPU tensor of exactly this shape.
-Tensor table(const char* op, const char* what, const Tensor& t, const std::vector<int64_t>& sizes) {
-  bool same = t.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t i = 0; same && i < sizes.size(); ++i) same = t.size(i) == sizes[i];
-  require(same, op, what, " has shape ", shape_of(t), ", must be ", shape(sizes));
-  require(t.scalar_type() == ScalarType::Float, op, what, " has dtype ", name_of(t.scalar_type()),
-          ", must be float32; convert it with .float()");
-  require(!t.is_cuda(), op, what, " is on a GPU, must be on the CPU");
-  return dense(t);
-}
-
-const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 
 int32_t code_kind(const char* op, int64_t kind, double qmin, double qmax) {
   require(kind >= QK_CODE_INT && kind <= QK_CODE_E2M1, op, "kind ", kind,

@@ -127,7 +127,8 @@ int qk_int8_linear(const qk_int8_linear_args* args) {
                      kernel, &job)) {
     return QK_UNSUPPORTED;
   }
-  if (job.step > 131071) return QK_INVALID_ARGUMENT;  // an int32 sum could overflow
+  // More could overflow an int32 sum. What pads a row to whole chunks are zeros and do not count.
+  if ((job.step < a.k ? job.step : a.k) > 131071) return QK_INVALID_ARGUMENT;
   job.bias = a.bias;
   job.bias_dtype = a.bias_dtype;
   job.y = a.y;

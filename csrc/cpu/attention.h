@@ -325,8 +325,8 @@ inline void write_page(const float* x, int64_t head_dim, int32_t dtype, int64_t 
       int8_row(x, head_dim, head_dim, 0.0f, reinterpret_cast<int8_t*>(bytes), scale);
       break;
     default: {
-      const float most = absmax(x, head_dim);
-      *scale = most == 0.0f ? 1.0f : most / 448.0f;
+      *scale = absmax(x, head_dim) / 448.0f;
+      if (*scale == 0.0f) *scale = 1.0f;  // the division may have underflowed
       float scaled[512];
       for (int64_t i = 0; i < head_dim; ++i) scaled[i] = x[i] / *scale;
       to_fp8(scaled, head_dim, bytes);

@@ -18,6 +18,7 @@
 
 #include "int8_job.h"
 #include "kernel_table.h"
+#include "kv_pages.h"
 #include "numeric.h"
 #include "units.h"
 
@@ -177,12 +178,12 @@ struct qk_decoder {
     Form form;
     form.activation = linear.activation;
     form.k = linear.k;
-    form.act_scale = linear.act_scale;
     form.act_group = linear.act_group <= 0 || linear.act_group > linear.k ? linear.k
                                                                           : linear.act_group;
     form.integer = linear.activation == QK_ACT_INT8 || linear.activation == QK_ACT_INT8_STATIC;
     if (linear.activation == QK_ACT_INT8_STATIC || linear.activation == QK_ACT_FP8_STATIC) {
       if (!(linear.act_scale > 0.0f)) return QK_INVALID_ARGUMENT;
+      form.act_scale = linear.act_scale;  // 0 asks for a dynamic one
     }
     if (form.integer) {
       if (!make_int8_job({linear.format, linear.n, linear.k, linear.group_size, form.act_group,
@@ -462,13 +463,9 @@ struct qk_decoder {
 
   void rope_and_store(const Layer& layer, int64_t index, const float* qkv, int64_t width) {
     const qk_decoder_config& c = config;
-    const qk_kv_cache& kv = *batch->kv;
+    const KvPages pages(*batch->kv, index, c.kv_heads, c.head_dim);
     const RowKernels& r = table->rows;
-    const int64_t bytes = kv_bytes(), hd = c.head_dim;
-    uint8_t* data = static_cast<uint8_t*>(kv.data) + index * kv.pages * c.kv_heads * 2 * bytes;
-    float* scales = kv.scale == nullptr
-                        ? nullptr
-                        : kv.scale + index * kv.pages * c.kv_heads * 2 * QK_PAGE_TOKENS;
+    const int64_t hd = c.head_dim;
     const bool words_bf16 = attention->codes_per_word == 2;
     const int64_t word_bytes = words_bf16 ? 2 : 4;
     uint8_t* q_words = queries.get<uint8_t>(0);
@@ -495,13 +492,8 @@ struct qk_decoder {
       const int64_t s = row_sequence[static_cast<size_t>(m)];
       const int64_t page = batch->pages[s * batch->page_stride + position / QK_PAGE_TOKENS];
       const int64_t slot = position % QK_PAGE_TOKENS;
-      for (int64_t h = 0; h < 2 * c.kv_heads; ++h) {
-        const bool value = h >= c.kv_heads;
-        const int64_t place = (page * c.kv_heads + h % c.kv_heads) * 2 + (value ? 1 : 0);
-        float* scale = scales == nullptr ? nullptr : scales + place * QK_PAGE_TOKENS + slot;
-        attention->write_page(row + (c.heads + h) * hd, hd, kv.dtype, slot, value,
-                              data + place * bytes, scale);
-      }
+      float* keys = row + c.heads * hd;
+      store_token(*attention, pages, page, slot, keys, keys + c.kv_heads * hd);
     });
   }
 
@@ -572,7 +564,7 @@ struct qk_decoder {
 
   void attend(const Layer& layer, int64_t index) {
     const qk_decoder_config& c = config;
-    const qk_kv_cache& kv = *batch->kv;
+    const KvPages pages(*batch->kv, index, c.kv_heads, c.head_dim);
     AttentionJob job{};
     job.head_dim = c.head_dim;
     job.heads = c.heads;
@@ -584,13 +576,10 @@ struct qk_decoder {
     job.round_bf16 = bf16();
     job.queries = queries.get<uint8_t>(0);
     job.query_bytes = c.head_dim * (attention->codes_per_word == 2 ? 2 : 4);
-    job.kv_dtype = kv.dtype;
-    job.page_bytes = kv_bytes();
-    job.data = static_cast<const uint8_t*>(kv.data) +
-               index * kv.pages * c.kv_heads * 2 * job.page_bytes;
-    job.scale_data = kv.scale == nullptr
-                         ? nullptr
-                         : kv.scale + index * kv.pages * c.kv_heads * 2 * QK_PAGE_TOKENS;
+    job.kv_dtype = pages.dtype;
+    job.page_bytes = pages.page_bytes;
+    job.data = pages.data;
+    job.scale_data = pages.scales;
     job.states = states.get<float>(0);
     job.state_floats = state_floats();
     parallel_for(static_cast<int64_t>(units.size()), [&](int64_t i) {

@@ -11,10 +11,10 @@ namespace quantkit {
 namespace {
 
 // exp(x) to about 2 ulp, for x clamped to where the result is a normal number (Cephes expf: x =
-// n ln 2 + r, a polynomial of degree 5 in r, and n into the exponent).
+// n ln 2 + r, a polynomial of degree 5 in r, times 2^n). A NaN passes the comparisons and stays one.
 inline float exp_approx(float x) {
-  x = x > -87.0f ? x : -87.0f;
-  x = x < 88.0f ? x : 88.0f;
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
   const float n = shifted - 12582912.0f;
   float r = x - n * 0.693359375f;
@@ -26,7 +26,7 @@ inline float exp_approx(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   const float y = p * (r * r) + r + 1.0f;
-  return float_of(bits_of(y) + (bits_of(shifted) << 23));
+  return y * float_of(0x3f800000u + (bits_of(shifted) << 23));
 }
 
 inline void add_row(float* x, const float* y, int64_t n) {
@@ -81,6 +81,9 @@ inline void round_bf16_row(const float* x, int64_t n, float* out) {
 
 // Symmetric int8 with a scale for each `group` columns: absmax / 127.5, as compressed-tensors has
 // it. `given` replaces it when it is not 0. scale[g] is written for each group.
+//
+// Below the normal numbers a scale's reciprocal may be infinite, and 0 times that no number: such a
+// group counts as zeros.
 inline void int8_row(const float* x, int64_t n, int64_t group, float given, int8_t* q,
                      float* scale) {
   for (int64_t first = 0, g = 0; first < n; first += group, ++g) {
@@ -88,7 +91,7 @@ inline void int8_row(const float* x, int64_t n, int64_t group, float given, int8
     float s = given;
     if (given == 0.0f) {
       s = absmax(x + first, count) / 127.5f;
-      if (s == 0.0f) s = 1.0f;
+      if (s < 1.17549435e-38f) s = 1.0f;
     }
     scale[g] = s;
     const float inverse = 1.0f / s;

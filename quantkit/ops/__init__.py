@@ -14,7 +14,8 @@ kernel that is not built raises ``KernelMissingError``; nothing falls back silen
 Files: ``schema`` signatures, ``native`` functions, ``reference`` oracle, ``fake`` shapes for
 torch.compile, ``library`` loading, ``memory`` huge pages, ``status`` what is built and in use.
 ``solvers``, ``reference_solvers`` and ``fake_solvers`` are the same for the operators of
-calibration.
+calibration; ``parts``, ``reference_parts`` and ``fake_parts`` for those between the linear layers
+of a decoder.
 """
 
 from __future__ import annotations
@@ -27,25 +28,39 @@ from torch import Tensor
 
 from quantkit.errors import UsageError
 from quantkit.ops import fake as _fake  # noqa: F401  registers the fake implementations
+from quantkit.ops import fake_parts as _fake_parts  # noqa: F401
 from quantkit.ops import fake_solvers as _fake_solvers  # noqa: F401
-from quantkit.ops import native, reference, reference_solvers, solvers
+from quantkit.ops import native, parts, reference, reference_parts, reference_solvers, solvers
 from quantkit.ops.memory import consolidate
 from quantkit.ops.native import (
     dequantize_w4,
     dequantize_w8,
+    float_linear,
+    int8_linear,
+    pack_float,
     pack_w4,
     pack_w8,
     quantize_fp8_per_block,
     quantize_fp8_per_token,
     quantize_fp8_static,
+    quantize_int8_per_group,
     quantize_int8_per_token,
     quantize_int8_static,
     w4_linear,
     w8_linear,
     w8a8_linear,
 )
-from quantkit.ops.reference import unpack_w4, unpack_w8
-from quantkit.ops.schema import KIND_FP8, KIND_INT8, SCHEMAS
+from quantkit.ops.parts import (
+    add_rms_norm,
+    embed,
+    gated_activation,
+    new_kv_pages,
+    paged_attention,
+    rope_store_kv,
+)
+from quantkit.ops.reference import unpack_float, unpack_w4, unpack_w8
+from quantkit.ops.reference_parts import read_kv_pages
+from quantkit.ops.schema import KIND_FP8, KIND_INT8, PAGE_TOKENS, SCHEMAS
 from quantkit.ops.solvers import (
     CODE_E2M1,
     CODE_E4M3,
@@ -71,30 +86,43 @@ __all__ = [
     "CODE_INT",
     "KIND_FP8",
     "KIND_INT8",
+    "PAGE_TOKENS",
     "Backend",
+    "add_rms_norm",
     "available_isas",
     "consolidate",
     "dequantize_w4",
     "dequantize_w8",
+    "embed",
+    "float_linear",
+    "gated_activation",
     "get_backend",
     "get_isa",
     "get_num_threads",
     "get_thread_pool",
     "gptq_round",
+    "int8_linear",
     "kernel_status",
+    "new_kv_pages",
+    "pack_float",
     "pack_scale",
     "pack_w4",
     "pack_w8",
+    "paged_attention",
     "quantize_fp8_per_block",
     "quantize_fp8_per_token",
     "quantize_fp8_static",
+    "quantize_int8_per_group",
     "quantize_int8_per_token",
     "quantize_int8_static",
+    "read_kv_pages",
+    "rope_store_kv",
     "rounding_errors",
     "set_isa",
     "set_num_threads",
     "set_thread_pool",
     "syrk_accumulate",
+    "unpack_float",
     "unpack_w4",
     "unpack_w8",
     "w4_linear",
@@ -127,8 +155,8 @@ class Backend:
 
 
 _BACKENDS = {
-    "native": Backend("native", (native, solvers)),
-    "reference": Backend("reference", (reference, reference_solvers)),
+    "native": Backend("native", (native, solvers, parts)),
+    "reference": Backend("reference", (reference, reference_solvers, reference_parts)),
 }
 
 

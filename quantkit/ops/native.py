@@ -58,6 +58,20 @@ def pack_w8(codes: Tensor) -> Tensor:
     return _ops.pack_w8.default(codes)
 
 
+def pack_float(values: Tensor) -> Tensor:
+    """Weights that stay floats, in the kernels' layout.
+
+    Args:
+        values: bfloat16 or float32 [N, K].
+
+    Returns:
+        bfloat16 [ceil(N/16), ceil(K/2), 32] or float32 [ceil(N/16), K, 16], padded with 0: chunks
+        of 16 rows and 2 or 1 columns, in the same order as those of :func:`pack_w4`.
+    """
+    require_cpu_kernel("pack_float", values)
+    return _ops.pack_float.default(values)
+
+
 def w4_linear(
     x: Tensor,
     packed: Tensor,
@@ -144,6 +158,77 @@ def w8a8_linear(
     return _ops.w8a8_linear.default(xq, x_scale, wq, w_scale, bias, code)
 
 
+def int8_linear(
+    xq: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    lut: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    group_size: int,
+    out_dtype: torch.dtype,
+    x_group_size: int | None = None,
+) -> Tensor:
+    """A linear layer with INT8 activations and 4-bit or 8-bit integer weights.
+
+    Products are summed exactly in int32 over the columns that share both scales (a *step*), then
+    in fp32 in ascending order::
+
+        y = sum_s (sum_{k in s} (decode(code) - zero) * xq) * (x_scale * scale) + bias
+
+    Args:
+        xq: int8 [..., K], any strides.
+        x_scale: float [..., ceil(K/x_group_size)], or one value for all of xq.
+        packed: from :func:`pack_w4` where ``lut`` is given, else from :func:`pack_w8` (int8).
+        scale: float32 or bfloat16 [N, ceil(K/group_size)].
+        zero: float32 like scale, in units of the decoded code; None for zero.
+        lut: float32 [16], what each 4-bit code means: integers or halves of integers, the largest
+            at most 127 steps above the smallest. None for 8-bit weights.
+        bias: float32, float16 or bfloat16 [N], or None.
+        n: N, rows of the weight.
+        group_size: columns that share a weight scale: a multiple of 16, or K or -1 for one a row.
+        out_dtype: torch.float32, torch.float16 or torch.bfloat16.
+        x_group_size: columns that share an activation scale, likewise; of this and ``group_size``
+            one must divide the other. None: group_size if x_scale has a column for each group of
+            the weight, else one scale a row.
+
+    Returns:
+        [..., N]. A row has the same bits whatever the other rows are and however many threads run.
+
+    Raises:
+        RuntimeError: shapes, dtypes or group sizes break a rule above; more than 131071 columns
+            share both scales; lut is not integral.
+    """
+    require_cpu_kernel("int8_linear", xq)
+    if x_group_size is None:
+        x_group_size = schema.x_group_size(x_scale, group_size, xq.shape[-1])
+    code = schema.dtype_code(out_dtype)
+    return _ops.int8_linear.default(
+        xq, x_scale, packed, scale, zero, lut, bias, n, group_size, code, x_group_size
+    )
+
+
+def float_linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    """A linear layer with bfloat16 or float32 weights, summed in fp32.
+
+    bfloat16 weights take bfloat16 activations in bf16 products where the CPU has them; everything
+    else is multiplied in fp32.
+
+    Args:
+        x: float32, float16 or bfloat16 [..., K].
+        packed: from :func:`pack_float`.
+        bias: float32, float16 or bfloat16 [N], or None.
+        n: N, rows of the weight.
+
+    Returns:
+        [..., N] in the dtype of x.
+    """
+    require_cpu_kernel("float_linear", x)
+    return _ops.float_linear.default(x, packed, bias, n)
+
+
 def dequantize_w4(
     packed: Tensor,
     scale: Tensor,
@@ -191,6 +276,24 @@ def quantize_int8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     require_cpu_kernel("quantize_int8_per_token", x)
     return _ops.quantize_int8_per_token.default(x)
+
+
+def quantize_int8_per_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Symmetric INT8 for :func:`int8_linear`, one scale for each ``group`` columns of a token.
+
+    Computed in fp32 whatever the dtype of x: scale = absmax / 127.5, or 1 where that is no normal
+    number; codes = round_half_even(clamp(x * (1 / scale), -128, 127)).
+
+    Args:
+        x: float32, float16 or bfloat16 [..., K].
+        group: any positive number; the last group may be short.
+
+    Returns:
+        int8 [..., K] and the scale, float32 [..., ceil(K/group)]. A group with a NaN has a NaN
+        scale, one with an infinity an infinite one.
+    """
+    require_cpu_kernel("quantize_int8_per_group", x)
+    return _ops.quantize_int8_per_group.default(x, group)
 
 
 def quantize_int8_static(x: Tensor, scale: Tensor) -> Tensor:

@@ -71,6 +71,22 @@ def unpack_w8(packed: Tensor, n: int, k: int, kind: int | str = "int8") -> Tenso
     return rows.view(torch.float8_e4m3fn if fp8 else torch.int8)
 
 
+def pack_float(values: Tensor) -> Tensor:
+    """bfloat16 or float32 [N, K] -> [ceil(N/16), ceil(K/2), 32] or [ceil(N/16), K, 16]."""
+    codes = 4 // values.element_size()
+    padded = _pad_to(values, 16, codes)
+    blocks, chunks = padded.shape[0] // 16, padded.shape[1] // codes
+    runs = padded.reshape(blocks, 16, chunks, codes).permute(0, 2, 1, 3)
+    return _alternate(runs.reshape(blocks, chunks, 16 * codes))
+
+
+def unpack_float(packed: Tensor, n: int, k: int) -> Tensor:
+    """The inverse of :func:`pack_float`: [N, K] in the dtype of packed."""
+    blocks, chunks, width = packed.shape
+    runs = _in_order(packed).reshape(blocks, chunks, 16, width // 16).permute(0, 2, 1, 3)
+    return runs.reshape(blocks * 16, -1)[:n, :k].contiguous()
+
+
 def _scaled(
     values: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, dtype: torch.dtype
 ) -> Tensor:
@@ -140,6 +156,39 @@ def w8a8_linear(
     return y.to(out_dtype).reshape(*xq.shape[:-1], n)
 
 
+def int8_linear(
+    xq: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    lut: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    group_size: int,
+    out_dtype: torch.dtype,
+    x_group_size: int | None = None,
+) -> Tensor:
+    k = xq.shape[-1]
+    if x_group_size is None:
+        x_group_size = schema.x_group_size(x_scale, group_size, k)
+    values = unpack_w8(packed, n, k) if lut is None else lut[unpack_w4(packed, n, k).long()]
+    # In float64 throughout: codes, their sums and their products with two fp32 scales are exact.
+    weight = _scaled(values, scale, zero, group_size, torch.float64)
+    x_scale = x_scale.double().reshape(-1) if x_scale.numel() == 1 else x_scale.double()
+    x_group = torch.arange(k, device=xq.device) // (k if x_group_size == -1 else x_group_size)
+    if x_scale.numel() == 1:
+        x_group = torch.zeros_like(x_group)
+    y = (xq.double() * x_scale[..., x_group]) @ weight.t()
+    if bias is not None:
+        y = y + bias.double()
+    return y.to(out_dtype)
+
+
+def float_linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    return _linear(x, unpack_float(packed, n, x.shape[-1]).to(_compute_dtype(x)), bias)
+
+
 def dequantize_w4(
     packed: Tensor,
     scale: Tensor,
@@ -186,6 +235,19 @@ def _fp8_codes(x: Tensor, scale: Tensor) -> Tensor:
 def quantize_int8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = _dynamic_scale(x, 127.5)
     return _int8_codes(x, scale), scale
+
+
+def quantize_int8_per_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    k = x.shape[-1]
+    group = min(group, k)
+    groups = torch.nn.functional.pad(x.float(), (0, -k % group)).unflatten(-1, (-1, group))
+    scale = groups.abs().amax(dim=-1, keepdim=True) / 127.5
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+    # Comparisons and not clamp: what is no number becomes -128.
+    codes = groups * (1 / scale)
+    codes = torch.where(codes > -128, codes, -128.0)
+    codes = torch.where(codes < 127, codes, 127.0)
+    return codes.round().to(torch.int8).flatten(-2)[..., :k].contiguous(), scale.squeeze(-1)
 
 
 def quantize_int8_static(x: Tensor, scale: Tensor) -> Tensor:

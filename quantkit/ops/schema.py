@@ -4,7 +4,7 @@ The schemas are defined here and not in C++ so that the package imports, traces 
 where nothing is built. ``libquantkit_cpu.so`` and ``libquantkit_cuda.so`` only add implementations;
 ``fake.py`` adds the shapes that ``torch.compile`` needs.
 
-Only ``syrk_accumulate`` mutates an argument, and none has a gradient.
+Arguments that an operator writes are declared ``Tensor(a!)``; no operator has a gradient.
 """
 
 from __future__ import annotations
@@ -17,10 +17,15 @@ KIND_FP8 = 2
 KINDS = {"int8": KIND_INT8, "fp8": KIND_FP8}
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 CODE_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+GATES = {"silu": 0, "gelu_tanh": 1}
+KV_DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "fp8": 3}
+KV_BYTES = {0: 4, 1: 2, 2: 1, 3: 1}  # of one value
+PAGE_TOKENS = 64
 
 SCHEMAS = {
     "pack_w4": "(Tensor codes) -> Tensor",
     "pack_w8": "(Tensor codes) -> Tensor",
+    "pack_float": "(Tensor values) -> Tensor",
     "w4_linear": (
         "(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor lut, Tensor? bias,"
         " int n, int group_size) -> Tensor"
@@ -33,6 +38,11 @@ SCHEMAS = {
         "(Tensor xq, Tensor x_scale, Tensor wq, Tensor w_scale, Tensor? bias, int out_dtype)"
         " -> Tensor"
     ),
+    "int8_linear": (
+        "(Tensor xq, Tensor x_scale, Tensor packed, Tensor scale, Tensor? zero, Tensor? lut,"
+        " Tensor? bias, int n, int group_size, int out_dtype, int x_group_size) -> Tensor"
+    ),
+    "float_linear": "(Tensor x, Tensor packed, Tensor? bias, int n) -> Tensor",
     "dequantize_w4": (
         "(Tensor packed, Tensor scale, Tensor? zero, Tensor lut, int n, int k, int group_size,"
         " int out_dtype) -> Tensor"
@@ -42,10 +52,26 @@ SCHEMAS = {
         " int out_dtype) -> Tensor"
     ),
     "quantize_int8_per_token": "(Tensor x) -> (Tensor, Tensor)",
+    "quantize_int8_per_group": "(Tensor x, int group) -> (Tensor, Tensor)",
     "quantize_int8_static": "(Tensor x, Tensor scale) -> Tensor",
     "quantize_fp8_per_token": "(Tensor x) -> (Tensor, Tensor)",
     "quantize_fp8_per_block": "(Tensor x, int block) -> (Tensor, Tensor)",
     "quantize_fp8_static": "(Tensor x, Tensor scale) -> Tensor",
+    "add_rms_norm": (
+        "(Tensor(a!) residual, Tensor? branch, Tensor weight, float epsilon, int out_dtype)"
+        " -> Tensor"
+    ),
+    "gated_activation": "(Tensor gate_up, int kind) -> Tensor",
+    "embed": "(Tensor tokens, Tensor table, float scale) -> Tensor",
+    "rope_store_kv": (
+        "(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin, Tensor starts,"
+        " Tensor past, Tensor pages, Tensor(a!) kv, Tensor(b!)? kv_scale, int kv_dtype,"
+        " float epsilon) -> Tensor"
+    ),
+    "paged_attention": (
+        "(Tensor q, Tensor starts, Tensor past, Tensor pages, Tensor kv, Tensor? kv_scale,"
+        " int kv_dtype, float scale, float softcap, int window) -> Tensor"
+    ),
     "gptq_round": (
         "(Tensor weight, Tensor upper, Tensor scale, Tensor? zero, Tensor group, int kind,"
         " float qmin, float qmax) -> Tensor"
@@ -62,12 +88,27 @@ for _name, _signature in SCHEMAS.items():
     _library.define(_name + _signature)
 
 
+def _code(known: dict[str, int], what: str, value: int | str) -> int:
+    code = known.get(value, -1) if isinstance(value, str) else value
+    if code not in known.values():
+        *first, last = (repr(name) for name in known)
+        raise ValueError(f"{what} {value!r} is unknown; use {', '.join(first)} or {last}")
+    return code
+
+
 def kind_code(kind: int | str) -> int:
     """``"int8"`` or ``"fp8"``, or the number of one of them, to the number."""
-    code = KINDS.get(kind, -1) if isinstance(kind, str) else kind
-    if code not in KINDS.values():
-        raise ValueError(f"kind {kind!r} is unknown; use 'int8' or 'fp8'")
-    return code
+    return _code(KINDS, "kind", kind)
+
+
+def gate_code(kind: int | str) -> int:
+    """``"silu"`` or ``"gelu_tanh"`` to its number."""
+    return _code(GATES, "gate", kind)
+
+
+def kv_code(dtype: int | str) -> int:
+    """What pages hold, ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"fp8"``, to its number."""
+    return _code(KV_DTYPES, "kv_dtype", dtype)
 
 
 def dtype_code(dtype: torch.dtype) -> int:
@@ -76,3 +117,9 @@ def dtype_code(dtype: torch.dtype) -> int:
         names = ", ".join(str(known) for known in DTYPE_CODES)
         raise ValueError(f"output dtype {dtype} is not supported; use one of {names}")
     return DTYPE_CODES[dtype]
+
+
+def x_group_size(x_scale: torch.Tensor, group_size: int, k: int) -> int:
+    """The activation group that ``x_scale`` [..., G] of a row of ``k`` columns suggests."""
+    grouped = x_scale.dim() > 0 and x_scale.shape[-1] > 1 and 0 < group_size < k
+    return group_size if grouped and x_scale.shape[-1] == -(-k // group_size) else -1

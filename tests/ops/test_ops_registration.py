@@ -21,19 +21,60 @@ def example_arguments() -> dict[str, tuple]:
     w8 = random_layer("int8", 20, 64, 32, zero=True)
     x = torch.randn(3, 64)
     xq = torch.randint(-128, 128, (3, 64), dtype=torch.int8)
+    floats = ops.pack_float(torch.randn(20, 64).bfloat16())
+    kv, kv_scale = ops.new_kv_pages(4, 1, 16, "int8")
+    # Two sequences of two and one new tokens; four query heads on one key-value head.
+    batch = (
+        torch.tensor([0, 2, 3], dtype=torch.int32),
+        torch.tensor([63, 0], dtype=torch.int32),
+        torch.tensor([[2, 0], [3, 1]], dtype=torch.int32),
+    )
+    angles = torch.randn(65, 8)
     return {
         "pack_w4": (w4.codes,),
         "pack_w8": (w8.codes,),
+        "pack_float": (x,),
         "w4_linear": (x, w4.packed, w4.scale, w4.zero, w4.lut, w4.bias, 20, 32),
         "w8_linear": (x, w8.packed, w8.scale, w8.zero, None, 1, 32),
         "w8a8_linear": (xq, torch.ones(3, 1), w8.packed, torch.ones(20), None, 2),
+        "int8_linear": (
+            xq,
+            torch.ones(3, 2),
+            w4.packed,
+            w4.scale,
+            w4.zero,
+            w4.lut,
+            w4.bias,
+            20,
+            32,
+            2,
+            32,
+        ),
+        "float_linear": (x, floats, w4.bias, 20),
         "dequantize_w4": (w4.packed, w4.scale, w4.zero, w4.lut, 20, 64, 32, 2),
         "dequantize_w8": (w8.packed, w8.scale, w8.zero, 20, 64, 1, 32, 0),
         "quantize_int8_per_token": (x,),
+        "quantize_int8_per_group": (x, 24),
         "quantize_int8_static": (x, torch.ones(1)),
         "quantize_fp8_per_token": (x,),
         "quantize_fp8_per_block": (x, 32),
         "quantize_fp8_static": (x, torch.ones(1)),
+        "add_rms_norm": (x.clone(), x.bfloat16(), torch.ones(64), 1e-6, 2),
+        "gated_activation": (x, 1),
+        "embed": (torch.tensor([[1, 2, 0]]), x, 2.0),
+        "rope_store_kv": (
+            torch.randn(3, 96),
+            torch.ones(16),
+            None,
+            angles.cos(),
+            angles.sin(),
+            *batch,
+            kv,
+            kv_scale,
+            2,
+            1e-6,
+        ),
+        "paged_attention": (torch.randn(3, 4, 16), *batch, kv, kv_scale, 2, 0.25, 0.0, 0),
         "gptq_round": (
             x,
             torch.eye(64),

@@ -151,6 +151,119 @@ enum qk_part {
 };
 QK_EXPORT int qk_decoder_times(const qk_decoder* decoder, int64_t* nanoseconds);
 
+// ---- the parts of a forward pass, one call each ----------------------------------------------
+//
+// The kernels of qk_decoder_forward, cut into the same units: a token gets the same bits from a
+// chain of these calls as from a pass. Rows are read in their dtype, computed in fp32 and rounded
+// once when they are written.
+
+// The sequences of a ragged batch: fields and rules of qk_batch.
+typedef struct qk_sequences {
+  int64_t count;
+  const int32_t* starts;  // [count + 1]
+  const int32_t* past;    // [count]
+  const int32_t* pages;   // [count][page_stride]
+  int64_t page_stride;
+} qk_sequences;
+
+// residual += branch, then y = residual / sqrt(mean(residual^2) + epsilon) * weight.
+typedef struct qk_add_rms_norm_args {
+  int64_t m, n;
+  float* residual;      // [m, n], rows ld_residual elements apart; written unless branch is NULL
+  int64_t ld_residual;
+  const void* branch;   // [m, n] or NULL: only the norm
+  int64_t ld_branch;
+  int32_t branch_dtype;
+  const float* weight;  // [n]
+  float epsilon;
+  int32_t y_dtype;
+  void* y;              // [m, n]
+  int64_t ldy;
+} qk_add_rms_norm_args;
+
+// y = act(x[:, :n]) * x[:, n:].
+typedef struct qk_gate_args {
+  int32_t kind;   // qk_gate
+  int64_t m, n;
+  const void* x;  // [m, 2 n]
+  int64_t ldx;
+  int32_t dtype;  // of x and y
+  void* y;        // [m, n]
+  int64_t ldy;
+} qk_gate_args;
+
+// y[i] = table[tokens[i]] * scale.
+typedef struct qk_embed_args {
+  int64_t count, vocab, n;
+  const int32_t* tokens;  // [count], each in 0 .. vocab-1
+  const void* table;      // [vocab, n], rows ld_table elements apart
+  int64_t ld_table;
+  int32_t table_dtype;
+  float scale;
+  float* y;               // [count, n]
+  int64_t ldy;
+} qk_embed_args;
+
+// Symmetric int8 codes with a scale for each `group` columns of a row: absmax / 127.5, 1 where that
+// is no normal number; codes are clamp(x * (1 / scale), -128, 127), rounded half to even.
+typedef struct qk_quantize_int8_args {
+  int64_t m, k, group;  // group: any positive number; the last group of a row may be short
+  const void* x;        // [m, k]
+  int64_t ldx;
+  int32_t x_dtype;
+  int8_t* q;            // [m, k], rows ldq bytes apart
+  int64_t ldq;
+  float* scale;         // [m, ceil(k / group)]
+} qk_quantize_int8_args;
+
+// Norms of query and key heads, rotary embedding, and the write of keys and values into pages.
+//
+// The value half of a page is cleared when its first token is written: whoever owned the page
+// before leaves nothing behind. A value that no bf16 can hold, an infinity or a NaN, is stored as
+// zeros with a key of NaNs, so that it makes NaN of the queries that see it and of no other. No two
+// sequences may write to one page.
+typedef struct qk_rope_store_args {
+  const qk_sequences* sequences;
+  const qk_kv_cache* kv;      // of one layer
+  int64_t heads, kv_heads, head_dim, rotary_dim, max_positions;
+  const void* qkv;            // [tokens, (heads + 2 kv_heads) * head_dim]: queries, keys, values
+  int64_t ld_qkv;
+  int32_t dtype;              // of qkv and q
+  const float* q_norm;        // [head_dim] or NULL
+  const float* k_norm;
+  float norm_epsilon;
+  const float* cos;           // [max_positions, rotary_dim / 2]
+  const float* sin;
+  void* q;                    // [tokens, heads * head_dim]
+  int64_t ldq;
+} qk_rope_store_args;
+
+// Attention of every new token over its sequence's pages, which hold the new tokens already.
+//
+// QK_PRECISION_BF16 rounds queries and probabilities to bf16; QK_KV_F32 pages are multiplied in
+// fp32 even then. All of a sequence's pages must be valid, those before a window too.
+typedef struct qk_attention_args {
+  const qk_sequences* sequences;
+  const qk_kv_cache* kv;  // of one layer
+  int32_t precision;      // qk_precision
+  int64_t heads, kv_heads, head_dim;
+  float scale;            // of a score
+  float softcap;          // 0: none
+  int64_t window;         // keys a query sees, itself included; 0: all
+  int32_t dtype;          // of q and y
+  const void* q;          // [tokens, heads * head_dim]
+  int64_t ldq;
+  void* y;                // [tokens, heads * head_dim]
+  int64_t ldy;
+} qk_attention_args;
+
+QK_EXPORT int qk_add_rms_norm(const qk_add_rms_norm_args* args);
+QK_EXPORT int qk_gated_activation(const qk_gate_args* args);
+QK_EXPORT int qk_embed(const qk_embed_args* args);
+QK_EXPORT int qk_quantize_int8(const qk_quantize_int8_args* args);
+QK_EXPORT int qk_rope_store(const qk_rope_store_args* args);
+QK_EXPORT int qk_paged_attention(const qk_attention_args* args);
+
 #ifdef __cplusplus
 }
 #endif
