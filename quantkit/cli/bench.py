@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import typer
 
 from quantkit.cli.kernels import Kernels, KernelsOption
+from quantkit.errors import UsageError
 
 app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 
@@ -75,3 +77,74 @@ def decode(
     width = max(map(len, result))
     for name, value in result.items():
         typer.echo(f"{name:<{width}}  {value}")
+
+
+@app.command()
+def kernels(
+    shapes: Annotated[
+        str, typer.Option("--shapes", help="Weights, as N x K: 576x576,1536x576.")
+    ] = "960x576,3072x576,576x1536,2048x2048",
+    rows: Annotated[str, typer.Option("--rows", help="Rows of x: 1,16,512.")] = "1,4,16,512",
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=1, help="Interleaved rounds; the median is reported.")
+    ] = 15,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """GB/s and TOPS of the CPU's linear kernels, beside torch and the machine's measured limits."""
+    import torch
+
+    from quantkit import ops
+    from quantkit.ops import measure
+
+    if threads:
+        torch.set_num_threads(threads)
+    weights = [_pair(shape) for shape in shapes.split(",")]
+    heights = [_positive(row, "--rows") for row in rows.split(",")]
+    machine = measure.limits()
+    document: dict[str, Any] = {
+        "cpu": measure.cpu_name(),
+        "threads": torch.get_num_threads(),
+        "isa": ops.get_isa(),
+        "read_gb_s": machine.read_bytes / 1e9,
+        "bf16_tops": machine.bf16_operations / 1e12,
+        "int8_tops": machine.int8_operations / 1e12,
+        "timings": [],
+    }
+    if not as_json:
+        typer.echo(f"{document['cpu']}, {document['threads']} threads, {document['isa']}")
+        typer.echo(
+            f"limits: reads {document['read_gb_s']:.1f} GB/s, torch bf16 "
+            f"{document['bf16_tops']:.2f} and int8 {document['int8_tops']:.2f} TOPS\n"
+        )
+        typer.echo(
+            f"{'N x K':>12} {'M':>4}  {'kernel':<16} {'us':>9} {'p10':>8} {'p90':>9} {'GB/s':>6} "
+            f"{'TOPS':>6} {'roof':>5} {'x torch':>7}"
+        )
+    for n, k in weights:
+        for m in heights:
+            for t in measure.measure(n, k, m, rounds, machine):
+                document["timings"].append(asdict(t))
+                if not as_json:
+                    typer.echo(
+                        f"{f'{n} x {k}':>12} {m:>4}  {t.kernel:<16} {t.microseconds:9.1f} "
+                        f"{t.p10:8.1f} {t.p90:9.1f} {t.gb_s:6.1f} {t.gflop_s / 1e3:6.3f} "
+                        f"{t.roof_share:5.0%} {t.speedup_over_bf16:7.2f}"
+                    )
+    if as_json:
+        typer.echo(json.dumps(document))
+
+
+def _pair(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2:
+        raise UsageError(f"--shapes {text!r}: a weight is N x K, such as 576x1536")
+    return _positive(parts[0], "--shapes"), _positive(parts[1], "--shapes")
+
+
+def _positive(text: str, option: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise UsageError(f"{option} {text!r} is not a positive number")
+    return int(text)

@@ -127,6 +127,28 @@ def cli(runtime: Runtime, monkeypatch) -> typer.Typer:
     return app
 
 
+def test_bench_kernels(cli: typer.Typer) -> None:
+    options = ["--shapes", "64x96,32x64", "--rows", "1,5", "--rounds", "1"]
+    result = CliRunner().invoke(cli, ["bench", "kernels", *options, "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["read_gb_s"] > 0
+    assert report["int8_tops"] > 0
+    kernels = {t["kernel"] for t in report["timings"]}
+    assert {"torch bf16", "bf16", "w4 g64", "w4 int8 g64", "int8 int8 g32", "w8a8"} <= kernels
+    assert len(report["timings"]) == 4 * len(kernels)
+    assert all(t["gb_s"] > 0 and t["roof_share"] > 0 for t in report["timings"])
+    plain = CliRunner().invoke(cli, ["bench", "kernels", *options])
+    assert "w4 int8 g64" in plain.stdout
+
+
+@pytest.mark.parametrize(("option", "value"), [("--shapes", "64"), ("--rows", "0")])
+def test_bench_kernels_refuses_nonsense(cli: typer.Typer, option: str, value: str) -> None:
+    result = CliRunner().invoke(cli, ["bench", "kernels", option, value])
+    assert isinstance(result.exception, UsageError)
+    assert value in str(result.exception)
+
+
 def test_bench_decode(cli: typer.Typer) -> None:
     options = ["--prompt-tokens", "20", "--new-tokens", "4", "--batch", "2", "--repeats", "2"]
     result = CliRunner().invoke(cli, ["bench", "decode", "tiny", *options, "--json"])

@@ -1,29 +1,25 @@
-"""CPU linear kernels against torch's bf16 product and the machine's measured limits.
-
-    python benchmarks/kernels_cpu.py [--shapes 576x576,1536x576] [--rows 1,4,16,512] [--json]
+"""Speed of the CPU's linear kernels beside torch's products and the machine's measured limits.
 
 Every kernel is checked against its reference before it is timed. Candidates are interleaved, round
 by round, and each figure is the median of the rounds with its 10th and 90th percentile, so that a
 neighbour on the same cores disturbs all of them alike. Up to 8 rows the weights rotate through
-copies larger than the caches: decode reads them from memory. ``roof`` is the share of the larger of
-the two limits: bytes at the measured read bandwidth, or operations at torch's bf16 rate.
+copies larger than the caches: decode reads them from memory.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from quantkit import ops
+from quantkit.errors import QuantkitError
 
 COLD_BYTES = 128 * 2**20  # weights of one rotation: several times a last-level cache share
 GROUP = 64
@@ -37,10 +33,23 @@ class Candidate:
     weight_bytes: int
     run: Callable[[int], Tensor]
     copies: int
+    integer: bool = False  # products of integers: measured against that rate
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine does, measured: bytes read a second, and operations a second."""
+
+    read_bytes: float
+    bf16_operations: float
+    int8_operations: float
 
 
 @dataclass(frozen=True)
 class Timing:
+    """One kernel on ``[n, k]`` with m rows of x. ``roof_share``: of the larger of the two limits
+    that apply, reading the weight once or its operations at torch's rate for the same products."""
+
     kernel: str
     n: int
     k: int
@@ -67,6 +76,17 @@ def product_rate(rounds: int = 9) -> float:
     return 2 * 1024**3 / min(seconds(lambda: torch.mm(a, b)) for _ in range(rounds))
 
 
+def int8_rate(rounds: int = 9) -> float:
+    """Operations a second of torch's int8 matrix product."""
+    a, b = (torch.randint(-127, 128, (1024, 1024), dtype=torch.int8) for _ in range(2))
+    torch._int_mm(a, b)
+    return 2 * 1024**3 / min(seconds(lambda: torch._int_mm(a, b)) for _ in range(rounds))
+
+
+def limits() -> Limits:
+    return Limits(read_bandwidth(), product_rate(), int8_rate())
+
+
 def seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
@@ -85,6 +105,7 @@ def candidates(n: int, k: int, m: int) -> list[Candidate]:
     codes8 = torch.randint(-127, 128, (n, k), dtype=torch.int8)
     fp8 = torch.randn(n, k).to(torch.float8_e4m3fn)
     xq, x_scale = ops.quantize_int8_per_token(x)
+    fine = ops.pack_scale(torch.rand(n, -(-k // 32)) * 0.02)
 
     def rotation(tensor: Tensor) -> list[Tensor]:
         copies = max(1, COLD_BYTES // tensor.nbytes) if m <= 8 else 1
@@ -94,12 +115,40 @@ def candidates(n: int, k: int, m: int) -> list[Candidate]:
     w4 = rotation(ops.pack_w4(codes4))
     i8 = rotation(ops.pack_w8(codes8))
     f8 = rotation(ops.pack_w8(fp8))
+    floats = rotation(ops.pack_float(bf16[0]))
+
+    def integer(group: int, packed: Tensor, scales: Tensor, table: Tensor | None) -> Tensor:
+        codes, scale_of_x = ops.quantize_int8_per_group(x, group)
+        return ops.int8_linear(
+            codes, scale_of_x, packed, scales, None, table, None, n, group, torch.bfloat16
+        )
+
     return [
         Candidate(
             "torch bf16",
             2 * n * k,
             lambda i: torch.nn.functional.linear(x, bf16[i]),
             len(bf16),
+        ),
+        Candidate(
+            "bf16",
+            2 * n * k,
+            lambda i: ops.float_linear(x, floats[i], None, n),
+            len(floats),
+        ),
+        Candidate(
+            f"w4 int8 g{GROUP}",
+            w4[0].nbytes + scale.nbytes,
+            lambda i: integer(GROUP, w4[i], scale, lut),
+            len(w4),
+            integer=True,
+        ),
+        Candidate(
+            "int8 int8 g32",
+            i8[0].nbytes + fine.nbytes,
+            lambda i: integer(32, i8[i], fine, None),
+            len(i8),
+            integer=True,
         ),
         Candidate(
             f"w4 g{GROUP}",
@@ -132,12 +181,14 @@ def candidates(n: int, k: int, m: int) -> list[Candidate]:
                 *ops.quantize_int8_per_token(x), i8[i], w_scale, None, torch.bfloat16
             ),
             len(i8),
+            integer=True,
         ),
         Candidate(
             "w8a8",
             i8[0].nbytes,
             lambda i: ops.w8a8_linear(xq, x_scale, i8[i], w_scale, None, torch.bfloat16),
             len(i8),
+            integer=True,
         ),
     ]
 
@@ -155,15 +206,27 @@ def check(n: int, k: int, m: int) -> None:
         y, expected = getattr(ops, name)(*arguments), getattr(reference, name)(*arguments)
         error = (y.float() - expected.float()).norm() / expected.float().norm()
         if error > 1e-2:
-            raise SystemExit(f"{name} {n}x{k} M={m} is wrong: relative error {error:.2e}")
+            raise QuantkitError(f"{name} {n}x{k} M={m} is wrong: relative error {error:.2e}")
+    codes, scales = ops.quantize_int8_per_group(x, GROUP)
+    grouped = (codes, scales, packed4, scale, None, lut, None, n, GROUP, torch.float32)
+    y, expected = ops.int8_linear(*grouped), reference.int8_linear(*grouped)
+    error = (y - expected).norm() / expected.norm()
+    if error > 1e-5:
+        raise QuantkitError(f"int8_linear {n}x{k} M={m} is wrong: relative error {error:.2e}")
     xq, x_scale = ops.quantize_int8_per_token(x)
     int8 = (xq, x_scale, packed8, torch.rand(n), None, torch.bfloat16)
     if not torch.equal(ops.w8a8_linear(*int8), reference.w8a8_linear(*int8)):
-        raise SystemExit(f"w8a8_linear {n}x{k} M={m} is not exact")
+        raise QuantkitError(f"w8a8_linear {n}x{k} M={m} is not exact")
 
 
-def measure(n: int, k: int, m: int, rounds: int, bandwidth: float, rate: float) -> list[Timing]:
+def measure(n: int, k: int, m: int, rounds: int, machine: Limits) -> list[Timing]:
+    """Time every kernel on one shape.
+
+    Raises:
+        QuantkitError: a kernel disagrees with its reference.
+    """
     check(n, k, m)
+    bandwidth = machine.read_bytes
     entries = candidates(n, k, m)
     calls = [
         max(1, min(200, int(3e-3 * bandwidth / (e.weight_bytes * max(1, m / 8))))) for e in entries
@@ -184,6 +247,7 @@ def measure(n: int, k: int, m: int, rounds: int, bandwidth: float, rate: float) 
     for entry, times, median in zip(entries, samples, medians, strict=True):
         ordered = sorted(times)
         operations = 2.0 * m * n * k
+        rate = machine.int8_operations if entry.integer else machine.bf16_operations
         floor = max(entry.weight_bytes / bandwidth, operations / rate)
         timings.append(
             Timing(
@@ -209,59 +273,3 @@ def cpu_name() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration, IndexError):
         return platform.processor() or platform.machine()
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="576x576,1536x576,576x1536,2048x2048", help="NxK,…")
-    parser.add_argument("--rows", type=numbers, default=numbers("1,2,4,8,16,64,512"))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--pool", default="own", choices=("own", "torch"))
-    parser.add_argument("--isa", default="auto", help="force an instruction set")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    options = parser.parse_args()
-
-    torch.set_num_threads(options.threads)
-    ops.set_isa(options.isa)
-    ops.set_thread_pool(options.pool)
-    bandwidth, rate = read_bandwidth(), product_rate()
-    if not options.json:
-        print(f"{cpu_name()}, {options.threads} threads ({options.pool} pool), {ops.get_isa()}")
-        print(f"roof: reads {bandwidth / 1e9:.1f} GB/s, torch bf16 {rate / 1e9:.0f} GFLOP/s\n")
-        print(
-            f"{'N x K':>12} {'M':>4}  {'kernel':<16} {'us':>9} {'p10':>8} {'p90':>9}"
-            f" {'GB/s':>6} {'GFLOP/s':>8} {'roof':>5} {'x bf16':>7}"
-        )
-    results = []
-    for shape in options.shapes.split(","):
-        n, k = (int(part) for part in shape.split("x"))
-        for m in options.rows:
-            for timing in measure(n, k, m, options.rounds, bandwidth, rate):
-                results.append(timing)
-                if not options.json:
-                    print(
-                        f"{f'{n} x {k}':>12} {m:>4}  {timing.kernel:<16}"
-                        f" {timing.microseconds:9.1f} {timing.p10:8.1f} {timing.p90:9.1f}"
-                        f" {timing.gb_s:6.1f} {timing.gflop_s:8.1f} {timing.roof_share:5.0%}"
-                        f" {timing.speedup_over_bf16:7.2f}",
-                        flush=True,
-                    )
-    if options.json:
-        document = {
-            "cpu": cpu_name(),
-            "threads": options.threads,
-            "isa": ops.get_isa(),
-            "read_gb_s": bandwidth / 1e9,
-            "bf16_gflop_s": rate / 1e9,
-            "timings": [asdict(timing) for timing in results],
-        }
-        print(json.dumps(document))
-
-
-if __name__ == "__main__":
-    main()
