@@ -61,6 +61,7 @@ def decode(
     result = {
         "prefill_tok_s": round(speed.prefill_tok_s, 2),
         "decode_tok_s": round(speed.decode_tok_s, 2),
+        "native_share": None if speed.native_share is None else round(speed.native_share, 3),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "batch": batch,

@@ -7,6 +7,7 @@ an error: `why_not` says what stands in the way and the model runs in transforme
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -69,21 +70,26 @@ _GATES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 @dataclass(frozen=True)
 class Batch:
-    """New tokens of several sequences, for one forward pass. All tensors are int32.
+    """New tokens of several sequences, for one forward pass. All arrays are of C ints.
+
+    A decode step has just streamed the model through the caches, so that every Python object that
+    it touches next is cold: these are the lightest there are.
 
     Attributes:
         tokens: ids, sequence after sequence ``[tokens]``.
         starts: where each sequence's tokens begin ``[sequences + 1]``.
         past: tokens that a sequence's pages hold already ``[sequences]``.
-        pages: page numbers ``[sequences, most pages]``.
+        pages: page numbers ``[sequences, page_stride]``, row after row.
+        page_stride: pages of the longest sequence.
         logit_rows: new tokens whose logits are wanted, ascending; None for none.
     """
 
-    tokens: Tensor
-    starts: Tensor
-    past: Tensor
-    pages: Tensor
-    logit_rows: Tensor | None = None
+    tokens: array[int]
+    starts: array[int]
+    past: array[int]
+    pages: array[int]
+    page_stride: int
+    logit_rows: array[int] | None = None
 
     @staticmethod
     def of(
@@ -94,21 +100,25 @@ class Batch:
         rows: Sequence[int] | None = None,
     ) -> Batch:
         """A batch from lists; ``rows`` are the new tokens whose logits are wanted."""
-        starts = [0]
+        starts = array("i", [0])
+        flat = array("i")
         for ids in tokens:
-            starts.append(starts[-1] + len(ids))
+            flat.extend(ids)
+            starts.append(len(flat))
         width = max(map(len, pages))
+        numbers = array("i")
+        for row in pages:
+            numbers.extend(row)
+            if len(row) < width:
+                numbers.extend([0] * (width - len(row)))
         return Batch(
-            tokens=_int32([token for ids in tokens for token in ids]),
-            starts=_int32(starts),
-            past=_int32(past),
-            pages=_int32([[*row, *[0] * (width - len(row))] for row in pages]),
-            logit_rows=None if rows is None else _int32(rows),
+            tokens=flat,
+            starts=starts,
+            past=array("i", past),
+            pages=numbers,
+            page_stride=width,
+            logit_rows=None if rows is None else array("i", rows),
         )
-
-
-def _int32(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 class Decoder:
@@ -136,7 +146,13 @@ class Decoder:
     def logits(self, batch: Batch, cache: PageStore) -> Tensor:
         """fp32 logits ``[logit rows, vocab]``; keys and values go into the cache."""
         found, _ = self.native.forward(
-            batch.tokens, batch.starts, batch.past, batch.pages, cache, logit_rows=batch.logit_rows
+            batch.tokens,
+            batch.starts,
+            batch.past,
+            batch.pages,
+            batch.page_stride,
+            cache,
+            logit_rows=batch.logit_rows,
         )
         assert found is not None, "the batch names no logit rows"
         return found
@@ -144,7 +160,13 @@ class Decoder:
     def states(self, batch: Batch, cache: PageStore) -> Tensor:
         """fp32 final states ``[tokens, hidden]``, for `head`."""
         _, found = self.native.forward(
-            batch.tokens, batch.starts, batch.past, batch.pages, cache, states=True
+            batch.tokens,
+            batch.starts,
+            batch.past,
+            batch.pages,
+            batch.page_stride,
+            cache,
+            states=True,
         )
         assert found is not None
         return found

@@ -8,9 +8,12 @@ business.
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +31,7 @@ ACTIVATIONS: Mapping[str, int] = MappingProxyType(
 GATES: Mapping[str, int] = MappingProxyType({"silu": 0, "gelu_tanh": 1})
 PRECISIONS: Mapping[str, int] = MappingProxyType({"fp32": 0, "bf16": 1})
 KV_DTYPES: Mapping[str, int] = MappingProxyType({"fp32": 0, "bf16": 1, "int8": 2, "fp8": 3})
-PARTS = ("norm", "linear", "rope", "attention", "gate", "head", "total")
+PARTS = ("norm", "linear", "rope", "attention", "gate", "head", "total", "lifetime")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 _pointer, _i32, _i64, _f32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
@@ -118,6 +121,24 @@ class _CBatch(ctypes.Structure):
         ("logits", _pointer),
         ("states", _pointer),
     )
+
+
+def argmax(row: Tensor) -> int:
+    """Index of the first largest of fp32 ``[n]`` on the CPU, or of the first NaN.
+
+    One thread is enough for a row of logits. torch's own wakes its threads, which then spin for
+    milliseconds on the cores that the next forward pass needs.
+    """
+    if row.dtype != torch.float32 or row.device.type != "cpu" or not row.is_contiguous():
+        raise ValueError("argmax takes contiguous fp32 on the CPU")
+    return int(_argmax()(row.data_ptr(), row.numel()))
+
+
+@cache
+def _argmax() -> Any:
+    function = CPU.require().qk_argmax
+    function.argtypes, function.restype = (_pointer, _i64), _i64
+    return function
 
 
 @dataclass(frozen=True)
@@ -221,6 +242,9 @@ class NativeDecoder:
         self._library.qk_status_message.restype = ctypes.c_char_p
         self._library.qk_kv_page_bytes.restype = _i64
         self._destroy = self._library.qk_decoder_destroy
+        self._forward = self._library.qk_decoder_forward
+        self._batch = _CBatch()  # one call at a time, so one is enough
+        self._batch_pointer = ctypes.pointer(self._batch)
         self._kept: list[object] = []
         blocks = (_CLayer * max(1, len(layers)))(*(self._layer(layer) for layer in layers))
         config = _CConfig(
@@ -265,24 +289,27 @@ class NativeDecoder:
 
     def forward(
         self,
-        tokens: Tensor,
-        starts: Tensor,
-        past: Tensor,
-        pages: Tensor,
-        cache: PageStore,
+        tokens: array[int],
+        starts: array[int],
+        past: array[int],
+        pages: array[int],
+        page_stride: int,
+        store: PageStore,
         *,
-        logit_rows: Tensor | None = None,
+        logit_rows: array[int] | None = None,
         states: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Run new tokens of several sequences and store their keys and values.
 
         Args:
-            tokens: int32 ids of all new tokens, sequence after sequence.
-            starts: int32 ``[sequences + 1]``, where each sequence's tokens begin.
-            past: int32 ``[sequences]``, tokens that its pages hold already.
-            pages: int32 ``[sequences, most pages]``, page numbers.
-            cache: where keys and values are.
-            logit_rows: int32, ascending: the new tokens whose logits are wanted.
+            tokens: ids of all new tokens, sequence after sequence. This and the other arrays
+                hold C ints (``array("i")``).
+            starts: ``[sequences + 1]``, where each sequence's tokens begin.
+            past: ``[sequences]``, tokens that its pages hold already.
+            pages: ``[sequences, page_stride]``, page numbers, row after row.
+            page_stride: page numbers of a sequence.
+            store: where keys and values are.
+            logit_rows: ascending: the new tokens whose logits are wanted.
             states: also return every new token's state.
 
         Returns:
@@ -296,23 +323,20 @@ class NativeDecoder:
         rows = 0 if logit_rows is None else len(logit_rows)
         logits = torch.empty(rows, self.shape.vocab) if rows else None
         kept = torch.empty(len(tokens), self.shape.hidden) if states else None
-        batch = _CBatch(
-            sequences=len(past),
-            tokens=tokens.data_ptr(),
-            starts=starts.data_ptr(),
-            past=past.data_ptr(),
-            pages=pages.data_ptr(),
-            page_stride=pages.shape[1],
-            kv=cache.pointer,
-            logit_rows=None if logit_rows is None else logit_rows.data_ptr(),
-            logit_count=rows,
-            logits=None if logits is None else logits.data_ptr(),
-            states=None if kept is None else kept.data_ptr(),
-        )
+        batch = self._batch
+        batch.sequences = len(past)
+        batch.tokens = tokens.buffer_info()[0]
+        batch.starts = starts.buffer_info()[0]
+        batch.past = past.buffer_info()[0]
+        batch.pages = pages.buffer_info()[0]
+        batch.page_stride = page_stride
+        batch.kv = store.pointer
+        batch.logit_rows = None if logit_rows is None else logit_rows.buffer_info()[0]
+        batch.logit_count = rows
+        batch.logits = None if logits is None else logits.data_ptr()
+        batch.states = None if kept is None else kept.data_ptr()
         self._follow_torch_threads()
-        self._check(
-            self._library.qk_decoder_forward(self._handle, ctypes.byref(batch)), "a forward pass"
-        )
+        self._check(self._forward(self._handle, self._batch_pointer), "a forward pass")
         return logits, kept
 
     def head(self, states: Tensor) -> Tensor:
@@ -330,7 +354,7 @@ class NativeDecoder:
         return logits
 
     def times(self) -> dict[str, float]:
-        """Seconds of the last forward pass by part."""
+        """Seconds of the last forward pass by part, and "lifetime": of all passes."""
         values = (_i64 * len(PARTS))()
         self._library.qk_decoder_times(self._handle, values)
         return {part: value * 1e-9 for part, value in zip(PARTS, values, strict=True)}

@@ -21,12 +21,20 @@ if TYPE_CHECKING:
     from quantkit.models.runtime import Runtime
 
 
+#: Decode steps that `DecodeSpeed.native_share` is measured on.
+SHARE_STEPS = 64
+
+
 @dataclass(frozen=True)
 class DecodeSpeed:
-    """Tokens a second over all sequences: medians over the repeats."""
+    """Tokens a second over all sequences: medians over the repeats.
+
+    ``native_share``: of a decode step's time, spent in the native decoder; None without one.
+    """
 
     prefill_tok_s: float
     decode_tok_s: float
+    native_share: float | None = None
 
 
 def measure_decode(
@@ -52,7 +60,27 @@ def measure_decode(
     return DecodeSpeed(
         prefill_tok_s=batch * prompt_tokens / median(prefill for prefill, _ in rounds),
         decode_tok_s=batch * new_tokens / median(decode for _, decode in rounds),
+        native_share=_native_share(runtime, runner, prompts),
     )
+
+
+def _native_share(runtime: Runtime, runner: Runner, prompts: list[list[int]]) -> float | None:
+    """Time inside the native decoder over the time of whole decode steps, sampling included."""
+    if runtime.decoder is None:
+        return None
+    greedy, random = SamplingParams(temperature=0.0), sampler.make_generator(0, torch.device("cpu"))
+    caches = [runner.new_cache() for _ in prompts]
+    tokens = [prompt[-1] for prompt in prompts]
+    inside = runtime.decoder.native.times()["lifetime"]
+    start = time.perf_counter()
+    for _ in range(SHARE_STEPS):
+        works = [Work(cache, [token]) for cache, token in zip(caches, tokens, strict=True)]
+        tokens = [sampler.sample(row[-1], greedy, random) for row in _run(runner, works)]
+    elapsed = time.perf_counter() - start
+    inside = runtime.decoder.native.times()["lifetime"] - inside
+    for cache in caches:
+        runner.release(cache)
+    return inside / elapsed
 
 
 def _whole_pages(tokens: int) -> int:

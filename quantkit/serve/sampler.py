@@ -8,12 +8,14 @@ model's own, before any of them.
 
 from __future__ import annotations
 
+import math
 import secrets
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
+from quantkit.ops.decoder import argmax
 from quantkit.serve.events import TokenLogprob
 from quantkit.serve.request import SamplingParams
 
@@ -43,15 +45,22 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
         generator: the request's random stream, on the device of ``logits``.
     """
     if params.greedy:
-        token = int(logits.argmax())
+        token = _argmax(logits)
         # argmax names a NaN's position if there is one: this checks the whole row for free.
-        if not torch.isfinite(logits[token]):
+        if not math.isfinite(float(logits[token])):
             raise NotFiniteError
         return token
     probabilities = distribution(logits, params)
     if not torch.isfinite(probabilities).all():
         raise NotFiniteError
     return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def _argmax(logits: Tensor) -> int:
+    """Index of the first largest value, or of the first NaN."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        return argmax(logits.contiguous())
+    return int(logits.argmax())
 
 
 def distribution(logits: Tensor, params: SamplingParams) -> Tensor:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit import ops
 from quantkit.models.decoder import FAMILIES, Batch, Decoder, build_decoder, why_not
+from quantkit.ops.decoder import argmax
 
 COMMON = {
     "vocab_size": 211,
@@ -267,3 +270,9 @@ def test_weights_are_not_held_twice() -> None:
     assert not model.model.embed_tokens.weight.is_meta
     with pytest.raises(RuntimeError, match="moved to its native decoder"):
         model(torch.tensor([[1, 2]]))
+
+
+@given(st.lists(st.floats(width=32, allow_nan=True), min_size=1, max_size=40), st.integers(0, 3000))
+def test_argmax_is_torchs(values: list[float], padding: int) -> None:
+    row = torch.cat([torch.full((padding,), -torch.inf), torch.tensor(values)])
+    assert argmax(row) == int(row.argmax())

@@ -137,6 +137,8 @@ QK_EXPORT int qk_decoder_forward(qk_decoder* decoder, const qk_batch* batch);
 // logits [rows, vocab] of states [rows, hidden] that a forward pass returned.
 QK_EXPORT int qk_decoder_head(qk_decoder* decoder, const float* states, int64_t rows,
                               float* logits);
+// Index of the first largest of n values, or of the first NaN; -1 for none.
+QK_EXPORT int64_t qk_argmax(const float* values, int64_t n);
 QK_EXPORT int64_t qk_kv_page_bytes(int32_t dtype, int64_t head_dim);
 // Nanoseconds of the last forward pass by part: see qk_part. For benchmarks.
 enum qk_part {
@@ -147,7 +149,8 @@ enum qk_part {
   QK_PART_GATE = 4,
   QK_PART_HEAD = 5,
   QK_PART_TOTAL = 6,
-  QK_PARTS = 7,
+  QK_PART_LIFETIME = 7,  // of all passes since the decoder was made
+  QK_PARTS = 8,
 };
 QK_EXPORT int qk_decoder_times(const qk_decoder* decoder, int64_t* nanoseconds);
 
