@@ -7,6 +7,9 @@ its pins differ: `python -m venv peer && peer/bin/pip install torch==2.13.0 llmc
 
     python benchmarks/vs_llmcompressor.py MODEL --data c4.jsonl --text held_out.txt \
         --peer-python peer/bin/python -o results.json
+
+The file holds the rows, and beside them what they were measured with: contents by hash, machine,
+versions on both sides. Seconds are those of calibrating and quantizing, without loading and saving.
 """
 
 from __future__ import annotations
@@ -20,7 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import quantkit
 
 #: Runs in the peer's environment. Tokens come from a file, so that both see the same.
 PEER = """
@@ -58,6 +65,17 @@ PEERS = {
     "llm-compressor RTN": ("quantization", "QuantizationModifier"),
 }
 
+#: What the peer's interpreter is asked for.
+PEER_VERSIONS = """
+import json, platform
+from importlib.metadata import version
+names = ("llmcompressor", "compressed-tensors", "transformers", "torch")
+print(json.dumps({"python": platform.python_version(), **{name: version(name) for name in names}}))
+"""
+
+#: Held-out text that both checkpoints are scored on.
+WINDOWS, WINDOW_TOKENS = 24, 1024
+
 RECIPES = {
     "quantkit GPTQ": "scheme: w4a16-g64\nalgorithm: gptq\nkeep: [lm_head]\n",
     "quantkit RTN": "scheme: w4a16-g64\nalgorithm: rtn\nkeep: [lm_head]\n",
@@ -76,13 +94,13 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
 
+    model = resolve(args.model)
     with tempfile.TemporaryDirectory() as scratch:
-        rows = measure(args, Path(scratch))
+        ids = Path(scratch) / "ids.pt"
+        facts = describe(args, model, write_tokens(model, args, ids))
+        rows = measure(args, model, ids, Path(scratch))
     header = f"{'system':22} {'s':>6} {'GB':>5} {'bits':>5} {'KL':>8} {'ppl':>7} {'top-1':>6}"
-    print(
-        f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores; "
-        f"{args.samples}×{args.seq_len} calibration tokens"
-    )
+    print("\n" + json.dumps(facts, indent=1))
     print(header)
     for name, row in rows.items():
         print(
@@ -90,13 +108,57 @@ def main() -> None:
             f"{row['bits']:5.2f} {row['kl']:8.4f} {row['ppl']:7.2f} {row['top1']:6.1%}"
         )
     if args.output:
-        args.output.write_text(json.dumps(rows, indent=1) + "\n")
+        args.output.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
 
 
-def measure(args: argparse.Namespace, scratch: Path) -> dict[str, dict[str, float]]:
-    model = resolve(args.model)
-    ids = scratch / "ids.pt"
-    write_tokens(model, args, ids)
+def describe(args: argparse.Namespace, model: Path, tokens_hash: str) -> dict[str, Any]:
+    """What the rows were measured with."""
+    from quantkit import model as models
+    from quantkit import ops
+    from quantkit.evals.evaluate import cpu_model
+
+    facts: dict[str, Any] = {
+        "model": {
+            "name": Path(args.model).name,
+            "weights_sha256": models.combine_hashes(
+                {path.name: models.hash_file(path) for path in model.glob("*.safetensors")}
+            ),
+        },
+        "scheme": "int4, symmetric groups of 64, head kept",
+        "calibration": {
+            "file": Path(args.data).name,
+            "samples": args.samples,
+            "seq_len": args.seq_len,
+            "tokens_sha256": tokens_hash,
+        },
+        "text": {
+            "file": Path(args.text).name,
+            "windows": WINDOWS,
+            "seq_len": WINDOW_TOKENS,
+            "sha256": models.hash_file(Path(args.text)),
+        },
+        "machine": {
+            "cpu": cpu_model(),
+            "cores": os.cpu_count(),
+            "kernels": ops.get_isa(),
+            "system": platform.system(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "compressed-tensors")},
+            "quantkit": quantkit.__version__,
+        },
+    }
+    if args.peer_python:
+        command = [args.peer_python, "-c", PEER_VERSIONS]
+        answer = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+        facts["peer_versions"] = json.loads(answer)
+    return facts
+
+
+def measure(
+    args: argparse.Namespace, model: Path, ids: Path, scratch: Path
+) -> dict[str, dict[str, float]]:
     rows = {}
     for name, recipe in RECIPES.items():
         if args.only and name not in args.only:
@@ -146,7 +208,8 @@ def resolve(source: str) -> Path:
     return models.resolve(source)
 
 
-def write_tokens(model: Path, args: argparse.Namespace, path: Path) -> None:
+def write_tokens(model: Path, args: argparse.Namespace, path: Path) -> str:
+    """Write the windows that both sides calibrate on; returns their hash."""
     import torch
     from transformers import AutoTokenizer
 
@@ -158,12 +221,14 @@ def write_tokens(model: Path, args: argparse.Namespace, path: Path) -> None:
         [Source(args.data)], tokenizer, samples=args.samples, seq_len=args.seq_len, seed=0
     )
     torch.save(tokens.ids, path)
+    return tokens.hash
 
 
 def score(checkpoint: Path, model: Path, args: argparse.Namespace) -> dict[str, float]:
-    """KL, perplexity and top-1 on 24 windows of 1,024 held-out tokens."""
+    """KL, perplexity and top-1 on the held-out text."""
     command = [
         sys.executable, "-m", "quantkit.cli.main", "eval", str(checkpoint), "--text", args.text,
+        "--seq-len", str(WINDOW_TOKENS), "--max-tokens", str(WINDOWS * WINDOW_TOKENS),
         "--reference", str(model), "--json",
     ]  # fmt: skip
     document = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
