@@ -14,6 +14,9 @@ folder of a llama.cpp source tree, from which the GGUF files were made as well:
     python llama.cpp/convert_hf_to_gguf.py MODEL --outtype bf16 --outfile m-bf16.gguf
     BUILD/bin/llama-quantize m-bf16.gguf m-Q4_0.gguf Q4_0
 
+GPTQ has seen calibration text, and a plain Q4_0 has not: give a row that has, made by llama-imatrix
+on the same text and ``llama-quantize --imatrix``, beside it.
+
 **Speed.** Every measurement is a process of its own, one at a time. In a round each system runs
 each workload once, workload by workload and a checkpoint right after its peer, so that what is
 compared runs within seconds; every other round runs backwards. Each figure is the median over
