@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test test-all setup native cuda check format bench clean
+.PHONY: demo test test-all setup native cuda sanitize check format bench clean
 
 demo: setup          ## set up, then calibrate, gate and serve the real model
 	$(BIN)/python examples/demo.py
@@ -35,6 +35,12 @@ cuda: setup          ## compile every .cu, GPU or not; needs nvcc
 	  PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DQUANTKIT_CUDA=ON && \
 	  PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda -j2 --target quantkit_cuda; \
 	else echo "cuda: nvcc is not installed; skipped"; fi
+
+sanitize: setup      ## run every CPU kernel under AddressSanitizer and UBSan
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -DQUANTKIT_TESTS=ON -DQUANTKIT_CUDA=OFF -DQUANTKIT_SANITIZE=ON
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize -j2 --target kernels_test
+	build/sanitize/csrc/tests/kernels_test
 
 check: setup cuda    ## format, lint, types, boundaries, CUDA compile
 	$(BIN)/ruff format --check .

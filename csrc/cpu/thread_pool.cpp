@@ -208,6 +208,15 @@ int num_threads() {
 }
 
 void* scratch(int slot, int64_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  // Exactly what was asked for, so that one byte more shows.
+  if (local.bytes[slot] != bytes || local.memory[slot] == nullptr) {
+    std::free(local.memory[slot]);
+    local.memory[slot] = nullptr;
+    if (posix_memalign(&local.memory[slot], 64, static_cast<size_t>(bytes)) != 0) return nullptr;
+    local.bytes[slot] = bytes;
+  }
+#endif
   if (local.bytes[slot] < bytes) {
     std::free(local.memory[slot]);
     const int64_t size = (bytes + 4095) / 4096 * 4096;

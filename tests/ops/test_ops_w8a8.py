@@ -30,13 +30,14 @@ def test_sums_are_exact(isa: str, m: int) -> None:
 
 
 def test_extreme_codes_do_not_overflow(isa: str) -> None:
-    k = 70_000  # past 65793, where unsigned activations would overflow a signed sum
-    for x_code, w_code in [(-128, -128), (127, -128), (-128, 127), (127, 127)]:
-        xq = torch.full((1, k), x_code, dtype=torch.int8)
-        wq = torch.full((3, k), w_code, dtype=torch.int8)
-        y = ops.w8a8_linear(xq, torch.ones(1), wq, torch.ones(3), None, torch.float32)
-        expected = torch.tensor(float(x_code * w_code * k))  # rounds to fp32 once
-        assert torch.equal(y, expected.expand(1, 3))
+    # 70000 is past 65793, where unsigned activations would overflow a signed sum; then the longest.
+    for k in (70_000, 131_071):
+        for x_code, w_code in [(-128, -128), (127, -128), (-128, 127), (127, 127)]:
+            xq = torch.full((1, k), x_code, dtype=torch.int8)
+            wq = torch.full((3, k), w_code, dtype=torch.int8)
+            y = ops.w8a8_linear(xq, torch.ones(1), wq, torch.ones(3), None, torch.float32)
+            expected = torch.tensor(float(x_code * w_code * k))  # rounds to fp32 once
+            assert torch.equal(y, expected.expand(1, 3))
 
 
 @settings(max_examples=25, deadline=None)
