@@ -240,7 +240,7 @@ def quantkit_logits(checkpoint: Path, ids: Tensor) -> Iterator[Tensor]:
 
     runtime = load_runtime(checkpoint)
     for window in ids:
-        yield runtime.model(window[None], use_cache=False).logits[0].float()
+        yield runtime.logits(window.tolist())
 
 
 def llamacpp_logits(tool: Path, gguf: Path, ids: Tensor, threads: int) -> Iterator[Tensor]:
