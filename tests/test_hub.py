@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.cli.main import run
 from tests.hub_server import TinyHub, serving
 from tests.run_helpers import arguments, contents
 
@@ -86,7 +85,8 @@ def test_a_run_by_id_gives_the_bytes_of_a_run_on_the_folder(
     done = quantkit(hub, cache, *arguments("acme/tiny", recipe, traffic, out))
     assert done.returncode == 0, done.stderr
     assert hub.downloads() == set()  # the cache had them
-    assert run(arguments(tiny, recipe, traffic, tmp_path / "local")) == 0
+    local = quantkit(hub, cache, *arguments(tiny, recipe, traffic, tmp_path / "local"))
+    assert local.returncode == 0, local.stderr
     assert contents(out) == contents(tmp_path / "local")
     inspected = quantkit(hub, cache, "inspect", str(out), "--json")
     assert len(json.loads(inspected.stdout)["layers"]) == 14

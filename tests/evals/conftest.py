@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ from eval_builders import tiny_runtime, write_suite
 from quantkit.models.runtime import Runtime
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
     torch.set_num_threads(1)  # matrices of 64 columns only get slower with more
+    yield
+    torch.set_num_threads(before)  # the bytes of a calibration depend on it
 
 
 @pytest.fixture(scope="session")

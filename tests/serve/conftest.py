@@ -35,9 +35,12 @@ CORPUS = [
 CONTEXT = 512
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
     torch.set_num_threads(1)  # matrices of 64 columns only get slower with more
+    yield
+    torch.set_num_threads(before)  # the bytes of a calibration depend on it
 
 
 @pytest.fixture(scope="session")
