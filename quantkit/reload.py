@@ -10,6 +10,7 @@ from quantkit.calibrate import Probe
 from quantkit.errors import QuantkitError
 from quantkit.layers import QuantLinear
 from quantkit.models.load import load_runtime
+from quantkit.models.paged import PagedRunner, PagedSequence, Work, pages_for
 from quantkit.models.runtime import Runtime
 from quantkit.paused import head_input
 
@@ -21,6 +22,10 @@ RELOAD_TOLERANCE = 1e-3
 #: ‖native − reference‖ / ‖reference‖ of one layer's output. The reference rounds weights and
 #: outputs to bf16, which costs 0.2–0.4 %; a wrong scale or code costs 5 % and up.
 KERNEL_TOLERANCE = 0.01
+
+#: ‖native decoder − in memory‖ / ‖in memory‖ of the last hidden states. int8 activations and
+#: another order of rounding in every layer cost a few percent; a layer wired wrongly costs 100 %.
+DECODER_TOLERANCE = 0.25
 
 
 def check_reload(folder: Path, runtime: Runtime, probe: Probe, device: str) -> None:
@@ -60,3 +65,15 @@ def check_reload(folder: Path, runtime: Runtime, probe: Probe, device: str) -> N
                     remedy="this is a defect in a kernel; run with --kernels reference and "
                     "report it",
                 )
+    if runtime.decoder is not None:
+        ids = probe.ids[0].tolist()
+        runner = PagedRunner(runtime.decoder, pages_for(len(ids)))
+        [states] = runner.states([Work(PagedSequence(), ids)])
+        error = float((states - expected[0]).norm() / expected[0].norm())
+        if not error <= DECODER_TOLERANCE:
+            raise QuantkitError(
+                f"the native decoder's hidden states differ by {error:.2%} from the model in "
+                "memory",
+                remedy="this is a defect in the decoder; run with --kernels reference and "
+                "report it",
+            )

@@ -12,6 +12,7 @@ from torch import Tensor
 import quantkit.ops
 from quantkit.checkpoint import write
 from quantkit.cli.main import run
+from quantkit.models import decoder
 from tests.run_helpers import RECIPE, arguments, contents, leftovers
 
 LAYER = "model.layers.1.mlp.down_proj"
@@ -85,6 +86,28 @@ def test_a_reload_that_lacks_a_tensor(
     out = tmp_path / "out"
     assert run(arguments(tiny, recipe, traffic, out)) == 4
     assert "model.norm.weight: missing from the checkpoint" in capfd.readouterr().err
+    assert leftovers(out) == []
+
+
+def test_a_decoder_that_computes_something_else(
+    tiny: Path,
+    traffic: Path,
+    recipe: Path,
+    tmp_path: Path,
+    patch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Every layer's kernel is right, and the whole is wired wrongly."""
+    honest = decoder._rope_tables
+    patch.setattr(
+        decoder,
+        "_rope_tables",
+        lambda *inputs: {kind: (sin, cos) for kind, (cos, sin) in honest(*inputs).items()},
+    )
+    out = tmp_path / "out"
+    assert run(arguments(tiny, recipe, traffic, out)) == 4
+    message = capfd.readouterr().err
+    assert re.search(r"the native decoder's hidden states differ by \d+\.\d+%", message)
     assert leftovers(out) == []
 
 

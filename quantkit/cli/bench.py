@@ -51,6 +51,8 @@ def decode(
         torch.set_num_threads(threads)
     typer.echo(f"loading {checkpoint}", err=True)
     runtime = load_runtime(checkpoint, kernels=kernels.value, device=device)
+    if runtime.fallback:
+        typer.echo(f"in transformers' modules: {runtime.fallback}", err=True)
     speed = measure_decode(
         runtime,
         prompt_tokens=prompt_tokens,

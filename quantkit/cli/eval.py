@@ -147,7 +147,10 @@ def _load(source: str, kernels: str, device: str) -> Runtime:
     from quantkit.models.load import load_runtime
 
     typer.echo(f"loading {source}", err=True)
-    return load_runtime(source, kernels=kernels, device=device)
+    runtime = load_runtime(source, kernels=kernels, device=device)
+    if runtime.fallback:
+        typer.echo(f"in transformers' modules: {runtime.fallback}", err=True)
+    return runtime
 
 
 # --- output ----------------------------------------------------------------------------------

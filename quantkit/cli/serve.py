@@ -82,6 +82,8 @@ def command(
             torch.set_num_threads(threads)
         typer.echo(f"loading {checkpoint}", err=True)
         runtime = load_runtime(checkpoint, kernels=kernels.value, device=device)
+        if runtime.fallback:
+            typer.echo(f"in transformers' modules: {runtime.fallback}", err=True)
         engine = Engine(runtime, EngineConfig(max_sequences=max_sequences, max_context=max_context))
         app = create_app(engine.start(), api_keys=keys)
 
