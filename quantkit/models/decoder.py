@@ -24,6 +24,9 @@ from quantkit.schemes import DType, Granularity, QuantSpec
 #: Columns that share an int8 activation scale where a weight's group is longer.
 INT8_GROUP = 64
 
+#: Positions that every decoder has tables for.
+LEAST_POSITIONS = 4096
+
 #: Scalings of rotary positions that do not depend on the length of the text.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
@@ -416,7 +419,9 @@ def _shape(config: Any, base: Any) -> Shape:
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_dim=head_dim,
         rotary_dim=rotary,
-        max_positions=config.max_position_embeddings,
+        # Rotary positions go on beyond what the model was trained for, as in transformers: texts
+        # are scored in windows that may be longer than a small model's own.
+        max_positions=max(config.max_position_embeddings, LEAST_POSITIONS),
         norm_epsilon=config.rms_norm_eps,
         attention_scale=float(scale) ** -0.5,
         gate=_GATES[_activation(config)],

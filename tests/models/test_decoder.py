@@ -234,7 +234,7 @@ def test_a_nan_stays_with_its_sequence() -> None:
         ([[-1]], [0], [[0]]),
         ([[1]], [0], [[2]]),  # a page that is not there
         ([[1]], [64], [[0]]),  # a position without a page
-        ([[1]], [512], [[0] * 9]),  # beyond the longest position
+        ([[1]], [4096], [[0] * 65]),  # beyond the longest position
     ],
 )
 def test_bad_batches_are_refused(tokens_: list, past: list, pages: list) -> None:
