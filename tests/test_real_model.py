@@ -10,6 +10,7 @@ import torch
 
 from quantkit.cli.main import run
 from quantkit.evals.greedy import make_greedy
+from quantkit.layers import QuantLinear
 from quantkit.models.load import load_runtime
 
 pytestmark = pytest.mark.real_model
@@ -39,11 +40,16 @@ def test_it_still_knows_what_it_knew(checkpoint: Path) -> None:
 def test_the_decoder_is_nearer_to_fp32_than_transformers_in_bf16(checkpoint: Path) -> None:
     prompt = "Customer message: my parcel is late again.\nThis message is about"
 
-    def logits(kernels: str, dtype: torch.dtype) -> torch.Tensor:
+    def logits(kernels: str, dtype: torch.dtype, *, exact_weights: bool = False) -> torch.Tensor:
         runtime = load_runtime(checkpoint, kernels=kernels, dtype=dtype)
+        for layer in runtime.model.modules() if exact_weights else ():
+            if isinstance(layer, QuantLinear):
+                # A dequantized weight has its scale's dtype: code x scale, rounded to bf16
+                # here, which alone moves the logits by 0.3 %. The kernels do not round it.
+                layer.scale = layer.scale.float()
         return runtime.logits(runtime.tokenizer.encode(prompt))
 
-    exact = logits("reference", torch.float32)
+    exact = logits("reference", torch.float32, exact_weights=True)
 
     def error(other: torch.Tensor) -> float:
         return float((other - exact).norm() / exact.norm())
