@@ -29,13 +29,18 @@ Tensor int32_tensor(const char* op, const char* what, const Tensor& t, int64_t d
 
 const int32_t* ints(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
 
+// Memory of a tensor that is written, or only read: a copy-on-write tensor is copied for the first.
+void* memory_of(const Tensor& t, bool written) {
+  return written ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr());
+}
+
 // One layer's pages.
 struct PagesArgument {
   qk_kv_cache cache{};
   int64_t kv_heads, head_dim;
 
   PagesArgument(const char* op, const Tensor& kv, const std::optional<Tensor>& scale,
-                int64_t dtype) {
+                int64_t dtype, bool written) {
     require(dtype >= QK_KV_F32 && dtype <= QK_KV_FP8, op, "kv_dtype ", dtype,
             " is unknown; use 0 for float32, 1 for bfloat16, 2 for int8 or 3 for float8_e4m3fn");
     require(kv.scalar_type() == ScalarType::Byte && kv.dim() == 4 && kv.size(2) == 2 &&
@@ -53,7 +58,7 @@ struct PagesArgument {
             " at ", column / QK_PAGE_TOKENS, " bytes a value");
     cache.dtype = static_cast<int32_t>(dtype);
     cache.pages = kv.size(0);
-    cache.data = const_cast<void*>(kv.const_data_ptr());
+    cache.data = memory_of(kv, written);
     if (dtype < QK_KV_INT8) return;
     require(scale.has_value(), op, "kv_scale is missing; 8-bit pages need one");
     const std::vector<int64_t> sizes{cache.pages, kv_heads, 2, QK_PAGE_TOKENS};
@@ -61,7 +66,7 @@ struct PagesArgument {
                 scale->is_contiguous() && !scale->is_cuda(),
             op, "kv_scale has dtype ", name_of(scale->scalar_type()), " and shape ",
             shape_of(*scale), ", must be contiguous float32 ", shape(sizes), " on the CPU");
-    cache.scale = const_cast<float*>(floats(*scale));
+    cache.scale = static_cast<float*>(memory_of(*scale, written));
   }
 };
 
@@ -202,7 +207,7 @@ Tensor rope_store_kv(Tensor qkv, std::optional<Tensor> q_norm, std::optional<Ten
                      Tensor cos, Tensor sin, Tensor starts, Tensor past, Tensor pages, Tensor kv,
                      std::optional<Tensor> kv_scale, int64_t kv_dtype, double epsilon) {
   const char* op = "rope_store_kv";
-  const PagesArgument cache(op, kv, kv_scale, kv_dtype);
+  const PagesArgument cache(op, kv, kv_scale, kv_dtype, true);
   require(qkv.dim() == 2, op, "qkv has shape ", shape_of(qkv),
           ", must be [tokens, (heads + 2 kv_heads) * head_dim]");
   const Rows rows = rows_of(op, "qkv", qkv);
@@ -251,7 +256,7 @@ Tensor paged_attention(Tensor q, Tensor starts, Tensor past, Tensor pages, Tenso
                        std::optional<Tensor> kv_scale, int64_t kv_dtype, double scale,
                        double softcap, int64_t window) {
   const char* op = "paged_attention";
-  const PagesArgument cache(op, kv, kv_scale, kv_dtype);
+  const PagesArgument cache(op, kv, kv_scale, kv_dtype, false);
   require(q.dim() == 3 && q.size(2) == cache.head_dim && q.size(1) > 0 &&
               q.size(1) % cache.kv_heads == 0,
           op, "q has shape ", shape_of(q), ", must be [tokens, heads, ", cache.head_dim,
