@@ -24,11 +24,13 @@ struct Attention {
   static constexpr int64_t kSpanTokens = kSpanPages * QK_PAGE_TOKENS;
   static constexpr int64_t kWordCodes = Math::kCodesPerWord;
 
-  // out[m, 16 b + lane] (+)= page * x: every block of one page for MR rows.
+  // out[m, 16 b + lane] (+)= page * x: every block of one page for MR rows. `ahead` is the page to
+  // fetch meanwhile: pages are short streams in far places, and a hardware prefetcher has learnt one
+  // when it ends.
   template <int MR, int NB>
   static void block_product(const Decoder& decode, const uint8_t* page, int64_t step,
                             const uint8_t* const (&x)[MR], int64_t words, float* out,
-                            int64_t stride, bool add) {
+                            int64_t stride, bool add, const uint8_t* ahead) {
     Acc acc[MR][NB];
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
@@ -37,7 +39,7 @@ struct Attention {
         acc[m][b] = add ? Math::load(out + m * stride + b * kBlockRows) : Math::zero();
       }
     }
-    Product::template from_packed<MR, NB>(decode, page, step, x, 0, words, acc);
+    Product::template from_packed<MR, NB, true>(decode, page, step, x, 0, words, acc, ahead);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
@@ -48,25 +50,25 @@ struct Attention {
   template <int MR>
   static void product(const Decoder& decode, const uint8_t* page, int64_t page_blocks,
                       int64_t blocks, const uint8_t* const (&x)[MR], int64_t words, float* out,
-                      int64_t stride, bool add) {
+                      int64_t stride, bool add, const uint8_t* ahead) {
     constexpr int kWidest = static_cast<int>(Math::attention_blocks(MR));
     const int64_t step = page_blocks * kChunkBytes;
     int64_t b = 0;
     if constexpr (kWidest >= 4) {
       for (; b + 4 <= blocks; b += 4) {
         block_product<MR, 4>(decode, page + b * kChunkBytes, step, x, words, out + b * kBlockRows,
-                             stride, add);
+                             stride, add, ahead + b * kChunkBytes);
       }
     }
     if constexpr (kWidest >= 2) {
       for (; b + 2 <= blocks; b += 2) {
         block_product<MR, 2>(decode, page + b * kChunkBytes, step, x, words, out + b * kBlockRows,
-                             stride, add);
+                             stride, add, ahead + b * kChunkBytes);
       }
     }
     for (; b < blocks; ++b) {
       block_product<MR, 1>(decode, page + b * kChunkBytes, step, x, words, out + b * kBlockRows,
-                           stride, add);
+                           stride, add, ahead + b * kChunkBytes);
     }
   }
 
@@ -192,16 +194,19 @@ struct Attention {
     const int64_t keys = min_of(last + 1 - span * kSpanTokens, kSpanTokens);
     const int64_t pages = ceil_div(keys, QK_PAGE_TOKENS);
     const int64_t word_bytes = 4 / kWordCodes;  // of one code
+    const int64_t first = span * kSpanPages;
+    const int64_t all = (last + QK_PAGE_TOKENS) / QK_PAGE_TOKENS;  // pages of the context
     strips(rows, [&](int64_t r, auto size) {
       constexpr int MR = decltype(size)::value;
       const uint8_t* x[MR];
       for (int i = 0; i < MR; ++i) x[i] = query(job, unit, r + i);
       for (int64_t p = 0; p < pages; ++p) {
         const int64_t here = min_of(keys - p * QK_PAGE_TOKENS, QK_PAGE_TOKENS);
-        product<MR>(decode, page_at(job, unit, span * kSpanPages + p, 0),
+        const uint8_t* page = page_at(job, unit, first + p, 0);
+        product<MR>(decode, page,
                     QK_PAGE_TOKENS / kBlockRows, ceil_div(here, kBlockRows), x,
                     job.head_dim / kWordCodes, m.scores + r * kSpanTokens + p * QK_PAGE_TOKENS,
-                    kSpanTokens, false);
+                    kSpanTokens, false, r == 0 ? page_at(job, unit, first + p, 1) : page);
       }
     });
     for (int64_t r = 0; r < rows; ++r) softmax_row(job, unit, span, r, pages * QK_PAGE_TOKENS, m);
@@ -213,10 +218,12 @@ struct Attention {
         for (int i = 0; i < MR; ++i) {
           x[i] = m.words + ((r + i) * kSpanTokens + p * QK_PAGE_TOKENS) * word_bytes;
         }
-        product<MR>(decode, page_at(job, unit, span * kSpanPages + p, 1),
+        const uint8_t* page = page_at(job, unit, first + p, 1);
+        const int64_t next = first + kSpanPages + p;
+        product<MR>(decode, page,
                     job.head_dim / kBlockRows, job.head_dim / kBlockRows, x,
                     ceil_div(here, 4) * 4 / kWordCodes, m.sum + r * job.head_dim, job.head_dim,
-                    p > 0);
+                    p > 0, r == 0 && next < all ? page_at(job, unit, next, 0) : page);
       }
     });
   }

@@ -14,22 +14,18 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <optional>
 #include <vector>
 
 #include "int8_job.h"
 #include "kernel_table.h"
 #include "kv_pages.h"
 #include "numeric.h"
-#include "units.h"
+#include "ragged.h"
 
 using namespace quantkit;
 
 namespace {
-
-// Rows that the caller prepares alone: below this a parallel region costs more than it saves.
-constexpr int64_t kSerialRows = 2;
-constexpr int64_t kTokensAUnit = 8;  // of attention over a prompt, and of rope
-constexpr int64_t kUnitsAThread = 4;
 
 // Memory that grows and is never given back, aligned to cache lines.
 class Buffer {
@@ -126,20 +122,6 @@ class Clock {
   int64_t last_;
 };
 
-template <class F>
-void for_rows(int64_t rows, F&& body) {
-  if (rows <= kSerialRows) {
-    for (int64_t m = 0; m < rows; ++m) body(m);
-    return;
-  }
-  const int64_t share = rows / (num_threads() * kUnitsAThread);
-  const int64_t step = share < 1 ? 1 : (share > kTokensAUnit ? kTokensAUnit : share);
-  parallel_for(ceil_div(rows, step), [&](int64_t unit) {
-    const int64_t end = (unit + 1) * step < rows ? (unit + 1) * step : rows;
-    for (int64_t m = unit * step; m < end; ++m) body(m);
-  });
-}
-
 }  // namespace
 
 struct qk_decoder {
@@ -153,11 +135,12 @@ struct qk_decoder {
 
   // Of the pass that runs.
   const qk_batch* batch = nullptr;
+  qk_sequences sequences{};
+  std::optional<RaggedRows> places;  // of the rows
   int64_t rows = 0;
   FormMemory forms[3];
   Buffer residual, y, queries, states, partials, normed;
-  std::vector<AttentionUnit> units;
-  std::vector<int64_t> row_sequence, row_position, partial_offset, partial_spans, partial_base;
+  std::optional<AttentionPlan> plan;
   int64_t times[QK_PARTS] = {};
 
   bool bf16() const { return config.precision == QK_PRECISION_BF16; }
@@ -264,6 +247,7 @@ struct qk_decoder {
     table = &kernels();
     attention = bf16() && table->attention_bf16.run != nullptr ? &table->attention_bf16
                                                                : &table->attention_f32;
+    plan.emplace(c.heads, c.kv_heads, c.head_dim);
     layers.resize(static_cast<size_t>(c.layers));
     const int64_t q_width = c.heads * c.head_dim;
     for (int64_t i = 0; i < c.layers; ++i) {
@@ -410,22 +394,12 @@ struct qk_decoder {
       return QK_INVALID_ARGUMENT;
     }
     if (b.sequences == 0) return QK_OK;
-    if (b.tokens == nullptr || b.starts == nullptr || b.past == nullptr || b.pages == nullptr ||
-        b.kv == nullptr || b.kv->data == nullptr || b.starts[0] != 0) {
-      return QK_INVALID_ARGUMENT;
-    }
-    const int32_t dtype = b.kv->dtype;
-    if (dtype < QK_KV_F32 || dtype > QK_KV_FP8) return QK_UNSUPPORTED;
-    if (dtype >= QK_KV_INT8 && b.kv->scale == nullptr) return QK_INVALID_ARGUMENT;
-    if (dtype == QK_KV_F32 && attention->codes_per_word != 1) return QK_UNSUPPORTED;
-    for (int64_t s = 0; s < b.sequences; ++s) {
-      const int64_t count = b.starts[s + 1] - b.starts[s], end = b.past[s] + count;
-      if (count < 1 || b.past[s] < 0 || end > config.max_positions) return QK_INVALID_ARGUMENT;
-      if (ceil_div(end, QK_PAGE_TOKENS) > b.page_stride) return QK_INVALID_ARGUMENT;
-      for (int64_t p = 0; p < ceil_div(end, QK_PAGE_TOKENS); ++p) {
-        const int32_t page = b.pages[s * b.page_stride + p];
-        if (page < 0 || page >= b.kv->pages) return QK_INVALID_ARGUMENT;
-      }
+    if (b.tokens == nullptr || b.kv == nullptr) return QK_INVALID_ARGUMENT;
+    if (const int status = check_cache(*b.kv)) return status;
+    if (b.kv->dtype == QK_KV_F32 && attention->codes_per_word != 1) return QK_UNSUPPORTED;
+    sequences = {b.sequences, b.starts, b.past, b.pages, b.page_stride};
+    if (const int status = check_sequences(sequences, b.kv->pages, config.max_positions)) {
+      return status;
     }
     const int64_t all = b.starts[b.sequences];
     for (int64_t i = 0; i < all; ++i) {
@@ -439,39 +413,22 @@ struct qk_decoder {
     return QK_OK;
   }
 
-  int64_t kv_bytes() const { return qk_kv_page_bytes(batch->kv->dtype, config.head_dim); }
-
-  // Pages that new tokens enter hold what their last owner left. Keys beyond a query's own position
-  // are never looked at, but values are multiplied by a probability of 0, and 0 * NaN is NaN.
-  void clear_new_values(int64_t layer) {
-    const qk_kv_cache& kv = *batch->kv;
-    const int64_t bytes = kv_bytes();
-    uint8_t* data = static_cast<uint8_t*>(kv.data) +
-                    layer * kv.pages * config.kv_heads * 2 * bytes;
-    for (int64_t s = 0; s < batch->sequences; ++s) {
-      const int64_t past = batch->past[s];
-      const int64_t end = past + batch->starts[s + 1] - batch->starts[s];
-      for (int64_t p = ceil_div(past, QK_PAGE_TOKENS); p * QK_PAGE_TOKENS < end; ++p) {
-        const int64_t page = batch->pages[s * batch->page_stride + p];
-        for (int64_t h = 0; h < config.kv_heads; ++h) {
-          std::memset(data + ((page * config.kv_heads + h) * 2 + 1) * bytes, 0,
-                      static_cast<size_t>(bytes));
-        }
-      }
-    }
+  KvPages pages_of(int64_t layer) const {
+    return KvPages(*batch->kv, layer, config.kv_heads, config.head_dim);
   }
 
   void rope_and_store(const Layer& layer, int64_t index, const float* qkv, int64_t width) {
     const qk_decoder_config& c = config;
-    const KvPages pages(*batch->kv, index, c.kv_heads, c.head_dim);
+    const KvPages pages = pages_of(index);
     const RowKernels& r = table->rows;
     const int64_t hd = c.head_dim;
     const bool words_bf16 = attention->codes_per_word == 2;
     const int64_t word_bytes = words_bf16 ? 2 : 4;
     uint8_t* q_words = queries.get<uint8_t>(0);
+    clear_entered_values(sequences, pages);
     for_rows(rows, [&](int64_t m) {
       float* row = const_cast<float*>(qkv) + m * width;
-      const int64_t position = row_position[static_cast<size_t>(m)];
+      const int64_t position = places->position[static_cast<size_t>(m)];
       const float* cos = layer.spec.rope_cos + position * (c.rotary_dim / 2);
       const float* sin = layer.spec.rope_sin + position * (c.rotary_dim / 2);
       for (int64_t h = 0; h < c.heads + c.kv_heads; ++h) {
@@ -489,82 +446,22 @@ struct qk_decoder {
           std::memcpy(out, x, static_cast<size_t>(hd) * 4);
         }
       }
-      const int64_t s = row_sequence[static_cast<size_t>(m)];
-      const int64_t page = batch->pages[s * batch->page_stride + position / QK_PAGE_TOKENS];
+      const int64_t s = places->sequence[static_cast<size_t>(m)];
+      const int64_t page = sequences.pages[s * sequences.page_stride + position / QK_PAGE_TOKENS];
       const int64_t slot = position % QK_PAGE_TOKENS;
       float* keys = row + c.heads * hd;
       store_token(*attention, pages, page, slot, keys, keys + c.kv_heads * hd);
     });
   }
 
-  int64_t state_floats() const { return kStateHeader + config.head_dim; }
-
-  void lay_out_attention(int64_t window) {
-    const qk_decoder_config& c = config;
-    units.clear();
-    const int64_t span = kSpanPages * QK_PAGE_TOKENS;
-    int64_t single_spans = 0;
-    const auto spans_of = [&](int64_t position, int64_t* first, int64_t* end) {
-      const int64_t oldest = window > 0 && position + 1 > window ? position + 1 - window : 0;
-      *first = oldest / span;
-      *end = position / span + 1;
-    };
-    for (int64_t s = 0; s < batch->sequences; ++s) {
-      if (batch->starts[s + 1] - batch->starts[s] != 1) continue;
-      int64_t first, end;
-      spans_of(batch->past[s], &first, &end);
-      single_spans += (end - first) * c.kv_heads;
-    }
-    const int64_t share = single_spans / (num_threads() * kUnitsAThread);
-    const int64_t spans_a_unit = share < 1 ? 1 : share;
-    int64_t partial_count = 0;
-    for (int64_t s = 0; s < batch->sequences; ++s) {
-      const int64_t token = batch->starts[s], count = batch->starts[s + 1] - token;
-      AttentionUnit unit{};
-      unit.pages = batch->pages + s * batch->page_stride;
-      partial_spans[static_cast<size_t>(s)] = 0;
-      if (count == 1) {
-        int64_t first, end;
-        spans_of(batch->past[s], &first, &end);
-        unit.token = token;
-        unit.tokens = 1;
-        unit.position = batch->past[s];
-        unit.span_base = first;
-        if (end - first > spans_a_unit) {
-          partial_spans[static_cast<size_t>(s)] = end - first;
-          partial_offset[static_cast<size_t>(s)] = partial_count;
-          partial_count += (end - first) * c.heads * state_floats();
-        }
-        for (unit.kv_head = 0; unit.kv_head < c.kv_heads; ++unit.kv_head) {
-          for (int64_t p = first; p < end; p += spans_a_unit) {
-            unit.first_span = p;
-            unit.end_span = p + spans_a_unit < end ? p + spans_a_unit : end;
-            units.push_back(unit);
-          }
-        }
-        continue;
-      }
-      // The last tokens first: they see the most keys, and long units should not come last.
-      for (int64_t i = (count - 1) / kTokensAUnit * kTokensAUnit; i >= 0; i -= kTokensAUnit) {
-        unit.token = token + i;
-        unit.tokens = count - i < kTokensAUnit ? count - i : kTokensAUnit;
-        unit.position = batch->past[s] + i;
-        int64_t unused;
-        spans_of(unit.position, &unit.first_span, &unused);
-        spans_of(unit.position + unit.tokens - 1, &unused, &unit.end_span);
-        for (unit.kv_head = 0; unit.kv_head < c.kv_heads; ++unit.kv_head) units.push_back(unit);
-      }
-    }
-    float* memory = partials.get<float>(partial_count);
-    for (AttentionUnit& unit : units) {
-      const size_t s = static_cast<size_t>(row_sequence[static_cast<size_t>(unit.token)]);
-      if (partial_spans[s] > 0) unit.partials = memory + partial_offset[s];
-    }
+  void cut_attention(int64_t window) {
+    const int64_t count = plan->measure(sequences, window);
+    plan->cut(sequences, window, partials.get<float>(count));
   }
 
-  void attend(const Layer& layer, int64_t index) {
+  int attend(const Layer& layer, int64_t index) {
     const qk_decoder_config& c = config;
-    const KvPages pages(*batch->kv, index, c.kv_heads, c.head_dim);
+    const KvPages pages = pages_of(index);
     AttentionJob job{};
     job.head_dim = c.head_dim;
     job.heads = c.heads;
@@ -581,28 +478,14 @@ struct qk_decoder {
     job.data = pages.data;
     job.scale_data = pages.scales;
     job.states = states.get<float>(0);
-    job.state_floats = state_floats();
-    parallel_for(static_cast<int64_t>(units.size()), [&](int64_t i) {
-      const AttentionUnit& unit = units[static_cast<size_t>(i)];
-      void* memory = scratch(kUnitSlot, attention->scratch_bytes(job, unit.tokens));
-      attention->run(job, unit, static_cast<uint8_t*>(memory));
-    });
+    job.state_floats = plan->state_floats();
+    return plan->run(*attention, job);
   }
 
   // The attention of row m: [heads * head_dim].
   void attention_row(int64_t m, float* out) {
-    const size_t s = static_cast<size_t>(row_sequence[static_cast<size_t>(m)]);
-    float* state = states.get<float>(0) + m * config.heads * state_floats();
-    for (int64_t h = 0; h < config.heads; ++h, state += state_floats()) {
-      if (partial_spans[s] > 0) {
-        attention->clear_state(state, config.head_dim);
-        const float* part = partials.get<float>(0) + partial_offset[s] + h * state_floats();
-        for (int64_t i = 0; i < partial_spans[s]; ++i, part += config.heads * state_floats()) {
-          attention->merge_state(state, part[0], part[1], part + kStateHeader, config.head_dim);
-        }
-      }
-      attention->finish_state(state, config.head_dim, out + h * config.head_dim);
-    }
+    plan->finish_row(*attention, states.get<float>(0), m, places->sequence[static_cast<size_t>(m)],
+                     out);
   }
 
   // x += a branch's output, through its own norm where the model has one.
@@ -630,22 +513,13 @@ struct qk_decoder {
     const int64_t y_width = qkv_width > 2 * c.ffn ? qkv_width : 2 * c.ffn;
     const int64_t y_stride = y_width > c.hidden ? y_width : c.hidden;
 
-    row_sequence.resize(static_cast<size_t>(rows));
-    row_position.resize(static_cast<size_t>(rows));
-    partial_offset.resize(static_cast<size_t>(b.sequences));
-    partial_spans.resize(static_cast<size_t>(b.sequences));
-    for (int64_t s = 0; s < b.sequences; ++s) {
-      for (int64_t i = b.starts[s]; i < b.starts[s + 1]; ++i) {
-        row_sequence[static_cast<size_t>(i)] = s;
-        row_position[static_cast<size_t>(i)] = b.past[s] + i - b.starts[s];
-      }
-    }
+    places.emplace(sequences);
     float* x = residual.get<float>(rows * c.hidden);
     float* out = y.get<float>(rows * y_stride);
     const int64_t work_width = widest > c.hidden ? widest : c.hidden;
     float* work = normed.get<float>(rows * work_width);
     queries.get<uint8_t>(rows * q_width * 4);
-    states.get<float>(rows * c.heads * state_floats());
+    states.get<float>(rows * c.heads * plan->state_floats());
     for (Layer& layer : layers) {
       reserve_forms(layer.qkv, rows);
       reserve_forms(layer.attention_out, rows);
@@ -665,7 +539,7 @@ struct qk_decoder {
     const float* pending_norm = nullptr;
     for (int64_t index = 0; index < c.layers; ++index) {
       Layer& layer = layers[static_cast<size_t>(index)];
-      if (layer.spec.window != window) lay_out_attention(window = layer.spec.window);
+      if (layer.spec.window != window) cut_attention(window = layer.spec.window);
       for_rows(rows, [&](int64_t m) {
         if (index > 0) add_branch(x + m * c.hidden, out + m * y_stride, pending_norm);
         float* normal = work + m * work_width;
@@ -675,10 +549,9 @@ struct qk_decoder {
       clock.lap(QK_PART_NORM);
       project(layer.qkv, rows, out, y_stride);
       clock.lap(QK_PART_LINEAR);
-      clear_new_values(index);
       rope_and_store(layer, index, out, y_stride);
       clock.lap(QK_PART_ROPE);
-      attend(layer, index);
+      if (const int status = attend(layer, index)) return status;
       clock.lap(QK_PART_ATTENTION);
       for_rows(rows, [&](int64_t m) {
         float* row = work + m * work_width;

@@ -47,14 +47,16 @@ struct WeightOnly {
   static constexpr int kChunkCodes = kSteps * Math::kCodesPerWord;
 
   // acc += weight[block .. block+NB) * x over the words [w0, w1) of k.
-  template <int MR, int NB>
+  template <int MR, int NB, bool kAhead = false>
   [[gnu::always_inline]] static void from_packed(const Decoder& decode, const uint8_t* packed,
                                                  int64_t step, const uint8_t* const (&x)[MR],
-                                                 int64_t w0, int64_t w1, Acc (&acc)[MR][NB]) {
+                                                 int64_t w0, int64_t w1, Acc (&acc)[MR][NB],
+                                                 const uint8_t* ahead = nullptr) {
     for (int64_t w = w0; w < w1; w += kSteps) {
       const uint8_t* chunk = packed + w / kSteps * step;
 #pragma GCC unroll 4
       for (int b = 0; b < NB; ++b) {
+        if constexpr (kAhead) __builtin_prefetch(ahead + (chunk - packed) + b * kChunkBytes, 0, 2);
         Word weight[kSteps];
         decode(chunk + b * kChunkBytes, weight);
 #pragma GCC unroll 8

@@ -41,7 +41,11 @@ def decode(
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Tokens per second of prefill and decode, through the server's own loop."""
+    """Tokens per second of prefill and decode, through the server's own loop.
+
+    weight_gb_s is what a step reads of the weights, a second: compare it with the read bandwidth
+    that `quantkit bench kernels` prints.
+    """
     import torch
 
     from quantkit.models.load import load_runtime
@@ -63,6 +67,9 @@ def decode(
     result = {
         "prefill_tok_s": round(speed.prefill_tok_s, 2),
         "decode_tok_s": round(speed.decode_tok_s, 2),
+        "weight_gb_s": None
+        if runtime.decoder is None
+        else round(runtime.decoder.native.weight_nbytes * speed.decode_tok_s / batch / 1e9, 2),
         "native_share": None if speed.native_share is None else round(speed.native_share, 3),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,

@@ -8,6 +8,7 @@ business.
 from __future__ import annotations
 
 import ctypes
+import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from quantkit.errors import QuantkitError
 from quantkit.ops.library import CPU
+from quantkit.ops.memory import empty_in_huge_pages
 
 #: Tokens of a page of the key-value cache.
 PAGE_TOKENS = 64
@@ -171,6 +173,12 @@ class Linear:
     zero: Tensor | None = None
     bias: Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one product reads of it: codes, scales and zero points."""
+        tensors = (self.packed, self.scale, self.zero)
+        return sum(t.nbytes for t in tensors if t is not None)
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -189,6 +197,9 @@ class Layer:
     k_norm: Tensor | None = None
     post_attention_norm: Tensor | None = None
     post_mlp_norm: Tensor | None = None
+
+    def linears(self) -> tuple[Linear, ...]:
+        return (*self.qkv, *self.attention_out, *self.gate_up, *self.down)
 
 
 @dataclass(frozen=True)
@@ -222,6 +233,11 @@ class NativeDecoder:
         final_norm: fp32 ``[hidden]``.
         head: the output projection.
 
+    Attributes:
+        weight_nbytes: packed weights, scales and zero points of all linear layers: what a decode
+            step reads once.
+        block_weights: weights of the blocks' linear layers, by number.
+
     Raises:
         KernelMissingError: the CPU library is not built.
         QuantkitError: the library refuses the description.
@@ -238,6 +254,9 @@ class NativeDecoder:
     ) -> None:
         self.shape = shape
         self.precision = precision
+        inside = [linear for layer in layers for linear in layer.linears()]
+        self.block_weights = sum(linear.n * linear.k for linear in inside)
+        self.weight_nbytes = sum(linear.nbytes for linear in (*inside, head))
         self._library = CPU.require()
         self._library.qk_status_message.restype = ctypes.c_char_p
         self._library.qk_kv_page_bytes.restype = _i64
@@ -459,7 +478,8 @@ class PageStore:
     def __init__(self, layers: int, pages: int, kv_heads: int, page_bytes: int, dtype: str) -> None:
         self.pages = pages
         self.dtype = dtype
-        self.data = torch.empty(layers, pages, kv_heads, 2, page_bytes, dtype=torch.uint8)
+        shape = (layers, pages, kv_heads, 2, page_bytes)
+        self.data = empty_in_huge_pages(math.prod(shape)).view(shape)
         self.scale = (
             torch.empty(layers, pages, kv_heads, 2, PAGE_TOKENS)
             if dtype in ("int8", "fp8")

@@ -1,4 +1,4 @@
-"""Weights in huge pages: reading a model's packed weights is what decoding spends its time on.
+"""Memory in huge pages: reading a model's packed weights is what decoding spends its time on.
 
 A decode step walks through every packed weight once, far more memory than a CPU's address
 translation cache covers with 4 KB pages. On two Zen 4 cores in a virtual machine one thread read
@@ -38,15 +38,25 @@ def consolidate(tensors: Sequence[Tensor]) -> list[Tensor]:
     for tensor in tensors:
         starts.append(end)
         end = _round_up(end + tensor.numel() * tensor.element_size(), _LINE)
-    size = _round_up(end, _HUGE_PAGE)
+    buffer = empty_in_huge_pages(end)
+    copies = []
+    for tensor, start in zip(tensors, starts, strict=True):
+        count = tensor.numel() * tensor.element_size()
+        place = buffer[start : start + count].view(tensor.dtype)
+        copies.append(place.view(tensor.shape).copy_(tensor))
+    return copies
+
+
+def empty_in_huge_pages(nbytes: int) -> Tensor:
+    """Uninitialized memory, uint8 ``[nbytes]``, at the start of a huge page and asking for more.
+
+    Where the system grants none it is ordinary memory. A huge page is resident as a whole once a
+    byte of it is written.
+    """
+    size = _round_up(nbytes, _HUGE_PAGE)
     buffer = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8)
     first = -buffer.data_ptr() % _HUGE_PAGE
     if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux; a refusal changes speed only
         address = ctypes.c_void_p(buffer.data_ptr() + first)
         ctypes.CDLL(None).madvise(address, ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
-    copies = []
-    for tensor, start in zip(tensors, starts, strict=True):
-        count = tensor.numel() * tensor.element_size()
-        place = buffer[first + start : first + start + count].view(tensor.dtype)
-        copies.append(place.view(tensor.shape).copy_(tensor))
-    return copies
+    return buffer[first : first + nbytes]

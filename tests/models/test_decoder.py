@@ -272,6 +272,16 @@ def test_weights_are_not_held_twice() -> None:
         model(torch.tensor([[1, 2]]))
 
 
+def test_what_a_step_reads() -> None:
+    model = make("llama", {})
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    weights = sum(m.weight.numel() for m in linears)
+    native = build_decoder(model).native
+    assert native.block_weights == weights - model.lm_head.in_features * model.lm_head.out_features
+    # fp32 values, rows padded to whole blocks of 16, and one scale a row.
+    assert 4 * weights <= native.weight_nbytes <= 1.2 * 4 * weights
+
+
 @given(st.lists(st.floats(width=32, allow_nan=True), min_size=1, max_size=40), st.integers(0, 3000))
 def test_argmax_is_torchs(values: list[float], padding: int) -> None:
     row = torch.cat([torch.full((padding,), -torch.inf), torch.tensor(values)])

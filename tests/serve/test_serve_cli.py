@@ -158,6 +158,7 @@ def test_bench_decode(cli: typer.Typer) -> None:
     assert report["decode_tok_s"] > 0
     assert (report["batch"], report["model"]) == (2, "tiny")
     assert report["kernels"] == "reference/f32"
+    assert report["weight_gb_s"] is None  # there is no native decoder
     plain = CliRunner().invoke(cli, ["bench", "decode", "tiny", *options])
     assert "decode_tok_s" in plain.stdout
 
