@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantkit.cli.main import run
-from tests.run_helpers import RECIPE, arguments, contents, leftovers
+from tests.run_helpers import arguments, contents, leftovers
 
 
 def edited(source: Path, folder: Path, change: Callable[[Path], None]) -> Path:
@@ -252,29 +251,47 @@ def test_missing_library_names_the_build_command(
     assert not out.exists()
 
 
+#: The command line, but block 1 waits to be solved until a line or the end of stdin comes.
+WAITS_IN_BLOCK_1 = """
+import sys
+from quantkit import collector
+from quantkit.cli.main import main
+
+solve = collector.quantize_group
+
+def solve_when_told(layers, *inputs):
+    if layers[0].block == 1:
+        print("in block 1", flush=True)
+        sys.stdin.readline()
+    return solve(layers, *inputs)
+
+collector.quantize_group = solve_when_told
+main()
+"""
+
+
 def test_ctrl_c_leaves_resumable_work_only(
     tiny: Path, traffic: Path, recipe: Path, tmp_path: Path
 ) -> None:
-    """A real process, a real signal while blocks are being solved; then --resume ends it."""
-    slow = tmp_path / "slow.yaml"
-    slow.write_text(RECIPE.replace("samples: 4", "samples: 24"))
+    """A real process, a real signal while a block is being solved; then --resume ends it."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "quantkit.cli.main", *arguments(tiny, slow, traffic, out)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        first = tmp_path / "out.partial" / "blocks" / "0000.json"
-        while process.poll() is None and not first.exists():
-            time.sleep(0.005)
+    command = [sys.executable, "-c", WAITS_IN_BLOCK_1, *arguments(tiny, recipe, traffic, out)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        reached = process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-        code = process.returncode
-    if code == 0:
-        pytest.skip("the run finished before the signal arrived")
-    assert code == 130, err
+        # Ends stdin, too: a signal that came just before the wait began is then seen after it.
+        _, err = process.communicate()
+    assert reached == "in block 1\n", err
+    assert process.returncode == 130, err
     assert "interrupted" in err
     assert leftovers(out) == []
-    assert run(arguments(tiny, slow, traffic, out, "--resume")) == 0
+    blocks = {p.name for p in (tmp_path / "out.partial" / "blocks").glob("*.json")}
+    assert blocks == {"0000.json"}
+    assert run(arguments(tiny, recipe, traffic, out, "--resume")) == 0
     whole = tmp_path / "whole"
-    assert run(arguments(tiny, slow, traffic, whole)) == 0
+    assert run(arguments(tiny, recipe, traffic, whole)) == 0
     assert contents(whole) == contents(out)
 
 
