@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantkit.cli.main import run
+from quantkit.ops import get_isa
 from tests.run_helpers import arguments, contents, leftovers
 
 
@@ -181,6 +182,40 @@ def test_output_that_is_something_else(
     assert run(arguments(tiny, recipe, traffic, out)) == 2
     assert "not a quantkit checkpoint" in capfd.readouterr().err
     assert (out / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("suffix", ["rejected", "run", "partial"])
+def test_a_folder_beside_the_output_that_is_something_else(
+    suffix: str,
+    tiny: Path,
+    traffic: Path,
+    recipe: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A run would replace it, or write between its files."""
+    precious = tmp_path / f"out.{suffix}"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    assert run(arguments(tiny, recipe, traffic, tmp_path / "out")) == 2
+    assert f"out.{suffix}: exists and is not" in capfd.readouterr().err
+    assert contents(precious) == {"thesis.txt": b"years of work"}
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", [".", "/", "x/.."])
+def test_an_output_without_a_name(
+    out: str,
+    tiny: Path,
+    traffic: Path,
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(arguments(tiny, recipe, traffic, Path(out))) == 2
+    assert "has no name" in capfd.readouterr().err
 
 
 def test_unwritable_output(
@@ -348,7 +383,12 @@ def test_threads_are_as_many_as_were_asked_for(
     finally:
         torch.set_num_threads(before)
     document = json.loads((tmp_path / "out.run" / "run.json").read_text())
-    assert document["machine"]["threads"] == before + 1
+    machine = document["machine"]
+    assert machine["threads"] == before + 1
+    # The other facts that a checkpoint's bytes depend on.
+    assert machine["kernels' instruction set"] == get_isa()
+    assert machine["torch's instruction set"] == torch.backends.cpu.get_cpu_capability()
+    assert get_isa() not in (tmp_path / "out" / "quantkit.json").read_text()
 
 
 def test_dry_run_writes_nothing(
@@ -360,3 +400,18 @@ def test_dry_run_writes_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
     assert run([*argv, "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["bits_per_weight"] == pytest.approx(4.25)
+
+
+def test_a_dry_run_without_an_output_looks_at_no_folder(
+    tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of any name in the current one is the user's."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "dry-run"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    before = tmp_path.stat().st_mtime_ns
+    argv = ["calibrate", str(tiny), "--recipe", str(recipe), "--data", str(traffic)]
+    assert run([*argv, "--no-gate", "--dry-run"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dry-run", "recipe.yaml"]
+    assert tmp_path.stat().st_mtime_ns == before
