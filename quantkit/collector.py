@@ -12,6 +12,7 @@ from quantkit.observers import HessianAccumulator, Observer, make_observer
 from quantkit.plan import PlannedLayer
 from quantkit.quantize import QuantizedLayer, quantize_group
 from quantkit.recipe import Step
+from quantkit.schemes import QuantSpec
 
 #: Tokens of the sample that each layer's output error is measured on.
 SAMPLE_TOKENS = 256
@@ -20,6 +21,9 @@ SAMPLE_TOKENS = 256
 class Collector:
     """What the solvers of a group want to know of its input, and no more.
 
+    Layers with one input may disagree in how they quantize it. Each is solved from the
+    statistics of what it will itself multiply with.
+
     Args:
         members: layers that read the same tensor.
         observer: turns static activations into a range.
@@ -27,17 +31,18 @@ class Collector:
 
     def __init__(self, members: Sequence[PlannedLayer], observer: Step) -> None:
         self.members = members
-        self.hessian: HessianAccumulator | None = None
         self.range: Observer | None = None
         self.sample: Tensor | None = None
         self.tokens = 0
-        inputs = members[0].scheme.input
-        self.dynamic = inputs if inputs is not None and inputs.dynamic else None
-        if any(SOLVERS[layer.solver].needs_hessian for layer in members):
-            self.hessian = HessianAccumulator(members[0].shape[1])
+        columns = members[0].shape[1]
+        #: By the dynamic spec that quantizes the input; None for the input as it is.
+        self.hessians = {
+            _dynamic(layer): HessianAccumulator(columns)
+            for layer in members
+            if SOLVERS[layer.solver].needs_hessian
+        }
         if any(layer.scheme.needs_static_input for layer in members):
             self.range = make_observer(observer.name, observer.options)
-            self.spec = next(x.scheme.input for x in members if x.scheme.needs_static_input)
 
     def update(self, x: Tensor) -> None:
         """Take in one batch ``[..., K]``."""
@@ -45,11 +50,9 @@ class Collector:
         if self.sample is None and len(x):
             self.sample = x[:SAMPLE_TOKENS].clone()
         self.tokens += len(x)
-        if self.hessian is not None:
+        for spec, hessian in self.hessians.items():
             # Rounding is judged on what the layer will really multiply with.
-            self.hessian.update(
-                numerics.fake_quantize_input(x, self.dynamic) if self.dynamic else x
-            )
+            hessian.update(x if spec is None else numerics.fake_quantize_input(x, spec))
         if self.range is not None:
             self.range.update(x)
 
@@ -59,12 +62,23 @@ class Collector:
         Args:
             linears: the model's layers by name.
         """
-        hessian = None if self.hessian is None else self.hessian.value()
-        input_range = None
-        if self.range is not None:
-            assert self.spec is not None
-            input_range = self.range.range(self.spec)
-        weights = {layer.name: linears[layer.name].weight for layer in self.members}
-        return quantize_group(
-            self.members, weights, Stats(hessian, self.tokens), input_range, self.sample
-        )
+        alike: dict[QuantSpec | None, list[PlannedLayer]] = {}
+        for layer in self.members:
+            alike.setdefault(layer.scheme.input, []).append(layer)
+        solved: dict[str, QuantizedLayer] = {}
+        for spec, layers in alike.items():
+            hessian = self.hessians.get(_dynamic(layers[0]))
+            stats = Stats(None if hessian is None else hessian.value(), self.tokens)
+            input_range = None
+            if self.range is not None and spec is not None and not spec.dynamic:
+                input_range = self.range.range(spec)
+            weights = {layer.name: linears[layer.name].weight for layer in layers}
+            solved |= quantize_group(layers, weights, stats, input_range, self.sample)
+        return solved
+
+
+def _dynamic(layer: PlannedLayer) -> QuantSpec | None:
+    """The spec of a layer's dynamic activations. A static scale is not known before the last
+    batch, so static activations are observed as they are."""
+    spec = layer.scheme.input
+    return spec if spec is not None and spec.dynamic else None

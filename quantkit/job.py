@@ -9,6 +9,7 @@ from pathlib import Path
 
 from quantkit import gate
 from quantkit import model as models
+from quantkit.checkpoint.write import MANIFEST
 from quantkit.data.contamination import overlap
 from quantkit.data.sources import Source, iter_texts
 from quantkit.data.tokens import TokenBatches, load_tokens
@@ -26,7 +27,7 @@ class Job:
     Attributes:
         source: MODEL.
         recipe: with the command line's overrides applied.
-        out: the checkpoint's final folder.
+        out: the checkpoint's final folder; None for a job that is only prepared.
         suites: validated suites to score.
         text: held-out text file, or None for the installed suites' traffic that the recipe
             does not calibrate on.
@@ -40,7 +41,7 @@ class Job:
 
     source: str
     recipe: Recipe
-    out: Path
+    out: Path | None
     suites: tuple[Suite, ...] = ()
     text: Path | None = None
     baseline: Path | None = None
@@ -51,9 +52,16 @@ class Job:
     seq_len: int = 1024
     max_tokens: int | None = None
 
+    @property
+    def folder(self) -> Path:
+        """OUT. Raises UsageError when there is none."""
+        if self.out is None:
+            raise UsageError("no output folder", remedy="give -o OUT, or --dry-run")
+        return self.out
+
     def beside(self, suffix: str) -> Path:
         """``OUT.suffix``."""
-        return self.out.with_name(f"{self.out.name}.{suffix}")
+        return self.folder.with_name(f"{self.folder.name}.{suffix}")
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,8 @@ def prepare(job: Job) -> Prepared:
         QuantkitError: a damaged model, or calibration data that holds eval items.
     """
     began = time.monotonic()
-    _check_out(job.out)
+    if job.out is not None:
+        _check_out(job)
     policy, preflights = _policy(job)
     source = models.load_source(job.source, device=job.device)
     calibration = job.recipe.calibrate
@@ -154,11 +163,25 @@ def _policy(job: Job) -> tuple[Policy | None, tuple[gate.Preflight, ...]]:
     return policy, tuple(checks)
 
 
-def _check_out(out: Path) -> None:
-    if out.exists() and not (out / "quantkit.json").exists() and any(_entries(out)):
-        raise UsageError(
-            f"{out}: exists and is not a quantkit checkpoint", remedy="choose another -o"
-        )
+#: What a run writes over, by suffix, and the file that shows it to be an earlier run's.
+_MARKS = {
+    "rejected": (MANIFEST, "a quantkit checkpoint"),
+    "run": ("run.json", "the folder of a quantkit run"),
+    "partial": ("state.json", "unfinished work of quantkit"),
+}
+
+
+def _check_out(job: Job) -> None:
+    out = job.folder
+    if out.name in ("", ".."):
+        raise UsageError(f"{out}: has no name to put others beside", remedy="choose another -o")
+    places = {out: (MANIFEST, "a quantkit checkpoint")}
+    places |= {job.beside(suffix): mark for suffix, mark in _MARKS.items()}
+    for place, (mark, what) in places.items():
+        if place.exists() and not (place / mark).exists() and any(_entries(place)):
+            raise UsageError(
+                f"{place}: exists and is not {what}", remedy="move it away, or choose another -o"
+            )
     # Folders that are missing are made when there is something to write.
     parent = next(folder for folder in out.resolve().parents if folder.exists())
     try:

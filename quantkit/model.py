@@ -145,7 +145,7 @@ def resolve(source: str) -> Path:
         raise UsageError(
             f"{source}: is a file", remedy="MODEL is a hub id, a local folder or a .gguf file"
         )
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UsageError(
             f"{source}: no such folder", remedy="MODEL is a hub id, a local folder or a .gguf file"
         )
@@ -162,12 +162,13 @@ def resolve(source: str) -> Path:
         )
     except HFValidationError as e:
         raise UsageError(
-            f"{source}: neither a local folder nor a hub id",
+            f"{source}: neither a local folder, a .gguf file nor a hub id",
             remedy="MODEL is a hub id, a local folder or a .gguf file",
         ) from e
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
         raise UsageError(
-            f"{source}: neither a local folder nor a model that the hub gave ({type(e).__name__})",
+            f"{source}: neither a local folder, a .gguf file nor a model that the hub gave "
+            f"({type(e).__name__})",
             remedy="check the name, the network and your hub token",
         ) from e
 

@@ -21,6 +21,7 @@ import torch
 
 from quantkit import gate
 from quantkit.job import Prepared
+from quantkit.ops import kernel_status
 from quantkit.results import Results, Verdict, write_json, write_text
 
 
@@ -65,7 +66,10 @@ def write_run(outcomes: Outcomes, prepared: Prepared) -> None:
         "machine": {
             "system": platform.platform(),
             "python": platform.python_version(),
+            # What sums are added up in: the checkpoint's bytes depend on these three.
             "threads": torch.get_num_threads(),
+            "kernels' instruction set": kernel_status()["cpu"]["isa"],
+            "torch's instruction set": torch.backends.cpu.get_cpu_capability(),
         },
         "manifest": outcomes.manifest,
         "plan": prepared.plan.to_json(),

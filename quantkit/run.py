@@ -92,7 +92,7 @@ def _judge(
         write_manifest(staging, manifest)
     seconds["eval"] = round(time.monotonic() - began, 3)
     accepted = verdict is None or verdict.outcome is Outcome.PASS
-    folder = job.out if accepted else job.beside("rejected")
+    folder = job.folder if accepted else job.beside("rejected")
     promote(staging, folder)
     outcomes = Outcomes(
         folder=folder,

@@ -68,15 +68,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.command, path))
         parts = path.strip("/").split("/")
         api = parts[:2] == ["api", "models"]
-        owner, *rest = parts[2:] if api else parts
-        repository = f"{owner}/{rest[0]}" if rest else owner
+        parts = parts[2:] if api else parts
+        # The oldest models have no owner in their id.
+        length = 1 if parts[0] in self.server.repositories else 2
+        repository, rest = "/".join(parts[:length]), parts[length:]
         folder = self.server.repositories.get(repository)
         if folder is None:
             self._send(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
         elif api:
-            self._send_json(_listing(repository, folder, rest[1:]))
+            self._send_json(_listing(repository, folder, rest))
         else:
-            self._send_file(folder, rest[1:])
+            self._send_file(folder, rest)
 
     def _send_file(self, folder: Path, parts: list[str]) -> None:
         file = folder / "/".join(parts[2:])

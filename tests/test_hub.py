@@ -21,11 +21,12 @@ from tests.run_helpers import arguments, contents
 
 @pytest.fixture
 def hub(tiny: Path, tmp_path: Path) -> Iterator[TinyHub]:
-    """A hub with ``acme/tiny``: the tiny model and, as real repositories have them, other files."""
+    """A hub with ``acme/tiny`` and ``tiny``: the tiny model and, as real repositories have them,
+    other files."""
     folder = Path(shutil.copytree(tiny, tmp_path / "repository"))
     (folder / "pytorch_model.bin").write_bytes(b"pickled weights are never read")
     (folder / "README.md").write_text("# tiny\n")
-    with serving({"acme/tiny": folder}) as server:
+    with serving({"acme/tiny": folder, "tiny": folder}) as server:
         yield server
 
 
@@ -64,8 +65,11 @@ assert fetched.tokenizer.chat_template == local.tokenizer.chat_template
 """
 
 
-def test_an_id_is_downloaded_and_loaded(hub: TinyHub, tiny: Path, tmp_path: Path) -> None:
-    done = through(hub, tmp_path / "cache", "-c", LOAD, "acme/tiny", str(tiny))
+@pytest.mark.parametrize("name", ["acme/tiny", "tiny"])
+def test_an_id_is_downloaded_and_loaded(
+    name: str, hub: TinyHub, tiny: Path, tmp_path: Path
+) -> None:
+    done = through(hub, tmp_path / "cache", "-c", LOAD, name, str(tiny))
     assert done.returncode == 0, done.stderr
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= hub.downloads()
     assert "pytorch_model.bin" not in hub.downloads()
@@ -103,19 +107,21 @@ def test_a_cached_id_needs_no_hub(
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("name", ["acme/missing", "missing"])
 @pytest.mark.parametrize("command", ["calibrate", "eval"])
 def test_an_id_that_the_hub_does_not_have(
-    command: str, hub: TinyHub, traffic: Path, recipe: Path, tmp_path: Path
+    command: str, name: str, hub: TinyHub, traffic: Path, recipe: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     argv = {
-        "calibrate": arguments("acme/missing", recipe, traffic, out, "--dry-run"),
-        "eval": ["eval", "acme/missing", "--text", str(traffic)],
+        "calibrate": arguments(name, recipe, traffic, out, "--dry-run"),
+        "eval": ["eval", name, "--text", str(traffic)],
     }[command]
     done = quantkit(hub, tmp_path / "cache", *argv)
     assert done.returncode == 2
-    assert "acme/missing: neither a local folder nor a model that the hub gave" in done.stderr
+    readings = f"{name}: neither a local folder, a .gguf file nor a model that the hub gave"
+    assert readings in done.stderr
     assert "check the name, the network and your hub token" in done.stderr
     assert "Traceback" not in done.stderr
     assert not out.exists()
-    assert any("acme/missing" in path for _, path in hub.requests)
+    assert any(f"/api/models/{name}" in path for _, path in hub.requests)

@@ -113,7 +113,7 @@ def command(
     job = Job(
         source=source,
         recipe=loaded,
-        out=out or Path("dry-run"),
+        out=out,
         suites=suites,
         text=text,
         baseline=baseline,

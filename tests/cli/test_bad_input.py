@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantkit.cli.main import run
-from tests.run_helpers import RECIPE, arguments, contents, leftovers
+from quantkit.ops import get_isa
+from tests.run_helpers import arguments, contents, leftovers
 
 
 def edited(source: Path, folder: Path, change: Callable[[Path], None]) -> Path:
@@ -184,6 +184,40 @@ def test_output_that_is_something_else(
     assert (out / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("suffix", ["rejected", "run", "partial"])
+def test_a_folder_beside_the_output_that_is_something_else(
+    suffix: str,
+    tiny: Path,
+    traffic: Path,
+    recipe: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A run would replace it, or write between its files."""
+    precious = tmp_path / f"out.{suffix}"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    assert run(arguments(tiny, recipe, traffic, tmp_path / "out")) == 2
+    assert f"out.{suffix}: exists and is not" in capfd.readouterr().err
+    assert contents(precious) == {"thesis.txt": b"years of work"}
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", [".", "/", "x/.."])
+def test_an_output_without_a_name(
+    out: str,
+    tiny: Path,
+    traffic: Path,
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(arguments(tiny, recipe, traffic, Path(out))) == 2
+    assert "has no name" in capfd.readouterr().err
+
+
 def test_unwritable_output(
     tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,29 +286,47 @@ def test_missing_library_names_the_build_command(
     assert not out.exists()
 
 
+#: The command line, but block 1 waits to be solved until a line or the end of stdin comes.
+WAITS_IN_BLOCK_1 = """
+import sys
+from quantkit import collector
+from quantkit.cli.main import main
+
+solve = collector.quantize_group
+
+def solve_when_told(layers, *inputs):
+    if layers[0].block == 1:
+        print("in block 1", flush=True)
+        sys.stdin.readline()
+    return solve(layers, *inputs)
+
+collector.quantize_group = solve_when_told
+main()
+"""
+
+
 def test_ctrl_c_leaves_resumable_work_only(
     tiny: Path, traffic: Path, recipe: Path, tmp_path: Path
 ) -> None:
-    """A real process, a real signal while blocks are being solved; then --resume ends it."""
-    slow = tmp_path / "slow.yaml"
-    slow.write_text(RECIPE.replace("samples: 4", "samples: 24"))
+    """A real process, a real signal while a block is being solved; then --resume ends it."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "quantkit.cli.main", *arguments(tiny, slow, traffic, out)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        first = tmp_path / "out.partial" / "blocks" / "0000.json"
-        while process.poll() is None and not first.exists():
-            time.sleep(0.005)
+    command = [sys.executable, "-c", WAITS_IN_BLOCK_1, *arguments(tiny, recipe, traffic, out)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        reached = process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-        code = process.returncode
-    if code == 0:
-        pytest.skip("the run finished before the signal arrived")
-    assert code == 130, err
+        # Ends stdin, too: a signal that came just before the wait began is then seen after it.
+        _, err = process.communicate()
+    assert reached == "in block 1\n", err
+    assert process.returncode == 130, err
     assert "interrupted" in err
     assert leftovers(out) == []
-    assert run(arguments(tiny, slow, traffic, out, "--resume")) == 0
+    blocks = {p.name for p in (tmp_path / "out.partial" / "blocks").glob("*.json")}
+    assert blocks == {"0000.json"}
+    assert run(arguments(tiny, recipe, traffic, out, "--resume")) == 0
     whole = tmp_path / "whole"
-    assert run(arguments(tiny, slow, traffic, whole)) == 0
+    assert run(arguments(tiny, recipe, traffic, whole)) == 0
     assert contents(whole) == contents(out)
 
 
@@ -331,7 +383,12 @@ def test_threads_are_as_many_as_were_asked_for(
     finally:
         torch.set_num_threads(before)
     document = json.loads((tmp_path / "out.run" / "run.json").read_text())
-    assert document["machine"]["threads"] == before + 1
+    machine = document["machine"]
+    assert machine["threads"] == before + 1
+    # The other facts that a checkpoint's bytes depend on.
+    assert machine["kernels' instruction set"] == get_isa()
+    assert machine["torch's instruction set"] == torch.backends.cpu.get_cpu_capability()
+    assert get_isa() not in (tmp_path / "out" / "quantkit.json").read_text()
 
 
 def test_dry_run_writes_nothing(
@@ -343,3 +400,18 @@ def test_dry_run_writes_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
     assert run([*argv, "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["bits_per_weight"] == pytest.approx(4.25)
+
+
+def test_a_dry_run_without_an_output_looks_at_no_folder(
+    tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of any name in the current one is the user's."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "dry-run"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    before = tmp_path.stat().st_mtime_ns
+    argv = ["calibrate", str(tiny), "--recipe", str(recipe), "--data", str(traffic)]
+    assert run([*argv, "--no-gate", "--dry-run"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dry-run", "recipe.yaml"]
+    assert tmp_path.stat().st_mtime_ns == before
