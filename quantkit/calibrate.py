@@ -1,4 +1,4 @@
-"""The calibration loop: for each block, observe → solve → replace → propagate.
+"""The calibration loop: for each block, rescale → observe → solve → replace → propagate.
 
 Statistics live for one block. What persists, and what a resumed run starts from, are the
 finished blocks in the work folder (`quantkit.work`).
@@ -19,11 +19,13 @@ from quantkit import model as models
 from quantkit.algorithms import Stats
 from quantkit.collector import Collector
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.folding import apply_scales
 from quantkit.paused import Spine, head_input, run_paused, trace_groups
 from quantkit.plan import Plan, PlannedLayer
 from quantkit.progress import Progress, silent
 from quantkit.quantize import QuantizedLayer, quantize_group, quantized_inputs
 from quantkit.recipe import Step
+from quantkit.rescale import choose_scales
 from quantkit.work import HEAD, WorkFolder
 
 #: Tokens of one paused forward pass. Large enough for the matrix products to run at their
@@ -149,7 +151,8 @@ class _Loop:
         self.release = release
         self.linears = models.linear_layers(source.model)
         head = plan.in_block(None)
-        self.total = (plan.blocks + (1 if head else 0)) * max(1, len(batches))
+        rescaled = len({fold.block for fold in plan.folds})
+        self.total = (plan.blocks + rescaled + (1 if head else 0)) * max(1, len(batches))
         self.done = 0
         self.progress = progress
         self.groups: list[list[str]] | None = None
@@ -162,6 +165,7 @@ class _Loop:
         for index in range(self.plan.blocks):
             layers = self.plan.in_block(index)
             models.bring_in(self.spine.blocks[index])
+            self._rescale(index, layers, hidden)
             saved = self.work.load(index, layers)
             if saved is not None:
                 self._install(saved)
@@ -195,6 +199,26 @@ class _Loop:
         planned = {layer.name: layer for layer in self.plan.layers}
         with quantized_inputs(self.linears, planned, results):
             return Probe(ids, head_input(self.model, ids))
+
+    def _rescale(
+        self, index: int, layers: Mapping[str, PlannedLayer], hidden: list[Tensor]
+    ) -> None:
+        """Fold the block's scalings into its weights, before anything of it is solved.
+
+        A resumed run folds what was chosen before: the same bytes, without a pass.
+        """
+        folds = self.plan.folds_in(index)
+        if not folds:
+            return
+        label = f"block {index + 1}/{self.plan.blocks}: scaling"
+        scales = self.work.load_scales(index)
+        if scales is None:
+            runs = self.spine.calls(index, hidden)
+            scales = choose_scales(folds, layers, self.linears, runs, lambda: self._advance(label))
+            self.work.save_scales(index, scales)
+        else:
+            self.done += len(hidden)
+        apply_scales(self.model, folds, scales)
 
     def _solve_block(
         self, index: int, layers: Mapping[str, PlannedLayer], hidden: list[Tensor]

@@ -87,6 +87,7 @@ class Fold:
         block: index of the decoder block.
         producer, consumers: dotted module names.
         outputs: P, the producer's channels; a scaling has one value for each.
+        of_norm: the producer is a norm, not a linear layer.
         repeats: consumers read each run of ``run`` channels this many times in a row: the query
             heads of one key-value head. K = P · repeats columns.
         run: channels in such a run (a head).
@@ -97,6 +98,7 @@ class Fold:
     producer: str
     consumers: tuple[str, ...]
     outputs: int
+    of_norm: bool
     repeats: int = 1
     run: int = 1
     offset: float = 0.0
@@ -111,12 +113,25 @@ class Fold:
         return torch.arange(self.outputs).view(-1, 1, self.run).repeat(1, self.repeats, 1).flatten()
 
 
-def find_folds(model: PreTrainedModel) -> tuple[list[Fold], dict[str, str]]:
+@dataclass(frozen=True)
+class Refused:
+    """A pair of one block that cannot take a scaling, and why."""
+
+    producer: str
+    consumers: tuple[str, ...]
+    reason: str
+
+    @property
+    def label(self) -> str:
+        """``producer → consumers``, for people."""
+        return _label(self.producer, self.consumers)
+
+
+def find_folds(model: PreTrainedModel) -> tuple[list[Fold], list[Refused]]:
     """Every place of the model's blocks where a scaling folds.
 
     Returns:
-        the folds in the order in which they are scaled, and label → reason of every pair that
-        cannot take a scaling.
+        the folds in the order in which they are scaled, and the pairs that cannot be.
 
     Raises:
         UsageError: `PAIRS` does not know the architecture.
@@ -134,7 +149,7 @@ def find_folds(model: PreTrainedModel) -> tuple[list[Fold], dict[str, str]]:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     folds: list[Fold] = []
-    refused: dict[str, str] = {}
+    refused: list[Refused] = []
     for index, block in enumerate(blocks):
         for pair in PAIRS[kind]:
             producer = f"{prefix}.{index}.{pair.producer}"
@@ -142,27 +157,29 @@ def find_folds(model: PreTrainedModel) -> tuple[list[Fold], dict[str, str]]:
             modules = dict(block.named_modules())
             reason = pair.refused or _cannot(pair, modules)
             if reason:
-                refused[_label(producer, consumers)] = reason
+                refused.append(Refused(producer, consumers, reason))
                 continue
             outputs = modules[pair.producer].weight.shape[0]
             columns = modules[pair.consumers[0]].in_features
             grouped = columns != outputs
             if grouped and columns * kv_heads != outputs * heads:
-                refused[_label(producer, consumers)] = (
+                reason = (
                     f"{outputs} channels are read as {columns} columns by {heads} query heads "
                     f"of {kv_heads} key-value heads"
                 )
+                refused.append(Refused(producer, consumers, reason))
                 continue
-            linear = isinstance(modules[pair.producer], nn.Linear)
+            of_norm = not isinstance(modules[pair.producer], nn.Linear)
             folds.append(
                 Fold(
                     index,
                     producer,
                     consumers,
                     outputs,
+                    of_norm,
                     repeats=heads // kv_heads if grouped else 1,
                     run=outputs // kv_heads if grouped else 1,
-                    offset=1.0 if kind in ONE_PLUS_NORMS and not linear else 0.0,
+                    offset=1.0 if kind in ONE_PLUS_NORMS and of_norm else 0.0,
                 )
             )
     return folds, refused

@@ -145,18 +145,19 @@ def test_a_norm_channel_of_zero_stays_as_it_is() -> None:
 
 
 def test_pairs_that_cannot_take_a_scaling_are_reported() -> None:
-    folds, refused = find_folds(make("olmo2", {}))
+    folds, found = find_folds(make("olmo2", {}))
+    refused = {r.label: r.reason for r in found}
     assert [f.producer.rpartition(".")[2] for f in folds] == ["v_proj", "up_proj"] * 2
     assert refused["model.layers.1.residual → q_proj, k_proj, v_proj"].startswith("these layers")
-    _, refused = find_folds(make("phi3", {}))
+    refused = {r.label: r.reason for r in find_folds(make("phi3", {}))[1]}
     assert refused["model.layers.0.mlp.gate_up_proj → down_proj"] == (
         "the producer is some rows of a fused layer"
     )
     model = make("llama", {})
     model.model.layers[0].input_layernorm.weight = None
-    folds, refused = find_folds(model)
+    folds, found = find_folds(model)
     assert len(folds) == 7
-    assert refused == {
+    assert {r.label: r.reason for r in found} == {
         "model.layers.0.input_layernorm → q_proj, k_proj, v_proj": "input_layernorm has no weight"
     }
 

@@ -1,7 +1,12 @@
 """Quantization algorithms: tensors in, tensors out; they never see a module.
 
 A solver is ``(weight [N, K] fp32 or the model's dtype, stats, spec, options) → QTensor``.
-To add one: one file with an ``OPTIONS`` table and a function, and a row in `SOLVERS`.
+A rescaler is ``(scaling, options) → scales [P]``: what to divide each channel of an input by
+before the layers that read it are solved. A recipe's list is any number of rescalers, then one
+solver.
+
+To add one: one file with an ``OPTIONS`` table and a function, and a row in `SOLVERS` or
+`RESCALERS`.
 """
 
 from __future__ import annotations
@@ -12,7 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from quantkit.algorithms import gptq, rtn
+from quantkit.algorithms import awq, gptq, rtn, smoothquant
+from quantkit.algorithms.scaling import Scaling
 from quantkit.numerics import QTensor
 from quantkit.schemes import QuantSpec
 
@@ -45,5 +51,22 @@ SOLVERS: dict[str, Solver] = {
     "gptq": Solver(gptq.solve, gptq.OPTIONS, needs_hessian=True),
 }
 
+
+@dataclass(frozen=True)
+class Rescaler:
+    """A rescaler with its options (name → default) and whether it needs a Hessian."""
+
+    scales: Callable[[Scaling, Mapping[str, Any]], Tensor]
+    options: Mapping[str, Any]
+    needs_hessian: bool
+
+
+RESCALERS: dict[str, Rescaler] = {
+    "smoothquant": Rescaler(smoothquant.scales, smoothquant.OPTIONS, needs_hessian=False),
+    "awq": Rescaler(awq.scales, awq.OPTIONS, needs_hessian=True),
+}
+
 #: For recipe validation: algorithm → the options it knows.
-KNOWN: dict[str, frozenset[str]] = {n: frozenset(s.options) for n, s in SOLVERS.items()}
+KNOWN: dict[str, frozenset[str]] = {
+    name: frozenset(algorithm.options) for name, algorithm in {**SOLVERS, **RESCALERS}.items()
+}
