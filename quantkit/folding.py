@@ -210,22 +210,23 @@ def apply_scales(model: nn.Module, folds: Sequence[Fold], scales: Mapping[str, T
                 f"and finite, where {fold.outputs} are needed"
             )
         producer = model.get_submodule(fold.producer)
-        scale = scale.to(producer.weight.device)
-        if isinstance(producer, nn.Linear):
-            _replace(producer, "weight", producer.weight.float() / scale[:, None], fold)
-        else:
+        scale = scale.to(_tensor(producer, "weight").device)
+        if fold.of_norm:
             scale = _scale_norm(producer, scale, fold)
+        else:
+            weight = _tensor(producer, "weight").float()
+            _replace(producer, "weight", weight / scale[:, None], fold)
         if getattr(producer, "bias", None) is not None:
-            _replace(producer, "bias", producer.bias.float() / scale, fold)
+            _replace(producer, "bias", _tensor(producer, "bias").float() / scale, fold)
         columns = scale[fold.channels().to(scale.device)]
         for name in fold.consumers:
             consumer = model.get_submodule(name)
-            _replace(consumer, "weight", consumer.weight.float() * columns, fold)
+            _replace(consumer, "weight", _tensor(consumer, "weight").float() * columns, fold)
 
 
 def _scale_norm(norm: nn.Module, scale: Tensor, fold: Fold) -> Tensor:
     """Fold into a norm's weight; returns the scales that the rounded weight stands for."""
-    weight: Tensor = norm.weight  # type: ignore[assignment]
+    weight = _tensor(norm, "weight")
     before = weight.float() + fold.offset
     after = (before / scale - fold.offset).to(weight.dtype)
     exact = before / (after.float() + fold.offset)
@@ -235,7 +236,7 @@ def _scale_norm(norm: nn.Module, scale: Tensor, fold: Fold) -> Tensor:
 
 
 def _replace(module: nn.Module, name: str, value: Tensor, fold: Fold) -> None:
-    old: Tensor = getattr(module, name)
+    old = _tensor(module, name)
     new = value.to(old.dtype)
     if not numerics.is_finite(new):
         raise QuantkitError(
@@ -244,6 +245,11 @@ def _replace(module: nn.Module, name: str, value: Tensor, fold: Fold) -> None:
         )
     setattr(module, name, nn.Parameter(new, requires_grad=False))
     memory.forget_pages(old)
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    tensor: Tensor = getattr(module, name)
+    return tensor
 
 
 def _cannot(pair: Pair, modules: Mapping[str, nn.Module]) -> str:

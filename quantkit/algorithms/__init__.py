@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quantkit.algorithms import awq, gptq, rtn, smoothquant
+from quantkit.algorithms import awq, gptq, hqq, imatrix, rtn, smoothquant
 from quantkit.algorithms.scaling import Scaling
 from quantkit.numerics import QTensor
 from quantkit.schemes import QuantSpec
@@ -39,16 +39,20 @@ class Stats:
 
 @dataclass(frozen=True)
 class Solver:
-    """A solver with its options (name → default) and whether it needs a Hessian."""
+    """A solver with its options (name → default), and whether it needs a Hessian or a spec
+    with zero points."""
 
     solve: Callable[[Tensor, Stats, QuantSpec, Mapping[str, Any]], QTensor]
     options: Mapping[str, Any]
     needs_hessian: bool
+    needs_zeros: bool = False
 
 
 SOLVERS: dict[str, Solver] = {
     "rtn": Solver(rtn.solve, rtn.OPTIONS, needs_hessian=False),
     "gptq": Solver(gptq.solve, gptq.OPTIONS, needs_hessian=True),
+    "imatrix": Solver(imatrix.solve, imatrix.OPTIONS, needs_hessian=True),
+    "hqq": Solver(hqq.solve, hqq.OPTIONS, needs_hessian=False, needs_zeros=True),
 }
 
 
@@ -68,5 +72,6 @@ RESCALERS: dict[str, Rescaler] = {
 
 #: For recipe validation: algorithm → the options it knows.
 KNOWN: dict[str, frozenset[str]] = {
-    name: frozenset(algorithm.options) for name, algorithm in {**SOLVERS, **RESCALERS}.items()
+    **{name: frozenset(solver.options) for name, solver in SOLVERS.items()},
+    **{name: frozenset(rescaler.options) for name, rescaler in RESCALERS.items()},
 }
