@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from quantkit import numerics
@@ -28,6 +29,7 @@ class Collector:
     def __init__(self, members: Sequence[PlannedLayer], observer: Step) -> None:
         self.members = members
         self.hessian: HessianAccumulator | None = None
+        self.drift: Tensor | None = None
         self.range: Observer | None = None
         self.sample: Tensor | None = None
         self.tokens = 0
@@ -35,12 +37,19 @@ class Collector:
         self.dynamic = inputs if inputs is not None and inputs.dynamic else None
         if any(SOLVERS[layer.solver].needs_hessian for layer in members):
             self.hessian = HessianAccumulator(members[0].shape[1])
+        if any(layer.needs_drift for layer in members):
+            self.drift = torch.zeros(2 * (members[0].shape[1],), dtype=torch.float32)
         if any(layer.scheme.needs_static_input for layer in members):
             self.range = make_observer(observer.name, observer.options)
             self.spec = next(x.scheme.input for x in members if x.scheme.needs_static_input)
 
-    def update(self, x: Tensor) -> None:
-        """Take in one batch ``[..., K]``."""
+    def update(self, x: Tensor, unquantized: Tensor | None = None) -> None:
+        """Take in one batch ``[..., K]``.
+
+        Args:
+            x: the input.
+            unquantized: what the unquantized model has there, where a solver asks for it.
+        """
         x = x.reshape(-1, x.shape[-1])
         if self.sample is None and len(x):
             self.sample = x[:SAMPLE_TOKENS].clone()
@@ -50,6 +59,11 @@ class Collector:
             self.hessian.update(
                 numerics.fake_quantize_input(x, self.dynamic) if self.dynamic else x
             )
+        if self.drift is not None:
+            assert unquantized is not None
+            real = numerics.fake_quantize_input(x, self.dynamic) if self.dynamic else x
+            apart = unquantized.reshape(x.shape).float() - real.float()
+            self.drift.addmm_(apart.t(), real.float())
         if self.range is not None:
             self.range.update(x)
 
@@ -64,7 +78,7 @@ class Collector:
         if self.range is not None:
             assert self.spec is not None
             input_range = self.range.range(self.spec)
+        drift = None if self.drift is None else self.drift / max(self.tokens, 1)
+        stats = Stats(hessian, self.tokens, drift)
         weights = {layer.name: linears[layer.name].weight for layer in self.members}
-        return quantize_group(
-            self.members, weights, Stats(hessian, self.tokens), input_range, self.sample
-        )
+        return quantize_group(self.members, weights, stats, input_range, self.sample)

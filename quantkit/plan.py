@@ -49,6 +49,11 @@ class PlannedLayer:
         return math.prod(self.shape)
 
     @property
+    def needs_drift(self) -> bool:
+        """Whether its solver compares its inputs with the unquantized model's."""
+        return bool(self.options.get("feedback"))
+
+    @property
     def steps(self) -> str:
         """Its algorithms in order, for people: ``smoothquant → gptq``."""
         return " → ".join([*(step.name for step in self.rescalers), self.solver])
@@ -104,6 +109,11 @@ class Plan:
             SOLVERS[layer.solver].needs_hessian or layer.scheme.needs_static_input
             for layer in self.layers
         )
+
+    @property
+    def needs_drift(self) -> bool:
+        """Whether the unquantized model's pass runs beside the quantized one's."""
+        return any(layer.needs_drift for layer in self.layers)
 
     def in_block(self, block: int | None) -> dict[str, PlannedLayer]:
         """The planned layers of one block (None: outside of all blocks), by name."""
@@ -208,6 +218,8 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
     size = source_bytes - original + sum(math.ceil(layer_bits(x, element * 8) / 8) for x in layers)
     # Hidden states in and out of a block, and the widest input that is paused inside it.
     activation = samples * seq_len * element * (2 * hidden + width)
+    if any(layer.needs_drift for layer in layers):
+        activation *= 2
     return Plan(
         layers=tuple(layers),
         kept=tuple(kept),
@@ -306,6 +318,8 @@ def _check_option(algorithm: str, key: str, value: Any) -> None:
         refuse("is a number between 0 and 1")
     if key == "beta" and not (_is_number(value, 0, 1e6) and value > 0):
         refuse("is a positive number, at most 1e6")
+    if key == "feedback" and not _is_number(value, 0, 1):
+        refuse("is a number from 0 to 1")
     if key == "kappa" and not _is_number(value, 1, 10):
         refuse("is a number from 1 to 10")
 

@@ -146,6 +146,69 @@ def test_clipping_weighs_columns_by_importance() -> None:
     assert error(q) <= error(plain) * (1 + 1e-6)
 
 
+def drifted(seed: int, k: int = 96, n: int = 12, tokens: int = 400) -> tuple[Tensor, ...]:
+    """A weight, its inputs under quantized predecessors, and those without."""
+    gen = torch.Generator().manual_seed(seed)
+    exact = torch.randn(tokens, k, generator=gen) @ (
+        torch.eye(k) + torch.randn(k, k, generator=gen) * 0.2
+    )
+    seen = exact + torch.randn(tokens, k, generator=gen) * 0.2 - 0.1 * exact.roll(1, 1)
+    return torch.randn(n, k, generator=gen) * 0.1, seen, exact
+
+
+def drift_stats(seen: Tensor, exact: Tensor) -> Stats:
+    n = len(seen)
+    return Stats(seen.t() @ seen / n, n, (exact - seen).t() @ seen / n)
+
+
+@pytest.mark.parametrize("actorder", ["none", "static"])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_feedback_equals_its_literal_form(share: float, actorder: str) -> None:
+    """The layer that comes nearest to the unquantized outputs, by least squares on the tokens
+    themselves in fp64, rounded by the literal GPTQ."""
+    spec = SPECS["w4a16-g32"]
+    weight, seen, exact = drifted(14)
+    stats = drift_stats(seen, exact)
+    assert stats.hessian is not None
+    damp = 0.01 * stats.hessian.diagonal().mean() * len(seen)
+    wanted = torch.cat([exact @ weight.t(), damp.sqrt() * weight.t()]).double()
+    inputs = torch.cat([seen, damp.sqrt() * torch.eye(96)]).double()
+    best = torch.linalg.lstsq(inputs, wanted).solution.t()
+    target = (weight + share * (best - weight)).float()
+    options = {**gptq.OPTIONS, "clip": "none", "actorder": actorder}
+    solved = gptq.solve(weight, stats, spec, {**options, "feedback": share})
+    if actorder == "none":
+        expected = literal_gptq(target, stats.hessian, spec, 0.01)
+    else:
+        expected = numerics.code_values(gptq.solve(target, stats, spec, options)).double()
+    differs = (numerics.code_values(solved).double() != expected).double().mean()
+    assert float(differs) <= 0.01  # a column on the edge of rounding moves its successors
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", ["w4a16-g32", "w3a16-g96", "w8a16"])
+def test_feedback_comes_nearer_to_the_unquantized_outputs(name: str, seed: int) -> None:
+    spec = SPECS[name]
+    weight, seen, exact = drifted(seed)
+    stats = drift_stats(seen, exact)
+
+    def distance(q: numerics.QTensor) -> float:
+        return float((seen @ numerics.dequantize(q, torch.float32).t() - exact @ weight.t()).norm())
+
+    plain, half, full = (
+        distance(gptq.solve(weight, stats, spec, {**gptq.OPTIONS, "feedback": share}))
+        for share in (0.0, 0.5, 1.0)
+    )
+    assert full < half < plain < distance(numerics.quantize_weight(weight, spec)) * 1.01
+
+
+def test_feedback_without_drift_is_an_error() -> None:
+    weight, seen, _ = drifted(0)
+    stats = Stats(seen.t() @ seen / len(seen), len(seen))
+    with pytest.raises(QuantkitError, match="inputs were not observed; set `feedback: 0`"):
+        gptq.solve(weight, stats, SPECS["w8a16"], {**gptq.OPTIONS, "feedback": 1.0})
+
+
 def test_a_dead_column_keeps_its_value() -> None:
     weight, hessian = problem(6)
     hessian[10, :] = 0

@@ -18,8 +18,8 @@ LAYERS = (
     {"numerics", "packing", "ops"},
     {"observers", "algorithms", "layers"},
     {
-        *("data", "model", "folding", "plan", "paused", "quantize", "collector", "rescale"),
-        *("work", "calibrate"),
+        *("data", "model", "folding", "plan", "paused", "quantize", "reference", "collector"),
+        *("rescale", "work", "calibrate"),
         "checkpoint",
     },
     {"models"},

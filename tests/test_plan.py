@@ -51,6 +51,7 @@ def test_theoretical_size_counts_a_tied_head_once(model) -> None:  # type: ignor
         (Recipe(SCHEMES["w8a16"], algorithm=(Step("imatrix", {"error": "x"}),)),
          "error 'x': is diagonal or blocks"),
         (Recipe(SCHEMES["w4a16-asym-g64"], algorithm=(Step("hqq", {"p": 1.5}),)), "p 1.5: is a"),
+        (Recipe(SCHEMES["w8a16"], algorithm=(Step("gptq", {"feedback": 2}),)), "feedback 2: is a"),
         (Recipe(SCHEMES["w8a16"], rules=(Rule("*", None),)), "keeps every layer"),
         (Recipe(SCHEMES["w8a16"], kv_cache=parse_scheme("fp8").weight), "kv_cache"),
     ],

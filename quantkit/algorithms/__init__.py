@@ -31,10 +31,13 @@ class Stats:
         hessian: fp32 ``[K, K]``, xᵀx / tokens over every calibration token; None for a
             solver that does not ask for it.
         tokens: how many tokens were seen.
+        drift: fp32 ``[K, K]``, (x̃ − x)ᵀx / tokens with x̃ the unquantized model's inputs; None
+            for a solver that does not ask for it.
     """
 
     hessian: Tensor | None = None
     tokens: int = 0
+    drift: Tensor | None = None
 
 
 @dataclass(frozen=True)
