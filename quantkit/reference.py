@@ -49,11 +49,11 @@ def original_weights(linears: Mapping[str, nn.Linear]) -> Iterator[None]:
 
     saved = {name: module.__dict__.get("forward") for name, module in linears.items()}
     for module in linears.values():
-        module.forward = wrap(module, module.weight)  # type: ignore[method-assign]
+        module.__dict__["forward"] = wrap(module, module.weight)
     try:
         yield
     finally:
         for name, module in linears.items():
-            del module.forward
+            del module.__dict__["forward"]
             if saved[name] is not None:
-                module.forward = saved[name]
+                module.__dict__["forward"] = saved[name]

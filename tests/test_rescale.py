@@ -13,7 +13,7 @@ from torch import Tensor
 from quantkit import model as models
 from quantkit import numerics
 from quantkit.algorithms import RESCALERS, awq, smoothquant
-from quantkit.algorithms.scaling import Consumer, Scaling, output_error
+from quantkit.algorithms.scaling import Consumer, Scaling, output_errors
 from quantkit.calibrate import CalibrationData, calibrate
 from quantkit.cli.main import run as run_cli
 from quantkit.errors import UsageError
@@ -48,6 +48,10 @@ def scaling(
         x,
         None if spec.input else x.t() @ x / tokens,
     )
+
+
+def output_error(problem: Scaling, scales: Tensor) -> float:
+    return output_errors(problem, [scales])[0]
 
 
 def literal_error(problem: Scaling, scales: Tensor) -> float:

@@ -73,38 +73,59 @@ class Scaling:
         )
 
 
-def output_error(scaling: Scaling, scales: Tensor) -> float:
-    """Mean squared error over tokens, summed over the outputs of every consumer, that rounding
-    to nearest leaves after the input was divided by ``scales`` fp32 ``[P]``.
+def output_errors(scaling: Scaling, candidates: Sequence[Tensor]) -> list[float]:
+    """What rounding to nearest costs after the input was divided by each of the candidates.
 
     Where activations stay as they are, the error is linear in the input and
     tr((Ŵ − W) H (Ŵ − W)ᵀ) is exact over all calibration tokens; else it is measured on the
     sample.
+
+    Args:
+        scaling: what is scaled.
+        candidates: fp32 ``[P]`` each.
+
+    Returns:
+        the squared error of an output vector, mean over tokens, summed over all consumers.
     """
-    after = scaling.scaled(scales)
-    columns = scales[scaling.channels]
-    total = 0.0
-    for before, consumer in zip(scaling.consumers, after.consumers, strict=True):
-        if consumer.spec is None:
-            continue
-        q = numerics.quantize_weight(consumer.weight, consumer.spec)
-        restored = numerics.dequantize(q, torch.float32)
-        if consumer.inputs is None and scaling.hessian is not None:
-            delta = restored / columns - before.weight.float()
-            total += float(((delta @ scaling.hessian) * delta).sum())
-            continue
-        x = after.sample
-        if consumer.inputs is not None:
-            x = numerics.fake_quantize_input(x, consumer.inputs, _static_scale(after, consumer))
-        error = x.float() @ restored.t() - scaling.sample.float() @ before.weight.float().t()
-        total += float(error.square().sum()) / max(len(error), 1)
-    return total
+    exact = [
+        scaling.sample.float() @ c.weight.float().t() if _is_sampled(scaling, c) else None
+        for c in scaling.consumers
+    ]
+    totals = []
+    for scales in candidates:
+        after = scaling.scaled(scales)
+        columns = scales[scaling.channels]
+        total = 0.0
+        for before, consumer, wanted in zip(scaling.consumers, after.consumers, exact, strict=True):
+            if consumer.spec is None:
+                continue
+            q = numerics.quantize_weight(consumer.weight, consumer.spec)
+            restored = numerics.dequantize(q, torch.float32)
+            if wanted is None:
+                assert scaling.hessian is not None
+                delta = restored / columns - before.weight.float()
+                total += float(((delta @ scaling.hessian) * delta).sum())
+                continue
+            x = after.sample
+            if consumer.inputs is not None:
+                scale = _static_scale(after, consumer)
+                x = numerics.fake_quantize_input(x, consumer.inputs, scale)
+            error = x.float() @ restored.t() - wanted
+            total += float(error.square().sum()) / max(len(error), 1)
+        totals.append(total)
+    return totals
 
 
 def least_error(scaling: Scaling, candidates: Sequence[Tensor]) -> Tensor:
-    """The candidate ``[P]`` with the least `output_error`; the first of equals."""
-    errors = [output_error(scaling, scales) for scales in candidates]
+    """The candidate ``[P]`` with the least of `output_errors`; the first of equals."""
+    errors = output_errors(scaling, candidates)
     return candidates[min(range(len(errors)), key=errors.__getitem__)]
+
+
+def _is_sampled(scaling: Scaling, consumer: Consumer) -> bool:
+    """Whether the consumer's error is measured on the sample."""
+    linear = consumer.inputs is None and scaling.hessian is not None
+    return consumer.spec is not None and not linear
 
 
 def _static_scale(scaling: Scaling, consumer: Consumer) -> Tensor | None:

@@ -26,7 +26,7 @@ from quantkit.algorithms.scaling import Scaling, least_error
 OPTIONS: dict[str, Any] = {"alpha": 0.5, "pairs": "norms"}
 
 #: What ``alpha: auto`` tries.
-ALPHAS = tuple(i / 20 for i in range(21))
+ALPHAS = tuple(i / 10 for i in range(11))
 
 #: Smallest magnitude and smallest scale, as in the authors' code.
 FLOOR = 1e-5
