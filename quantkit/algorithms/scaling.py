@@ -91,9 +91,10 @@ def output_errors(scaling: Scaling, candidates: Sequence[Tensor]) -> list[float]
         scaling.sample.float() @ c.weight.float().t() if _is_sampled(scaling, c) else None
         for c in scaling.consumers
     ]
+    without_hessian = replace(scaling, hessian=None)  # the unscaled one is what is needed
     totals = []
     for scales in candidates:
-        after = scaling.scaled(scales)
+        after = without_hessian.scaled(scales)
         columns = scales[scaling.channels]
         total = 0.0
         for before, consumer, wanted in zip(scaling.consumers, after.consumers, exact, strict=True):
