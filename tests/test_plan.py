@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from quantkit import model as models
+from quantkit.algorithms import KNOWN
 from quantkit.errors import UsageError
 from quantkit.plan import make_plan
-from quantkit.recipe import Recipe, Rule, Step, installed_recipes, load_recipe
+from quantkit.recipe import Recipe, Rule, Step, installed_recipes, load_recipe, parse_recipe
 from quantkit.schemes import SCHEMES, parse_scheme
 from tests.conftest import tiny_llama
 
@@ -66,6 +68,27 @@ def test_every_installed_recipe_plans(name: str) -> None:
     plan = make_plan(load_recipe(name), tiny_llama(), samples=4, seq_len=16)
     assert plan.layers
     assert plan.size_bytes < plan.source_bytes
+
+
+PAGES = Path(__file__).parent.parent / "docs" / "algorithms"
+
+
+def test_every_algorithm_has_a_page() -> None:
+    names = {path.stem for path in PAGES.glob("*.md")} - {"README"}
+    assert names == set(KNOWN)
+    listed = set(re.findall(r"\[(\w+)\]\(\1\.md\)", (PAGES / "README.md").read_text()))
+    assert listed == names
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_recipe_of_every_page_plans(name: str) -> None:
+    text = (PAGES / f"{name}.md").read_text()
+    [example] = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    recipe = parse_recipe(example, known_algorithms=KNOWN)
+    assert name in {step.name for step in recipe.algorithm}
+    assert make_plan(recipe, tiny_llama(), samples=4, seq_len=16).layers
+    assert "When it hurts" in text
+    assert "Reference" in text
 
 
 def test_digest_follows_the_plan(model) -> None:  # type: ignore[no-untyped-def]
