@@ -62,8 +62,9 @@ class Collector:
         if self.drift is not None:
             assert unquantized is not None
             real = numerics.fake_quantize_input(x, self.dynamic) if self.dynamic else x
-            apart = unquantized.reshape(x.shape).float() - real.float()
-            self.drift.addmm_(apart.t(), real.float())
+            real = real.float()
+            apart = unquantized.reshape(x.shape).float() - real
+            self.drift.addmm_(apart.t().to(self.drift.device), real.to(self.drift.device))
         if self.range is not None:
             self.range.update(x)
 

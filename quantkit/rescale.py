@@ -64,14 +64,14 @@ def choose_scales(
     for fold in folds:
         try:
             scaling = seen.pop(fold.producer).scaling(layers, linears)
-            total = torch.ones(fold.outputs)
+            total = torch.ones(fold.outputs, device=scaling.channels.device)
             for step in fold.steps:
                 scales = RESCALERS[step.name].scales(scaling, step.options)
                 total = total * scales
                 scaling = scaling.scaled(scales)
         except QuantkitError as e:
             raise QuantkitError(f"{fold.label}: {e.message}", remedy=e.remedy) from e
-        chosen[fold.producer] = total
+        chosen[fold.producer] = total.cpu()
     return chosen
 
 
@@ -80,10 +80,11 @@ class _Input:
 
     def __init__(self, fold: PlannedFold, linears: Mapping[str, nn.Linear], batches: int) -> None:
         self.fold = fold
-        columns = linears[fold.consumers[0]].in_features
+        weight = linears[fold.consumers[0]].weight
+        self.device, columns = weight.device, weight.shape[1]
         self.magnitudes = ChannelMagnitudes(columns)
         needed = any(RESCALERS[step.name].needs_hessian for step in fold.steps)
-        self.hessian = HessianAccumulator(columns) if needed else None
+        self.hessian = HessianAccumulator(columns, self.device) if needed else None
         self.share = -(-SAMPLE_TOKENS // max(batches, 1))
         self.sample: list[Tensor] = []
 
@@ -111,9 +112,9 @@ class _Input:
             )
         return Scaling(
             tuple(consumers),
-            self.fold.channels(),
-            self.magnitudes.maxima(),
-            self.magnitudes.means(),
+            self.fold.channels().to(self.device),
+            self.magnitudes.maxima().to(self.device),
+            self.magnitudes.means().to(self.device),
             torch.cat(self.sample),
             None if self.hessian is None else self.hessian.value(),
         )

@@ -48,10 +48,14 @@ class Scaling:
     sample: Tensor
     hessian: Tensor | None = None
 
+    @property
+    def count(self) -> int:
+        """P, how many scales there are to choose."""
+        return int(self.channels.max()) + 1
+
     def by_channel(self, values: Tensor, how: str = "amax") -> Tensor:
         """Values of columns ``[K]`` gathered by channel ``[P]``: ``amax`` or ``mean``."""
-        count = int(self.channels.max()) + 1
-        out = torch.zeros(count, dtype=values.dtype)
+        out = torch.zeros(self.count, dtype=values.dtype, device=values.device)
         return out.scatter_reduce_(0, self.channels, values, how, include_self=False)
 
     def scaled(self, scales: Tensor) -> Scaling:

@@ -45,7 +45,7 @@ def scales(scaling: Scaling, options: Mapping[str, Any]) -> Tensor:
     alpha = options["alpha"]
     if alpha != "auto":
         return smoothing(scaling, float(alpha))
-    unscaled = torch.ones(int(scaling.channels.max()) + 1)
+    unscaled = torch.ones(scaling.count, device=scaling.channels.device)
     return least_error(scaling, [unscaled, *(smoothing(scaling, a) for a in ALPHAS)])
 
 
