@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +33,7 @@ class PlannedLayer:
         scheme: how it will be stored and run.
         solver: name of the algorithm that rounds it.
         options: the solver's options, defaults filled in.
-        rescalers: what may scale its input before it is solved, in order; options filled in.
+        rescalers: what scales its input before it is solved, in order; options filled in.
     """
 
     name: str
@@ -207,6 +207,8 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
     if not layers:
         raise UsageError("the recipe keeps every layer: nothing to quantize")
     folds, unscaled = _plan_folds(model, layers)
+    scaled = {name: fold.steps for fold in folds for name in fold.consumers}
+    layers = [replace(layer, rescalers=scaled.get(layer.name, ())) for layer in layers]
     unties = any(layer.name == head for layer in layers) and models.is_tied(model)
     source_bytes = _weight_bytes(model)
     element = torch.finfo(next(model.parameters()).dtype).bits // 8

@@ -306,6 +306,21 @@ def test_a_plan_names_its_scalings(tiny: Path) -> None:
     assert steps["model.layers.0.mlp.up_proj"] == ["awq"]  # SmoothQuant scales norms only
     assert steps["model.layers.0.input_layernorm"] == ["smoothquant", "awq"]
     assert plan.unscaled == {"lm_head": "no scaling folds outside of the blocks"}
+    named = {layer.name: layer.steps for layer in plan.layers}
+    assert named["model.layers.0.self_attn.k_proj"] == "smoothquant → awq → gptq"
+    assert named["model.layers.0.mlp.down_proj"] == "awq → gptq"
+    assert named["lm_head"] == "gptq"
+
+
+def test_what_cannot_be_scaled_is_printed(
+    tiny: Path, traffic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("scheme: w8a8\nalgorithm: [smoothquant, rtn]\n")
+    assert run_cli(arguments(tiny, path, traffic, tmp_path / "out", "--dry-run")) == 0
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "scalings 4 inputs, folded into their producers" in shown
+    assert "not scaled: lm_head: no scaling folds outside of the blocks" in shown
 
 
 @pytest.mark.parametrize(
