@@ -16,8 +16,8 @@ Quantization for Asymmetric Calibration", arXiv 2504.02692, §3) minimise ‖Ŵx
     W* = W + W C H⁻¹,   C = E[(x̃ − x) xᵀ],
 
 which is where Zhang et al. ("Qronos", arXiv 2505.11695, §3) start, too. GPTAQ spreads each
-column's part of C only over columns not yet rounded; W* spreads it over all of them, needs no
-second column loop, and its minimum is at least as low.
+column's part of C only over columns not yet rounded; W* is the exact minimum before rounding and
+needs no second column loop.
 """
 
 from __future__ import annotations
