@@ -1,4 +1,4 @@
-"""The calibration loop: for each block, observe → solve → replace → propagate.
+"""The calibration loop: for each block, rescale → observe → solve → replace → propagate.
 
 Statistics live for one block. What persists, and what a resumed run starts from, are the
 finished blocks in the work folder (`quantkit.work`).
@@ -19,11 +19,14 @@ from quantkit import model as models
 from quantkit.algorithms import Stats
 from quantkit.collector import Collector
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.folding import apply_scales
 from quantkit.paused import Spine, head_input, run_paused, trace_groups
 from quantkit.plan import Plan, PlannedLayer
 from quantkit.progress import Progress, silent
 from quantkit.quantize import QuantizedLayer, quantize_group, quantized_inputs
 from quantkit.recipe import Step
+from quantkit.reference import original_weights, unquantized
+from quantkit.rescale import choose_scales
 from quantkit.work import HEAD, WorkFolder
 
 #: Tokens of one paused forward pass. Large enough for the matrix products to run at their
@@ -149,21 +152,27 @@ class _Loop:
         self.release = release
         self.linears = models.linear_layers(source.model)
         head = plan.in_block(None)
-        self.total = (plan.blocks + (1 if head else 0)) * max(1, len(batches))
+        rescaled = len({fold.block for fold in plan.folds})
+        self.total = (plan.blocks + rescaled + (1 if head else 0)) * max(1, len(batches))
         self.done = 0
         self.progress = progress
         self.groups: list[list[str]] | None = None
         self.solve_seconds = 0.0
+        # Hidden states of the unquantized model, where a solver compares with them.
+        self.exact: list[Tensor] = []
 
     def run(self) -> tuple[dict[str, QuantizedLayer], Probe]:
         results: dict[str, QuantizedLayer] = {}
         models.bring_in(self.model, skip=self.spine.blocks)
         hidden = self.spine.embed(self.batches)
+        self.exact = list(hidden) if self.plan.needs_drift else []
         for index in range(self.plan.blocks):
             layers = self.plan.in_block(index)
             models.bring_in(self.spine.blocks[index])
+            self._rescale(index, layers, hidden)
             saved = self.work.load(index, layers)
             if saved is not None:
+                self.exact = [run() for run in self.spine.calls(index, self.exact)]
                 self._install(saved)
                 hidden = self._propagate(index, layers, saved, hidden)
             elif hidden:
@@ -196,22 +205,57 @@ class _Loop:
         with quantized_inputs(self.linears, planned, results):
             return Probe(ids, head_input(self.model, ids))
 
+    def _rescale(
+        self, index: int, layers: Mapping[str, PlannedLayer], hidden: list[Tensor]
+    ) -> None:
+        """Fold the block's scalings into its weights, before anything of it is solved.
+
+        A resumed run folds what was chosen before: the same bytes, without a pass.
+        """
+        folds = self.plan.folds_in(index)
+        if not folds:
+            return
+        label = f"block {index + 1}/{self.plan.blocks}: scaling"
+        scales = self.work.load_scales(index)
+        if scales is None:
+            runs = self.spine.calls(index, hidden)
+            scales = choose_scales(folds, layers, self.linears, runs, lambda: self._advance(label))
+            self.work.save_scales(index, scales)
+        else:
+            self.done += len(hidden)
+        apply_scales(self.model, folds, scales)
+
     def _solve_block(
         self, index: int, layers: Mapping[str, PlannedLayer], hidden: list[Tensor]
     ) -> tuple[dict[str, QuantizedLayer], list[Tensor]]:
-        """One pass through the block, stopping in front of every group of layers."""
+        """One pass through the block, stopping in front of every group of layers.
+
+        With feedback, each batch's unquantized pass runs in front of its quantized one.
+        """
         runs = self.spine.calls(index, hidden)
         outputs: list[Tensor | None] = [None] * len(runs)
+        streams = 2 if self.exact else 1
+        exact_inputs: dict[tuple[int, str], Tensor] = {}
         groups = self._groups(index, layers, runs[0]) if layers else []
         by_leader = {group[0]: group for group in groups}
         collectors: dict[str, Collector] = {}
         results: dict[str, QuantizedLayer] = {}
 
-        def observe(leader: str, x: Tensor) -> None:
+        def observe(index: int, leader: str, x: Tensor) -> None:
+            batch = index // streams
+            if index % streams != streams - 1:
+                exact_inputs[batch, leader] = x
+                return
             if leader not in collectors:
                 members = [layers[name] for name in by_leader[leader]]
                 collectors[leader] = Collector(members, self.observer)
-            collectors[leader].update(x)
+            exact = exact_inputs.pop((batch, leader), None)
+            if self.exact and (exact is None or exact.shape != x.shape):
+                raise QuantkitError(
+                    f"{leader}: the quantized and the unquantized model send it other tokens",
+                    remedy="set `feedback: 0` for layers that a router chooses",
+                )
+            collectors[leader].update(x, exact)
 
         def solve(leader: str) -> None:
             began = time.monotonic()
@@ -220,7 +264,11 @@ class _Loop:
             self._install(solved)
             results.update(solved)
 
-        def finished(batch: int, out: Tensor) -> None:
+        def finished(run: int, out: Tensor) -> None:
+            batch = run // streams
+            if run % streams != streams - 1:
+                self.exact[batch] = out
+                return
             if not numerics.is_finite(out):
                 raise QuantkitError(
                     f"block {index}: the output holds NaN or infinite values",
@@ -229,8 +277,12 @@ class _Loop:
             outputs[batch] = out
             self._advance(f"block {index + 1}/{self.plan.blocks}")
 
+        if self.exact:
+            exact = [unquantized(run) for run in self.spine.calls(index, self.exact)]
+            runs = [run for pair in zip(exact, runs, strict=True) for run in pair]
         leaders = [(group[0], self.linears[group[0]]) for group in groups]
-        with quantized_inputs(self.linears, layers, results):
+        planned = {name: self.linears[name] for name in (layers if self.exact else ())}
+        with quantized_inputs(self.linears, layers, results), original_weights(planned):
             run_paused(runs, leaders, observe, solve, finished)
         return results, [out for out in outputs if out is not None]
 
@@ -263,8 +315,10 @@ class _Loop:
         if not hidden:
             return self._solve_without_data(layers)
         collector = Collector(list(layers.values()), self.observer)
-        for x in self.spine.head_inputs(self.batches, hidden):
-            collector.update(x)
+        for i, ids in enumerate(self.batches):
+            [x] = self.spine.head_inputs([ids], [hidden[i]])
+            exact = list(self.spine.head_inputs([ids], [self.exact[i]])) if self.exact else [None]
+            collector.update(x, exact[0])
             self._advance("head")
         return collector.solve(self.linears)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from quantkit import numerics
@@ -41,18 +42,32 @@ class Collector:
             for layer in members
             if SOLVERS[layer.solver].needs_hessian
         }
+        #: Likewise, where a solver compares its input with the unquantized model's.
+        self.drifts = {
+            _dynamic(layer): torch.zeros(columns, columns) for layer in members if layer.needs_drift
+        }
         if any(layer.scheme.needs_static_input for layer in members):
             self.range = make_observer(observer.name, observer.options)
 
-    def update(self, x: Tensor) -> None:
-        """Take in one batch ``[..., K]``."""
+    def update(self, x: Tensor, unquantized: Tensor | None = None) -> None:
+        """Take in one batch ``[..., K]``.
+
+        Args:
+            x: the input.
+            unquantized: what the unquantized model has there, where a solver asks for it.
+        """
         x = x.reshape(-1, x.shape[-1])
         if self.sample is None and len(x):
             self.sample = x[:SAMPLE_TOKENS].clone()
         self.tokens += len(x)
         for spec, hessian in self.hessians.items():
             # Rounding is judged on what the layer will really multiply with.
-            hessian.update(x if spec is None else numerics.fake_quantize_input(x, spec))
+            hessian.update(_as_multiplied(x, spec))
+        for spec, drift in self.drifts.items():
+            assert unquantized is not None
+            real = _as_multiplied(x, spec).float()
+            apart = unquantized.reshape(x.shape).float() - real
+            drift.addmm_(apart.t().to(drift.device), real.to(drift.device))
         if self.range is not None:
             self.range.update(x)
 
@@ -68,13 +83,22 @@ class Collector:
         solved: dict[str, QuantizedLayer] = {}
         for spec, layers in alike.items():
             hessian = self.hessians.get(_dynamic(layers[0]))
-            stats = Stats(None if hessian is None else hessian.value(), self.tokens)
+            drift = self.drifts.get(_dynamic(layers[0]))
+            stats = Stats(
+                None if hessian is None else hessian.value(),
+                self.tokens,
+                None if drift is None else drift / max(self.tokens, 1),
+            )
             input_range = None
             if self.range is not None and spec is not None and not spec.dynamic:
                 input_range = self.range.range(spec)
             weights = {layer.name: linears[layer.name].weight for layer in layers}
             solved |= quantize_group(layers, weights, stats, input_range, self.sample)
         return solved
+
+
+def _as_multiplied(x: Tensor, spec: QuantSpec | None) -> Tensor:
+    return x if spec is None else numerics.fake_quantize_input(x, spec)
 
 
 def _dynamic(layer: PlannedLayer) -> QuantSpec | None:

@@ -215,7 +215,7 @@ def trace_groups(run: Callable[[], Tensor], layers: Mapping[str, nn.Module]) -> 
 def run_paused(
     runs: Sequence[Callable[[], Tensor]],
     leaders: Sequence[tuple[str, nn.Module]],
-    observe: Callable[[str, Tensor], None],
+    observe: Callable[[int, str, Tensor], None],
     solve: Callable[[str], None],
     finished: Callable[[int, Tensor], None],
 ) -> None:
@@ -224,9 +224,10 @@ def run_paused(
     Args:
         runs: one forward pass a batch; they meet the leaders in the same order.
         leaders: the first layer of each group, in order.
-        observe: called with a leader's name and one batch's input ``[B, T, K]``.
+        observe: called with a pass's index, a leader's name and its input ``[B, T, K]``; for
+            each leader in the order of ``runs``.
         solve: called once every batch has been observed; replaces the group's layers.
-        finished: called with a batch's index and output; the output is not kept.
+        finished: called with a pass's index and output; the output is not kept.
     """
     driver = greenlet.getcurrent()
 
@@ -246,7 +247,7 @@ def run_paused(
             finished(index, result)
         else:
             name, x = result
-            observe(name, x)
+            observe(index, name, x)
             waiting[index] = (task, name)
 
     try:

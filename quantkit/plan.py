@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from quantkit import model as models
-from quantkit.algorithms import SOLVERS
+from quantkit.algorithms import RESCALERS, SOLVERS, Rescaler, Solver
 from quantkit.errors import UsageError
-from quantkit.recipe import Recipe
+from quantkit.folding import Fold, find_folds
+from quantkit.recipe import Recipe, Step
 from quantkit.schemes import Granularity, Scheme
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class PlannedLayer:
         scheme: how it will be stored and run.
         solver: name of the algorithm that rounds it.
         options: the solver's options, defaults filled in.
+        rescalers: what scales its input before it is solved, in order; options filled in.
     """
 
     name: str
@@ -40,10 +42,28 @@ class PlannedLayer:
     scheme: Scheme
     solver: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    rescalers: tuple[Step, ...] = ()
 
     @property
     def weights(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def needs_drift(self) -> bool:
+        """Whether its solver compares its inputs with the unquantized model's."""
+        return bool(self.options.get("feedback"))
+
+    @property
+    def steps(self) -> str:
+        """Its algorithms in order, for people: ``smoothquant → gptq``."""
+        return " → ".join([*(step.name for step in self.rescalers), self.solver])
+
+
+@dataclass(frozen=True)
+class PlannedFold(Fold):
+    """Where a scaling folds, and the rescalers that choose it, in order."""
+
+    steps: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +80,8 @@ class Plan:
         block_bytes: one block's weights.
         samples, seq_len: calibration tokens.
         unties_head: the head gets a tensor of its own.
+        folds: where rescalers scale, in order.
+        unscaled: label → reason, for whatever the recipe would have scaled and cannot.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -72,6 +94,8 @@ class Plan:
     samples: int
     seq_len: int
     unties_head: bool
+    folds: tuple[PlannedFold, ...] = ()
+    unscaled: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:
@@ -81,22 +105,31 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        return any(
+        return bool(self.folds) or any(
             SOLVERS[layer.solver].needs_hessian or layer.scheme.needs_static_input
             for layer in self.layers
         )
+
+    @property
+    def needs_drift(self) -> bool:
+        """Whether the unquantized model's pass runs beside the quantized one's."""
+        return any(layer.needs_drift for layer in self.layers)
 
     def in_block(self, block: int | None) -> dict[str, PlannedLayer]:
         """The planned layers of one block (None: outside of all blocks), by name."""
         return {layer.name: layer for layer in self.layers if layer.block == block}
 
+    def folds_in(self, block: int) -> list[PlannedFold]:
+        """The scalings of one block, in order."""
+        return [fold for fold in self.folds if fold.block == block]
+
     def groups(self) -> Iterator[tuple[Scheme, str, list[PlannedLayer]]]:
-        """Layers that share a scheme and solver, for printing."""
+        """Layers that share a scheme and algorithms, for printing."""
         seen: dict[tuple[str, str], list[PlannedLayer]] = {}
         for layer in self.layers:
-            seen.setdefault((layer.scheme.name, layer.solver), []).append(layer)
-        for (_, solver), layers in seen.items():
-            yield layers[0].scheme, solver, layers
+            seen.setdefault((layer.scheme.name, layer.steps), []).append(layer)
+        for (_, steps), layers in seen.items():
+            yield layers[0].scheme, steps, layers
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -109,6 +142,11 @@ class Plan:
                 }
                 for layer in self.layers
             },
+            "folds": {
+                fold.label: [{"name": s.name, "options": dict(s.options)} for s in fold.steps]
+                for fold in self.folds
+            },
+            "unscaled": dict(self.unscaled),
             "kept": list(self.kept),
             "blocks": self.blocks,
             "source_bytes": self.source_bytes,
@@ -157,10 +195,20 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
             continue
         shape = (module.out_features, module.in_features)
         _check_fits(name, shape, scheme)
-        solver, options = _solver(recipe, name)
-        layers.append(PlannedLayer(name, block, shape, scheme, solver, options))
+        rescalers, solver = _algorithms(recipe, name)
+        if SOLVERS[solver.name].needs_zeros and scheme.weight.symmetric:
+            raise UsageError(
+                f"{name}: {solver.name} moves zero points, and {scheme.name} has none",
+                remedy="use an asymmetric scheme such as w4a16-asym-g64",
+            )
+        layers.append(
+            PlannedLayer(name, block, shape, scheme, solver.name, solver.options, rescalers)
+        )
     if not layers:
         raise UsageError("the recipe keeps every layer: nothing to quantize")
+    folds, unscaled = _plan_folds(model, layers)
+    scaled = {name: fold.steps for fold in folds for name in fold.consumers}
+    layers = [replace(layer, rescalers=scaled.get(layer.name, ())) for layer in layers]
     unties = any(layer.name == head for layer in layers) and models.is_tied(model)
     source_bytes = _weight_bytes(model)
     element = torch.finfo(next(model.parameters()).dtype).bits // 8
@@ -172,6 +220,8 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
     size = source_bytes - original + sum(math.ceil(layer_bits(x, element * 8) / 8) for x in layers)
     # Hidden states in and out of a block, and the widest input that is paused inside it.
     activation = samples * seq_len * element * (2 * hidden + width)
+    if any(layer.needs_drift for layer in layers):
+        activation *= 2
     return Plan(
         layers=tuple(layers),
         kept=tuple(kept),
@@ -183,6 +233,8 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
         samples=samples,
         seq_len=seq_len,
         unties_head=unties,
+        folds=folds,
+        unscaled=unscaled,
     )
 
 
@@ -210,18 +262,26 @@ def _check_fits(name: str, shape: tuple[int, int], scheme: Scheme) -> None:
         raise UsageError(f"{name}: {e.message}", remedy=e.remedy) from e
 
 
-def _solver(recipe: Recipe, name: str) -> tuple[str, dict[str, Any]]:
-    steps = recipe.algorithm_for(name)
-    if len(steps) != 1:
+def _algorithms(recipe: Recipe, name: str) -> tuple[tuple[Step, ...], Step]:
+    """A layer's rescalers and solver, their options checked and filled in."""
+    steps = [_filled_in(step, name) for step in recipe.algorithm_for(name)]
+    solvers = [step for step in steps if step.name in SOLVERS]
+    if len(solvers) != 1 or steps[-1] is not solvers[0]:
         raise UsageError(
-            f"{name}: algorithm list {[s.name for s in steps]}: exactly one solver is needed"
+            f"{name}: algorithm list {[s.name for s in steps]}: exactly one solver is needed, "
+            "behind any rescalers",
+            remedy=f"rescalers: {', '.join(RESCALERS)}; solvers: {', '.join(SOLVERS)}",
         )
-    step = steps[0]
-    if step.name not in SOLVERS:
+    return tuple(steps[:-1]), solvers[0]
+
+
+def _filled_in(step: Step, name: str) -> Step:
+    known: dict[str, Solver | Rescaler] = {**RESCALERS, **SOLVERS}
+    if step.name not in known:
         raise UsageError(
-            f"{name}: unknown algorithm {step.name!r}", remedy=f"known: {', '.join(SOLVERS)}"
+            f"{name}: unknown algorithm {step.name!r}", remedy=f"known: {', '.join(known)}"
         )
-    defaults = SOLVERS[step.name].options
+    defaults = known[step.name].options
     unknown = set(step.options) - set(defaults)
     if unknown:
         raise UsageError(
@@ -229,22 +289,85 @@ def _solver(recipe: Recipe, name: str) -> tuple[str, dict[str, Any]]:
             remedy=f"known: {', '.join(defaults)}",
         )
     options = {**defaults, **step.options}
-    _check_options(step.name, options)
-    return step.name, options
+    for key, value in options.items():
+        _check_option(step.name, key, value)
+    return Step(step.name, options)
 
 
-def _check_options(solver: str, options: Mapping[str, Any]) -> None:
-    def refuse(key: str, rule: str) -> None:
-        raise UsageError(f"{solver}: {key} {options[key]!r}: {rule}")
+#: Option → the words it takes, where the algorithm does not narrow them.
+_WORDS = {
+    "clip": ("none", "mse"),
+    "actorder": ("static", "none"),
+    "error": ("diagonal", "blocks"),
+    "pairs": ("norms", "all"),
+}
 
-    if "clip" in options and options["clip"] not in ("none", "mse"):
-        refuse("clip", "is none or mse")
-    if "actorder" in options and options["actorder"] not in ("none", "static"):
-        refuse("actorder", "is static or none")
-    if "damp" in options:
-        damp = options["damp"]
-        if not isinstance(damp, int | float) or isinstance(damp, bool) or not 0 <= damp <= 10:
-            refuse("damp", "is a number from 0 to 10")
+
+def _check_option(algorithm: str, key: str, value: Any) -> None:
+    def refuse(rule: str) -> None:
+        raise UsageError(f"{algorithm}: {key} {value!r}: {rule}")
+
+    words = _WORDS.get(key)
+    if words is not None and value not in words:
+        refuse(f"is {' or '.join(words)}")
+    if key == "damp" and not _is_number(value, 0, 10):
+        refuse("is a number from 0 to 10")
+    if key == "alpha" and value != "auto" and not _is_number(value, 0, 1):
+        refuse("is auto or a number from 0 to 1")
+    if key in ("grid", "steps") and not (isinstance(value, int) and _is_number(value, 1, 1000)):
+        refuse("is a whole number from 1 to 1000")
+    if key == "p" and not (_is_number(value, 0, 1) and 0 < value < 1):
+        refuse("is a number between 0 and 1")
+    if key == "beta" and not (_is_number(value, 0, 1e6) and value > 0):
+        refuse("is a positive number, at most 1e6")
+    if key == "feedback" and not _is_number(value, 0, 1):
+        refuse("is a number from 0 to 1")
+    if key == "kappa" and not _is_number(value, 1, 10):
+        refuse("is a number from 1 to 10")
+
+
+def _is_number(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def _plan_folds(
+    model: PreTrainedModel, layers: Sequence[PlannedLayer]
+) -> tuple[tuple[PlannedFold, ...], dict[str, str]]:
+    """Where the layers' rescalers scale, and what they would scale and cannot.
+
+    Raises:
+        UsageError: layers that read one input name different rescalers, or the architecture
+            has no table.
+    """
+    asking = {layer.name: layer for layer in layers if layer.rescalers}
+    if not asking:
+        return (), {}
+    planned = {layer.name: layer for layer in layers}
+    found, refused = find_folds(model)
+    folds = []
+    unscaled = {
+        name: "no scaling folds outside of the blocks"
+        for name, layer in asking.items()
+        if layer.block is None
+    }
+    for fold in found:
+        members = [planned[name] for name in fold.consumers if name in planned]
+        if not any(layer.rescalers for layer in members):
+            continue
+        steps = members[0].rescalers
+        for layer in members[1:]:
+            if layer.rescalers != steps:
+                raise UsageError(
+                    f"{members[0].name} has the rescalers {[s.name for s in steps]} and "
+                    f"{layer.name} {[s.name for s in layer.rescalers]}, but they read one input",
+                    remedy="give layers that share an input the same rescalers and options",
+                )
+        if not fold.of_norm:
+            steps = tuple(step for step in steps if step.options["pairs"] == "all")
+        if steps:
+            folds.append(PlannedFold(**vars(fold), steps=steps))
+    unscaled |= {r.label: r.reason for r in refused if any(name in asking for name in r.consumers)}
+    return tuple(folds), unscaled
 
 
 def _weight_bytes(model: PreTrainedModel) -> int:

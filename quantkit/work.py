@@ -3,6 +3,8 @@
 ::
 
     WORK/state.json               digests of what the run was begun with
+    WORK/blocks/0007.scales       what block 7's producers were divided by, if they were
+                                  (safetensors)
     WORK/blocks/0007.safetensors  codes, scales and zero points of block 7's layers
     WORK/blocks/0007.json         their errors; written last, so its presence means that the
                                   block is whole
@@ -82,13 +84,7 @@ class WorkFolder:
                 tensors[f"{name}:input_scale"] = layer.input_scale
             facts[name] = {"weight_error": layer.weight_error, "output_error": layer.output_error}
         stem = self._stem(index)
-        staging = stem.with_suffix(".safetensors.tmp")
-        try:
-            save_file(tensors, staging)
-            os.replace(staging, stem.with_suffix(".safetensors"))
-        except OSError as e:
-            staging.unlink(missing_ok=True)
-            raise UsageError(f"{stem}: cannot be written ({e.strerror or e})") from e
+        _write_tensors(tensors, stem.with_suffix(".safetensors"))
         write_json(stem.with_suffix(".json"), facts)
         saved = self.load(index, planned)
         assert saved is not None
@@ -124,5 +120,29 @@ class WorkFolder:
             for name, layer in planned.items()
         }
 
+    def save_scales(self, index: int, scales: Mapping[str, Tensor]) -> None:
+        """Write what a block's producers are divided by, fp32 ``[P]`` by name.
+
+        The folded weights follow from these and the original ones, to the bit.
+        """
+        contiguous = {name: t.contiguous() for name, t in scales.items()}
+        _write_tensors(contiguous, self._stem(index).with_suffix(".scales"))
+
+    def load_scales(self, index: int) -> dict[str, Tensor] | None:
+        """What `save_scales` wrote, or None."""
+        path = self._stem(index).with_suffix(".scales")
+        return load_file(path) if path.exists() else None
+
     def _stem(self, index: int) -> Path:
         return self.path / "blocks" / f"{index:04d}"
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file, there as a whole or not at all."""
+    staging = path.with_name(f"{path.name}.tmp")
+    try:
+        save_file(tensors, staging)
+        os.replace(staging, path)
+    except OSError as e:
+        staging.unlink(missing_ok=True)
+        raise UsageError(f"{path}: cannot be written ({e.strerror or e})") from e

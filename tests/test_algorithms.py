@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantkit import numerics
-from quantkit.algorithms import SOLVERS, Stats, gptq, rtn
+from quantkit.algorithms import SOLVERS, Stats, gptq, hqq, imatrix, rtn
 from quantkit.algorithms.clip import mse_scales
 from quantkit.errors import QuantkitError
 from quantkit.schemes import SCHEMES, QuantSpec
@@ -146,6 +146,69 @@ def test_clipping_weighs_columns_by_importance() -> None:
     assert error(q) <= error(plain) * (1 + 1e-6)
 
 
+def drifted(seed: int, k: int = 96, n: int = 12, tokens: int = 400) -> tuple[Tensor, ...]:
+    """A weight, its inputs under quantized predecessors, and those without."""
+    gen = torch.Generator().manual_seed(seed)
+    exact = torch.randn(tokens, k, generator=gen) @ (
+        torch.eye(k) + torch.randn(k, k, generator=gen) * 0.2
+    )
+    seen = exact + torch.randn(tokens, k, generator=gen) * 0.2 - 0.1 * exact.roll(1, 1)
+    return torch.randn(n, k, generator=gen) * 0.1, seen, exact
+
+
+def drift_stats(seen: Tensor, exact: Tensor) -> Stats:
+    n = len(seen)
+    return Stats(seen.t() @ seen / n, n, (exact - seen).t() @ seen / n)
+
+
+@pytest.mark.parametrize("actorder", ["none", "static"])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_feedback_equals_its_literal_form(share: float, actorder: str) -> None:
+    """The layer that comes nearest to the unquantized outputs, by least squares on the tokens
+    themselves in fp64, rounded by the literal GPTQ."""
+    spec = SPECS["w4a16-g32"]
+    weight, seen, exact = drifted(14)
+    stats = drift_stats(seen, exact)
+    assert stats.hessian is not None
+    damp = 0.01 * stats.hessian.diagonal().mean() * len(seen)
+    wanted = torch.cat([exact @ weight.t(), damp.sqrt() * weight.t()]).double()
+    inputs = torch.cat([seen, damp.sqrt() * torch.eye(96)]).double()
+    best = torch.linalg.lstsq(inputs, wanted).solution.t()
+    target = (weight + share * (best - weight)).float()
+    options = {**gptq.OPTIONS, "clip": "none", "actorder": actorder}
+    solved = gptq.solve(weight, stats, spec, {**options, "feedback": share})
+    if actorder == "none":
+        expected = literal_gptq(target, stats.hessian, spec, 0.01)
+    else:
+        expected = numerics.code_values(gptq.solve(target, stats, spec, options)).double()
+    differs = (numerics.code_values(solved).double() != expected).double().mean()
+    assert float(differs) <= 0.01  # a column on the edge of rounding moves its successors
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", ["w4a16-g32", "w3a16-g96", "w8a16"])
+def test_feedback_comes_nearer_to_the_unquantized_outputs(name: str, seed: int) -> None:
+    spec = SPECS[name]
+    weight, seen, exact = drifted(seed)
+    stats = drift_stats(seen, exact)
+
+    def distance(q: numerics.QTensor) -> float:
+        return float((seen @ numerics.dequantize(q, torch.float32).t() - exact @ weight.t()).norm())
+
+    plain, half, full = (
+        distance(gptq.solve(weight, stats, spec, {**gptq.OPTIONS, "feedback": share}))
+        for share in (0.0, 0.5, 1.0)
+    )
+    assert full < half < plain < distance(numerics.quantize_weight(weight, spec)) * 1.01
+
+
+def test_feedback_without_drift_is_an_error() -> None:
+    weight, seen, _ = drifted(0)
+    stats = Stats(seen.t() @ seen / len(seen), len(seen))
+    with pytest.raises(QuantkitError, match="inputs were not observed; set `feedback: 0`"):
+        gptq.solve(weight, stats, SPECS["w8a16"], {**gptq.OPTIONS, "feedback": 1.0})
+
+
 def test_a_dead_column_keeps_its_value() -> None:
     weight, hessian = problem(6)
     hessian[10, :] = 0
@@ -176,6 +239,132 @@ def test_failed_cholesky_is_an_error_with_a_remedy() -> None:
 def test_gptq_needs_a_hessian() -> None:
     with pytest.raises(QuantkitError, match="without calibration tokens"):
         gptq.solve(torch.randn(4, 64), Stats(), SPECS["w8a16"], gptq.OPTIONS)
+
+
+def literal_scale_search(weight: Tensor, spec: QuantSpec, hessian: Tensor) -> Tensor:
+    """Each row and group by itself, fp64: the share of the min-max range with the least δ H δᵀ."""
+    width = spec.group_size or weight.shape[1]
+    out = torch.zeros_like(weight)
+    for row in range(weight.shape[0]):
+        for start in range(0, weight.shape[1], width):
+            w = weight[row : row + 1, start : start + width]
+            h = hessian[start : start + width, start : start + width].double()
+            least = float("inf")
+            for i in range(21):
+                share = 1 - 0.025 * i
+                scale, zero = numerics.compute_scales(
+                    w.amin(1, keepdim=True) * share, w.amax(1, keepdim=True) * share, spec
+                )
+                one = QuantSpec(spec.bits, spec.dtype, symmetric=spec.symmetric)
+                q = numerics.quantize(w, scale[0], None if zero is None else zero[0], one)
+                restored = numerics.dequantize(q, torch.float32)
+                delta = (restored - w).double()[0]
+                error = float(delta @ h @ delta)
+                if error < least:
+                    least, out[row, start : start + width] = error, restored[0]
+    return out
+
+
+@pytest.mark.parametrize("error", ["diagonal", "blocks"])
+@pytest.mark.parametrize("name", ["w4a16-g32", "w4a16-asym-g64", "w4a16-channel"])
+def test_imatrix_equals_its_literal_search(name: str, error: str) -> None:
+    spec = SPECS[name]
+    weight, hessian = problem(11, n=6)
+    weights = hessian if error == "blocks" else torch.diag(hessian.diagonal())
+    q = imatrix.solve(weight, Stats(hessian, 512), spec, {"error": error})
+    differs = numerics.dequantize(q, torch.float32) != literal_scale_search(weight, spec, weights)
+    assert float(differs.double().mean()) <= 0.03  # a group or two where fp32 ties
+
+
+@pytest.mark.parametrize("error", ["diagonal", "blocks"])
+@pytest.mark.parametrize("name", SPECS)
+def test_imatrix_never_loses_to_round_to_nearest(name: str, error: str) -> None:
+    spec = SPECS[name]
+    weight, hessian = problem(12)
+    nearest = numerics.quantize_weight(weight, spec)
+    solved = imatrix.solve(weight, Stats(hessian, 512), spec, {"error": error})
+
+    def own_loss(q: numerics.QTensor) -> float:
+        delta = numerics.dequantize(q, torch.float32) - weight
+        if error == "diagonal":
+            return float((delta.square() * hessian.diagonal()).sum())
+        width = spec.group_size or (spec.block[1] if spec.block else weight.shape[1])
+        return sum(
+            float(((d @ hessian[i : i + width, i : i + width]) * d).sum())
+            for i in range(0, weight.shape[1], width)
+            for d in [delta[:, i : i + width]]
+        )
+
+    assert own_loss(solved) <= own_loss(nearest) * (1 + 1e-5)
+    if error == "diagonal" or spec.granularity == "group":
+        assert own_loss(solved) < own_loss(nearest)
+
+
+def literal_hqq(weight: Tensor, spec: QuantSpec, steps: int) -> Tensor:
+    """The authors' loop, one group at a time; zero points are rounded when they are judged."""
+    assert spec.group_size is not None
+    out = torch.zeros_like(weight)
+    for row in range(weight.shape[0]):
+        for start in range(0, weight.shape[1], spec.group_size):
+            w = weight[row, start : start + spec.group_size].double()
+            least = float("inf")
+            for share in (1 - 0.05 * i for i in range(11)):
+                low, high = (v.float().reshape(1) * share for v in (w.min(), w.max()))
+                scale, zero = numerics.compute_scales(low, high, spec)
+                assert zero is not None
+                s, z, beta = float(scale), float(zero), 10.0
+                for _ in range(steps):
+                    trial = min(max(round(z), spec.qmin), spec.qmax)
+                    codes = (w / s + trial).round().clamp(spec.qmin, spec.qmax)
+                    restored = (codes - trial) * s
+                    error = float((w - restored).abs().pow(0.7).sum())
+                    if error < least - 1e-7:
+                        least = error
+                        out[row, start : start + spec.group_size] = restored.float()
+                    codes = (w / s + z).round().clamp(spec.qmin, spec.qmax)
+                    e = (w - (codes - z) * s) / s
+                    threshold = e.abs().clamp(min=1e-12).pow(-0.3) / beta
+                    e = e.sign() * (e.abs() - threshold).clamp(min=0)
+                    z = float((codes - (w / s - e)).mean())
+                    beta *= 1.01
+    return out
+
+
+def heavy_tailed(seed: int, n: int = 6) -> Tensor:
+    gen = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 192, generator=gen).pow(3) * 0.05 + 0.02
+
+
+def test_hqq_equals_its_literal_form() -> None:
+    spec = SPECS["w4a16-asym-g64"]
+    weight = heavy_tailed(13)
+    q = hqq.solve(weight, Stats(), spec, hqq.OPTIONS)
+    expected = literal_hqq(weight, spec, 5)
+    close = torch.isclose(numerics.dequantize(q, torch.float32), expected, atol=1e-5)
+    assert float(close.double().mean()) >= 0.95  # a zero point on the edge of rounding
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_hqq_never_loses_to_round_to_nearest(seed: int) -> None:
+    spec = SPECS["w4a16-asym-g64"]
+    weight = heavy_tailed(seed, n=32)
+    nearest = numerics.quantize_weight(weight, spec)
+    solved = hqq.solve(weight, Stats(), spec, hqq.OPTIONS)
+
+    def own_loss(q: numerics.QTensor) -> float:
+        return float((numerics.dequantize(q, torch.float32) - weight).abs().pow(0.7).sum())
+
+    assert own_loss(solved) < own_loss(nearest)
+
+
+def test_hqq_needs_zero_points() -> None:
+    with pytest.raises(QuantkitError, match="moves zero points, and int4 sym g64 has none"):
+        hqq.solve(heavy_tailed(0), Stats(), SPECS["w4a16-g64"], hqq.OPTIONS)
+
+
+def test_imatrix_needs_a_hessian() -> None:
+    with pytest.raises(QuantkitError, match="imatrix without calibration tokens"):
+        imatrix.solve(torch.randn(4, 64), Stats(), SPECS["w8a16"], imatrix.OPTIONS)
 
 
 def test_every_solver_documents_its_options() -> None:

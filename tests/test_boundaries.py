@@ -18,7 +18,8 @@ LAYERS = (
     {"numerics", "packing", "ops"},
     {"observers", "algorithms", "layers"},
     {
-        *("data", "model", "plan", "paused", "quantize", "collector", "work", "calibrate"),
+        *("data", "model", "folding", "plan", "paused", "quantize", "reference", "collector"),
+        *("rescale", "work", "calibrate"),
         "checkpoint",
     },
     {"models"},

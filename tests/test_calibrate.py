@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from quantkit import model as models
 from quantkit import numerics
 from quantkit.algorithms import Stats, gptq
-from quantkit.calibrate import CalibrationData, calibrate
+from quantkit.calibrate import CalibrationData, calibrate, cut_batches
+from quantkit.collector import Collector
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.plan import Plan, make_plan
 from quantkit.quantize import QuantizedLayer
@@ -96,6 +98,66 @@ def test_resume_gives_the_same_bytes(
     for name, layer in resumed.items():
         if scales[name] is not None:
             assert torch.equal(layer.input_scale, scales[name])
+
+
+FEEDBACK = Recipe(
+    SCHEMES["w4a16-g64"],
+    algorithm=(Step("awq", {"grid": 4}), Step("gptq", {"feedback": 1.0})),
+    keep=(),
+)
+
+
+def test_feedback_sees_the_unquantized_models_inputs(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every pair that a layer's solver compares, beside ordinary passes of the two models."""
+    pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    update = Collector.update
+
+    def record(self: Collector, x: torch.Tensor, unquantized: torch.Tensor | None = None) -> None:
+        assert unquantized is not None
+        pairs.setdefault(self.members[0].name, []).append((x, unquantized))
+        update(self, x, unquantized)
+
+    monkeypatch.setattr(Collector, "update", record)
+    how = dataclasses.replace(FEEDBACK, algorithm=FEEDBACK.algorithm[1:])
+    loaded, _, _ = run(tiny, tmp_path / "w", how)
+    assert len(pairs) == 9
+    for which, model in enumerate((loaded.model, models.load_source(str(tiny)).model)):
+        for name, seen in pairs.items():
+            caught: list[torch.Tensor] = []
+            hook = model.get_submodule(name).register_forward_pre_hook(
+                lambda _, x, caught=caught: caught.append(x[0])
+            )
+            with torch.no_grad():
+                for ids in cut_batches(IDS):
+                    model(ids)
+            hook.remove()
+            for pair, expected in zip(seen, caught, strict=True):
+                torch.testing.assert_close(pair[which], expected)
+
+
+def test_feedback_lowers_the_distance_of_the_whole_model(tiny: Path, tmp_path: Path) -> None:
+    with torch.no_grad():
+        wanted = models.load_source(str(tiny)).model(IDS).logits.float()
+        distances = []
+        for share in (0.0, 1.0):
+            step = Step("gptq", {"feedback": share})
+            how = dataclasses.replace(FEEDBACK, scheme=SCHEMES["w3a16-g96"], algorithm=(step,))
+            loaded, _, _ = run(tiny, tmp_path / str(share), how)
+            distances.append(float((loaded.model(IDS).logits.float() - wanted).norm()))
+    assert distances[1] < 0.97 * distances[0]
+
+
+@pytest.mark.parametrize("kept_blocks", [0, 1, 2])
+def test_feedback_resumes_to_the_same_bytes(kept_blocks: int, tiny: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    _, _, whole = run(tiny, work, FEEDBACK)
+    for path in (work / "blocks").glob("*.json"):
+        if int(path.stem) == -1 or int(path.stem) >= kept_blocks:
+            path.unlink()
+    _, _, resumed = run(tiny, work, FEEDBACK, resume=True)
+    assert same(whole, resumed)
 
 
 def test_resume_of_another_run_is_refused(tiny: Path, tmp_path: Path) -> None:

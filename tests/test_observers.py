@@ -15,6 +15,7 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.observers import (
     OBSERVER_OPTIONS,
     OBSERVERS,
+    ChannelMagnitudes,
     HessianAccumulator,
     MinMax,
     make_observer,
@@ -380,3 +381,28 @@ def test_hessian_refuses_what_does_not_fit() -> None:
         HessianAccumulator(4).update(torch.zeros(2, 5))
     with pytest.raises(QuantkitError, match="cannot merge 4 columns with 5"):
         HessianAccumulator(4).merge(HessianAccumulator(5))
+
+
+@FAST
+@given(st.integers(0, 20), st.integers(0, 20), st.integers(0, 2**31 - 1))
+def test_channel_magnitudes_merge(first: int, second: int, seed: int) -> None:
+    x = torch.randn(first + second + 1, 7, generator=torch.Generator().manual_seed(seed))
+    whole, left, right = (ChannelMagnitudes(7) for _ in range(3))
+    whole.update(x)
+    left.update(x[:first])
+    right.update(x[first:])
+    merged = left.merge(ChannelMagnitudes.from_state(right.state()))
+    assert merged.count == len(x)
+    assert torch.equal(merged.maxima(), x.abs().amax(0))
+    torch.testing.assert_close(merged.means(), whole.means(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(whole.means(), x.abs().mean(0), rtol=1e-5, atol=0)
+
+
+def test_channel_magnitudes_refuse_what_is_no_number() -> None:
+    magnitudes = ChannelMagnitudes(3)
+    with pytest.raises(QuantkitError, match="no tokens were observed"):
+        magnitudes.maxima()
+    magnitudes.update(torch.tensor([[1.0, float("nan"), 2.0]]))
+    magnitudes.update(torch.ones(2, 3))
+    with pytest.raises(QuantkitError, match="NaN or infinite values in 1 of 3 columns"):
+        magnitudes.means()

@@ -72,7 +72,7 @@ def test_replacing_a_layer_changes_what_follows_and_nothing_before(spine: Spine)
     run_paused(
         spine.calls(0, hidden),
         leaders,
-        lambda name, x: events.append(f"see {name} {tuple(x.shape)}"),
+        lambda _, name, x: events.append(f"see {name} {tuple(x.shape)}"),
         solve,
         lambda i, out: outputs.__setitem__(i, out),
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from quantkit import model as models
+from quantkit.algorithms import KNOWN
 from quantkit.errors import UsageError
 from quantkit.plan import make_plan
-from quantkit.recipe import Recipe, Rule, Step, installed_recipes, load_recipe
+from quantkit.recipe import Recipe, Rule, Step, installed_recipes, load_recipe, parse_recipe
 from quantkit.schemes import SCHEMES, parse_scheme
 from tests.conftest import tiny_llama
 
@@ -46,6 +48,12 @@ def test_theoretical_size_counts_a_tied_head_once(model) -> None:  # type: ignor
         (Recipe(SCHEMES["w8a16"], algorithm=(Step("gptq", {"dump": 1}),)), "unknown option 'dump'"),
         (Recipe(SCHEMES["w8a16"], algorithm=(Step("gptq", {"damp": -1}),)), "damp -1"),
         (Recipe(SCHEMES["w8a16"], algorithm=(Step("rtn", {"clip": "max"}),)), "clip 'max'"),
+        (Recipe(SCHEMES["w4a16-g64"], algorithm=(Step("hqq"),)),
+         "hqq moves zero points, and w4a16-g64 has none; use an asymmetric scheme"),
+        (Recipe(SCHEMES["w8a16"], algorithm=(Step("imatrix", {"error": "x"}),)),
+         "error 'x': is diagonal or blocks"),
+        (Recipe(SCHEMES["w4a16-asym-g64"], algorithm=(Step("hqq", {"p": 1.5}),)), "p 1.5: is a"),
+        (Recipe(SCHEMES["w8a16"], algorithm=(Step("gptq", {"feedback": 2}),)), "feedback 2: is a"),
         (Recipe(SCHEMES["w8a16"], rules=(Rule("*", None),)), "keeps every layer"),
         (Recipe(SCHEMES["w8a16"], kv_cache=parse_scheme("fp8").weight), "kv_cache"),
     ],
@@ -60,6 +68,27 @@ def test_every_installed_recipe_plans(name: str) -> None:
     plan = make_plan(load_recipe(name), tiny_llama(), samples=4, seq_len=16)
     assert plan.layers
     assert plan.size_bytes < plan.source_bytes
+
+
+PAGES = Path(__file__).parent.parent / "docs" / "algorithms"
+
+
+def test_every_algorithm_has_a_page() -> None:
+    names = {path.stem for path in PAGES.glob("*.md")} - {"README"}
+    assert names == set(KNOWN)
+    listed = set(re.findall(r"\[(\w+)\]\(\1\.md\)", (PAGES / "README.md").read_text()))
+    assert listed == names
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_recipe_of_every_page_plans(name: str) -> None:
+    text = (PAGES / f"{name}.md").read_text()
+    [example] = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    recipe = parse_recipe(example, known_algorithms=KNOWN)
+    assert name in {step.name for step in recipe.algorithm}
+    assert make_plan(recipe, tiny_llama(), samples=4, seq_len=16).layers
+    assert "When it hurts" in text
+    assert "Reference" in text
 
 
 def test_digest_follows_the_plan(model) -> None:  # type: ignore[no-untyped-def]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from quantkit import numerics
@@ -92,10 +95,77 @@ def code_kind(spec: QuantSpec) -> int:
     return CODE_E4M3 if spec.bits == 8 else CODE_E2M1
 
 
+def output_scales(
+    weight: Tensor, spec: QuantSpec, hessian: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scales that minimise each group's own share of the squared output error.
+
+    The grid of `mse_scales`; a group's error is Σ δ H_gg δᵀ over the rows that share its scale,
+    with H_gg its columns' block of the Hessian.
+
+    Args:
+        weight: ``[N, K]``.
+        spec: any weight spec.
+        hessian: fp32 ``[K, K]``.
+
+    Returns:
+        (scale, zero, global_scale) as `numerics.quantize` takes them.
+
+    Raises:
+        QuantkitError: the weight holds NaN or infinity.
+    """
+    blocks = _diagonal_blocks(hessian, _columns(weight, spec))
+    width = blocks.shape[-1]
+
+    def errors(delta: Tensor) -> Tensor:
+        rows = F.pad(delta, (0, len(blocks) * width - delta.shape[1])).unflatten(1, (-1, width))
+        by_row = (torch.einsum("ngi,gij->ngj", rows, blocks) * rows).sum(-1)
+        if spec.granularity is Granularity.TENSOR:
+            return by_row.sum().reshape(1)
+        if spec.granularity is Granularity.BLOCK:
+            assert spec.block is not None
+            padded = F.pad(by_row, (0, 0, 0, -len(by_row) % spec.block[0]))
+            return padded.unflatten(0, (-1, spec.block[0])).sum(1)
+        return by_row
+
+    return _dense_search(weight, spec, errors)
+
+
+def _columns(weight: Tensor, spec: QuantSpec) -> int:
+    """Columns of a row that share a scale."""
+    if spec.granularity is Granularity.GROUP:
+        assert spec.group_size is not None
+        return spec.group_size
+    if spec.granularity is Granularity.BLOCK:
+        assert spec.block is not None
+        return spec.block[1]
+    return weight.shape[1]
+
+
+def _diagonal_blocks(hessian: Tensor, width: int) -> Tensor:
+    """``[G, width, width]``, the last one padded with zeros."""
+    extra = -len(hessian) % width
+    padded = F.pad(hessian, (0, extra, 0, extra))
+    starts = range(0, len(padded), width)
+    return torch.stack([padded[i : i + width, i : i + width] for i in starts])
+
+
 def dense_search(
     weight: Tensor, spec: QuantSpec, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`mse_scales` for scales that rows share, and its plain form for any other.
+    """`mse_scales` for scales that rows share, and its plain form for any other."""
+
+    def errors(delta: Tensor) -> Tensor:
+        squares = delta.square() if importance is None else delta.square() * importance
+        return numerics.to_groups(squares, spec).sum(-1)
+
+    return _dense_search(weight, spec, errors)
+
+
+def _dense_search(
+    weight: Tensor, spec: QuantSpec, errors: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The best of `SHARES` for every scale under any error of Ŵ − W fp32 ``[N, K]``.
 
     Every candidate is quantized and dequantized as a whole, in the weight's dtype.
     """
@@ -109,10 +179,7 @@ def dense_search(
             low * share, high * share, spec, global_scale
         )
         q = numerics.quantize(weight, scale, candidate_zero, spec, global_scale)
-        error = (numerics.dequantize(q, torch.float32) - reference).square()
-        if importance is not None:
-            error = error * importance
-        error = numerics.to_groups(error, spec).sum(-1)
+        error = errors(numerics.dequantize(q, torch.float32) - reference)
         if least is None:
             least = error
             continue

@@ -5,9 +5,19 @@ Generative Pre-trained Transformers", arXiv 2210.17323, algorithm 1. Columns are
 after another; each column's rounding error is spread over the columns not yet rounded, by
 the rows of the Cholesky factor U of the inverse Hessian (H⁻¹ = UᵀU).
 
-Scales come from the original weight and are fixed before any column is rounded ("static
-groups"), so that act-order costs nothing at inference: the stored order of columns never
-changes.
+Scales come from the weight and are fixed before any column is rounded ("static groups"), so
+that act-order costs nothing at inference: the stored order of columns never changes.
+
+With ``feedback`` the layer also makes up for what its quantized predecessors did to its input.
+For inputs x where the unquantized model has x̃, Li et al. ("GPTAQ: Efficient Finetuning-Free
+Quantization for Asymmetric Calibration", arXiv 2504.02692, §3) minimise ‖Ŵx − Wx̃‖² instead of
+‖Ŵx − Wx‖². That is GPTQ's own problem around another weight,
+
+    W* = W + W C H⁻¹,   C = E[(x̃ − x) xᵀ],
+
+which is where Zhang et al. ("Qronos", arXiv 2505.11695, §3) start, too. GPTAQ spreads each
+column's part of C only over columns not yet rounded; W* is the exact minimum before rounding and
+needs no second column loop.
 """
 
 from __future__ import annotations
@@ -30,7 +40,9 @@ if TYPE_CHECKING:
 #: damp: share of the mean diagonal that is added to the Hessian's diagonal.
 #: actorder: ``static`` rounds columns with the largest diagonal first; ``none`` in order.
 #: clip: ``mse`` narrows scales by column-weighted rounding error; ``none`` keeps min-max.
-OPTIONS: dict[str, Any] = {"damp": 0.01, "actorder": "static", "clip": "mse"}
+#: feedback: share of the predecessors' error that is made up for, 0 to 1; above 0 calibration
+#:     runs the unquantized model, too.
+OPTIONS: dict[str, Any] = {"damp": 0.01, "actorder": "static", "clip": "mse", "feedback": 0.0}
 
 
 def solve(weight: Tensor, stats: Stats, spec: QuantSpec, options: Mapping[str, Any]) -> QTensor:
@@ -40,17 +52,17 @@ def solve(weight: Tensor, stats: Stats, spec: QuantSpec, options: Mapping[str, A
 
     Args:
         weight: ``[N, K]``, the model's dtype, which is the dtype of the scales.
-        stats: its ``hessian`` fp32 ``[K, K]``.
+        stats: its ``hessian`` fp32 ``[K, K]``, and ``drift`` for feedback.
         spec: any weight spec.
         options: see `OPTIONS`.
 
     Raises:
-        QuantkitError: no Hessian, or one that is not positive definite after damping.
+        QuantkitError: no Hessian, feedback without drift, or a Hessian that is not positive
+            definite after damping.
     """
     if stats.hessian is None or stats.tokens == 0:
         raise QuantkitError("GPTQ without calibration tokens", remedy="give --data or use rtn")
     diagonal = stats.hessian.diagonal()
-    scale, zero, global_scale = _scales(weight, spec, diagonal, str(options["clip"]))
     order = (
         torch.argsort(diagonal, descending=True, stable=True)
         if options["actorder"] == "static"
@@ -58,9 +70,14 @@ def solve(weight: Tensor, stats: Stats, spec: QuantSpec, options: Mapping[str, A
     )
     ordered = stats.hessian.index_select(0, order).index_select(1, order)
     upper = inverse_factor(ordered, float(options["damp"]))
+    target = weight.float()
+    if options["feedback"]:
+        target = _corrected(target, stats.drift, upper, order, float(options["feedback"]))
+        weight = target.to(weight.dtype)
+    scale, zero, global_scale = _scales(weight, spec, diagonal, str(options["clip"]))
     steps, zeros, group = _tables(scale, zero, global_scale, spec, weight.shape, order)
     rounded = backend_for(weight).gptq_round(
-        weight.float().index_select(1, order),
+        target.index_select(1, order),
         upper,
         steps,
         zeros,
@@ -71,6 +88,23 @@ def solve(weight: Tensor, stats: Stats, spec: QuantSpec, options: Mapping[str, A
     )
     restored = rounded.index_select(1, torch.argsort(order))
     return _to_codes(restored, scale, zero, global_scale, spec)
+
+
+def _corrected(
+    weight: Tensor, drift: Tensor | None, upper: Tensor, order: Tensor, share: float
+) -> Tensor:
+    """W + share · W C H⁻¹, fp32 ``[N, K]``, with the damped H⁻¹ = UᵀU of the ordered columns.
+
+    Damping pulls W* towards W, as it does the rounded weight.
+    """
+    if drift is None:
+        raise QuantkitError(
+            "GPTQ with feedback, and the unquantized model's inputs were not observed",
+            remedy="set `feedback: 0`",
+        )
+    pushed = (weight @ drift).index_select(1, order)
+    change = (pushed @ upper.t() @ upper).index_select(1, torch.argsort(order))
+    return weight + share * change
 
 
 def _scales(

@@ -97,6 +97,7 @@ def write_checkpoint(
                     "weight": layer.scheme.weight.label(),
                     "input": layer.scheme.input.label() if layer.scheme.input else None,
                     "solver": layer.solver,
+                    "steps": layer.steps,
                     "shape": list(layer.shape),
                     "bits": round(
                         sum(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from quantkit.recipe import Recipe
     from quantkit.run import Outcomes, Prepared
 
@@ -164,17 +166,17 @@ def _show_plan(prepared: Prepared) -> None:
     plan, console = prepared.plan, Console(stderr=True)
     console.print(f"[bold]Plan[/bold] for {prepared.job.source}, {plan.blocks} blocks")
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("scheme", "what", "solver"):
+    for title in ("scheme", "what", "algorithm"):
         table.add_column(title)
     for title in ("layers", "weights", "bits/weight"):
         table.add_column(title, justify="right")
-    for scheme, solver, layers in plan.groups():
+    for scheme, steps, layers in plan.groups():
         weights = sum(layer.weights for layer in layers)
         bits = sum(layer.scheme.weight.stored_bits(layer.shape) for layer in layers) / weights
         table.add_row(
             scheme.name,
             scheme.describe(),
-            solver,
+            steps,
             str(len(layers)),
             f"{weights / 1e6:.1f} M",
             f"{bits:.3f}",
@@ -182,6 +184,11 @@ def _show_plan(prepared: Prepared) -> None:
     console.print(table)
     kept = ", ".join(plan.kept[:3]) + (f" and {len(plan.kept) - 3} more" if plan.kept[3:] else "")
     console.print(f"kept as they are   {kept or 'none'}")
+    if plan.folds:
+        console.print(f"scalings           {len(plan.folds)} inputs, folded into their producers")
+    for reason, labels in _by_reason(plan.unscaled).items():
+        more = f" and {len(labels) - 1} more" if labels[1:] else ""
+        console.print(f"[yellow]not scaled[/yellow]: {labels[0]}{more}: {reason}")
     console.print(
         f"size               {plan.source_bytes / 1e6:.1f} MB → {plan.size_bytes / 1e6:.1f} MB "
         f"({plan.size_bytes / plan.source_bytes:.1%})"
@@ -208,6 +215,13 @@ def _show_plan(prepared: Prepared) -> None:
         for check in prepared.preflight:
             if check.message:
                 console.print(f"[yellow]warning[/yellow]: {check.message}")
+
+
+def _by_reason(unscaled: Mapping[str, str]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for label, reason in unscaled.items():
+        reasons.setdefault(reason, []).append(label)
+    return reasons
 
 
 def _show_outcomes(outcomes: Outcomes) -> None:

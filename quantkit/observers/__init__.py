@@ -1,4 +1,4 @@
-"""Streaming statistics of activations: ranges for static scales, and GPTQ's Hessian.
+"""Streaming statistics of activations: ranges for static scales, channel magnitudes, Hessians.
 
 Every observer is a monoid: observing two halves and merging gives what observing the whole
 gives, so statistics can be cut into batches, resumed, or gathered from several places.
@@ -9,6 +9,7 @@ gives, so statistics can be cut into batches, resumed, or gathered from several 
 ``percentile``            exact: histogram counts add
 ``mse``, ``entropy``      exact: histogram counts add
 `HessianAccumulator`      up to the rounding of fp32 sums
+`ChannelMagnitudes`       maxima exact, means up to the rounding of fp32 sums
 ========================  ==============================================================
 """
 
@@ -18,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantkit.errors import UsageError
+from quantkit.observers.channels import ChannelMagnitudes
 from quantkit.observers.extrema import MinMax, MovingAverage, Observer
 from quantkit.observers.hessian import HessianAccumulator
 from quantkit.observers.histogram import MSE, Entropy, Percentile
@@ -26,6 +28,7 @@ __all__ = [
     "MSE",
     "OBSERVERS",
     "OBSERVER_OPTIONS",
+    "ChannelMagnitudes",
     "Entropy",
     "HessianAccumulator",
     "MinMax",
