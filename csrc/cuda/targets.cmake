@@ -30,7 +30,7 @@ foreach(source api w4_linear w8_linear)
             -O3 -std=c++17 ${gencode}
             -Xcompiler=-fPIC,-fvisibility=hidden
             -I "${CMAKE_CURRENT_SOURCE_DIR}/include"
-    DEPENDS cuda/${source}.cu cuda/weight_only.cuh cuda/device.cuh include/quantkit/quantkit.h
+    DEPENDS cuda/${source}.cu cuda/weight_only.cuh cuda/ptx.cuh include/quantkit/quantkit.h
     COMMENT "nvcc ${source}.cu (${QUANTKIT_CUDA_ARCHS})"
     VERBATIM)
   list(APPEND cuda_objects "${object}")

@@ -17,6 +17,9 @@ CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "twin"
 SOURCES = (
     "cuda/host/machine.cpp",
+    "cuda/api.cu",
+    "cuda/w4_linear.cu",
+    "cuda/w8_linear.cu",
     "tests/twin_probes.cu",
 )
 # Kernel templates at -O1 compile three times as fast as at -O2, and run small shapes in no time.

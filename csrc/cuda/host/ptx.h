@@ -15,9 +15,9 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
-namespace quantkit::cuda {
-
 using cudaStream_t = void*;
+
+namespace quantkit::cuda {
 
 // ---- scalars and pairs -----------------------------------------------------------------------
 
