@@ -301,24 +301,12 @@ __device__ __forceinline__ void store_global(T* p, T v) {
   *p = v;
 }
 
-// Weights are read once: they leave L1 to x and the scales, and leave L2 first.
-__device__ __forceinline__ uint64_t evict_first_policy() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
+// Weights are read once: they leave L1 to x and the scales.
 __device__ __forceinline__ uint4 load_once(const void* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p));
-  return v;
-}
-__device__ __forceinline__ uint4 load_once(const void* p, uint64_t policy) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p), "l"(policy));
   return v;
 }
 
@@ -382,7 +370,8 @@ namespace quantkit::cuda {
 // Eight 4-bit codes of a word to four pairs of (code - zero), exactly; pair j holds the codes at
 // bits 4j and 16 + 4j. Pairs 0 and 2 have one zero point and pairs 1 and 3 another: the two rows of
 // a lane's fragment of mma.m16n8k16. A code becomes mantissa bits of 1024 + code (f16) or
-// 128 + code (bf16), from which the same number of its zero point is subtracted.
+// 128 + code (bf16), from which the same number of its zero point is subtracted. zeros takes the two
+// zero points, 0 to 15, from bytes kByte and kByte + 1 of a word.
 //
 // Source: Kim et al., "Who Says Elephants Can't Run", arXiv 2211.10017, section 4; the bf16 form is
 // Marlin's (github.com/IST-DASLab/marlin).
@@ -393,9 +382,11 @@ template <class T>
 struct Int4;
 template <>
 struct Int4<f16> {
-  __device__ __forceinline__ static Int4Zeros zeros(uint32_t even, uint32_t odd) {
+  template <int kByte>
+  __device__ __forceinline__ static Int4Zeros zeros(uint32_t bytes) {
     // Pairs 1 and 3 lie four bits higher, as 1024 + 16 code: (1024 + 16 code) / 16 - 64 - zero.
-    return {0x64006400u + even * 0x00010001u, 0xd400d400u + (odd << 4) * 0x00010001u};
+    return {permute_bytes(bytes, 0x64646464u, 0x4040u + kByte * 0x0101u),
+            permute_bytes(bytes << 4, 0xd4d4d4d4u, 0x4040u + (kByte + 1) * 0x0101u)};
   }
   __device__ __forceinline__ static void decode(uint32_t word, Int4Zeros zero, uint32_t (&out)[4]) {
     constexpr uint32_t kSixteenth = 0x2c002c00u;
@@ -408,8 +399,10 @@ struct Int4<f16> {
 };
 template <>
 struct Int4<bf16> {
-  __device__ __forceinline__ static Int4Zeros zeros(uint32_t even, uint32_t odd) {
-    return {0x43004300u + even * 0x00010001u, 0x43004300u + odd * 0x00010001u};
+  template <int kByte>
+  __device__ __forceinline__ static Int4Zeros zeros(uint32_t bytes) {
+    return {permute_bytes(bytes, 0x43434343u, 0x4040u + kByte * 0x0101u),
+            permute_bytes(bytes, 0x43434343u, 0x4040u + (kByte + 1) * 0x0101u)};
   }
   __device__ __forceinline__ static void decode(uint32_t word, Int4Zeros zero, uint32_t (&out)[4]) {
 #pragma unroll

@@ -95,8 +95,8 @@ template <class T>
 __global__ void int4_decode(const uint32_t* in, uint32_t* out, int n) {
   for (int i = static_cast<int>(threadIdx.x); i < n; i += 32) {
     uint32_t pairs[4];
-    const Int4Zeros zeros =
-        Int4<T>::zeros(static_cast<uint32_t>(i % 16), static_cast<uint32_t>(i / 16 % 16));
+    const Int4Zeros zeros = Int4<T>::template zeros<2>(static_cast<uint32_t>(i % 16) << 16 |
+                                                       static_cast<uint32_t>(i / 16 % 16) << 24);
     Int4<T>::decode(load_global(in + i), zeros, pairs);
     for (int j = 0; j < 4; ++j) store_global(out + 4 * i + j, pairs[j]);
   }

@@ -42,6 +42,29 @@ class WeightOnlyArgs(ctypes.Structure):
     )
 
 
+class W4A16Args(ctypes.Structure):
+    _fields_ = (
+        ("x", POINTER),
+        ("ldx", I64),
+        ("dtype", I32),
+        ("m", I64),
+        ("n", I64),
+        ("k", I64),
+        ("group_size", I64),
+        ("groups", I64),
+        ("packed", POINTER),
+        ("scale", POINTER),
+        ("zero", POINTER),
+        ("bias", POINTER),
+        ("y", POINTER),
+        ("ldy", I64),
+        ("partials", POINTER),
+        ("counters", POINTER),
+        ("multiprocessors", I32),
+        ("overlap", I32),
+    )
+
+
 class Int8LinearArgs(ctypes.Structure):
     _fields_ = (
         ("xq", POINTER),

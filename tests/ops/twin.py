@@ -20,6 +20,8 @@ SOURCES = (
     "cuda/api.cu",
     "cuda/w4_linear.cu",
     "cuda/w8_linear.cu",
+    "cuda/w4a16_bf16.cu",
+    "cuda/w4a16_f16.cu",
     "tests/twin_probes.cu",
 )
 # Kernel templates at -O1 compile three times as fast as at -O2, and run small shapes in no time.

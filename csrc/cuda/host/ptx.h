@@ -302,9 +302,7 @@ void store_global(T* p, T v) {
   twin::check_global(p, sizeof(T), true);
   *p = v;
 }
-inline uint64_t evict_first_policy() { return 0; }
 inline uint4 load_once(const void* p) { return load_global(static_cast<const uint4*>(p)); }
-inline uint4 load_once(const void* p, uint64_t) { return load_once(p); }
 
 inline uint32_t atomic_add(uint32_t* p, uint32_t v) {
   twin::check_global(p, sizeof *p, true);
