@@ -11,8 +11,6 @@ namespace {
 // it the weight is dequantized once and torch's matrix product takes over. There the dequantized
 // weight is rounded to the dtype of x, which the kernel's fp32 arithmetic does not do.
 constexpr int64_t kKernelRows = 64;
-// What w4a16_linear's counters are made for: see quantkit.ops.new_w4a16_counters.
-constexpr int64_t kSkinnyRows = 64;
 
 // torch exports the current stream only from its CUDA build, so the symbol is looked up at run
 // time: this library then links, and its kernels compile, against any torch.
@@ -140,8 +138,6 @@ Tensor w4a16_linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor>
   const char* op = "w4a16_linear";
   const Rows rows = rows_of(op, "x", x);
   require(rows.k > 0 && n > 0, op, "K = ", rows.k, " and N = ", n, " must be positive");
-  require(rows.m <= kSkinnyRows, op, "x has ", rows.m, " rows, at most ", kSkinnyRows,
-          " fit; use w4_linear for more");
   const int64_t blocks = (n + 63) / 64, slabs = (rows.k + 63) / 64;
   qk_w4a16_args a{};
   a.x = rows.data;

@@ -45,16 +45,18 @@ int qk_cuda_w4a16_linear(const qk_w4a16_args* args, void* stream) {
   if (const int status = check(*args)) return status;
   if (args->m == 0 || args->n == 0) return QK_OK;
   const auto on = static_cast<cudaStream_t>(stream);
-  return args->dtype == QK_F16 ? quantkit::cuda::w4a16::skinny_f16(*args, on)
-                               : quantkit::cuda::w4a16::skinny_bf16(*args, on);
+  return args->dtype == QK_F16 ? quantkit::cuda::w4a16::linear_f16(*args, on)
+                               : quantkit::cuda::w4a16::linear_bf16(*args, on);
 }
 
 int64_t qk_cuda_w4a16_partials(int64_t m, int64_t n, int64_t k, int32_t multiprocessors) {
+  if (m > quantkit::cuda::w4a16::kSkinnyRows) return 0;
   const int splits = quantkit::cuda::w4a16::divide(n, k, multiprocessors).splits;
   return splits == 1 ? 0 : splits * m * n;
 }
 
 int64_t qk_cuda_w4a16_counters(int64_t m, int64_t n) {
+  if (m > quantkit::cuda::w4a16::kSkinnyRows) return 0;
   return (n + 15) / 16 * ((m + 7) / 8);  // the most blocks that any division makes
 }
 

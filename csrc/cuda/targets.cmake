@@ -30,7 +30,7 @@ foreach(source api w4_linear w8_linear w4a16_bf16 w4a16_f16)
             -O3 -std=c++17 ${gencode}
             -Xcompiler=-fPIC,-fvisibility=hidden
             -I "${CMAKE_CURRENT_SOURCE_DIR}/include"
-    DEPENDS cuda/${source}.cu cuda/w4a16.cuh cuda/weight_only.cuh cuda/ptx.cuh
+    DEPENDS cuda/${source}.cu cuda/w4a16.cuh cuda/w4a16_gemm.cuh cuda/weight_only.cuh cuda/ptx.cuh
             include/quantkit/quantkit.h
     COMMENT "nvcc ${source}.cu (${QUANTKIT_CUDA_ARCHS})"
     VERBATIM)

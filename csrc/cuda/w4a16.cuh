@@ -49,11 +49,10 @@ constexpr int shared_bytes() {
   return kWarps * kTiles * kTokens * kTokenStride * static_cast<int>(sizeof(float)) + 128;
 }
 
-// What a lane reads for one slab besides the codes: eight columns of each half of x for each tile
-// of eight rows of x, and for each group in the slab the scales and zeros of its weight rows.
-template <int kTiles, int kTokenTiles, int kGroups>
-struct Operands {
-  uint4 x[kTokenTiles][2];
+// What a lane needs of the tables for one slab: for each group in it the scales and zeros of its
+// weight rows.
+template <int kTiles, int kGroups>
+struct Tables {
   uint32_t scale[kGroups][kTiles];           // pairs: rows lane / 4 and lane / 4 + 8 of the tile
   uint32_t zero[kGroups][(kTiles + 1) / 2];  // bytes, likewise, of two tiles
 };
@@ -100,6 +99,73 @@ struct Walk {
   uint32_t group_factor;  // group of half slab i is i * group_factor >> 31
 };
 
+// A lane's place in the tables, and how it moves along K.
+template <int kTiles, int kGroups>
+class TableReader {
+ public:
+  template <class T>
+  __device__ __forceinline__ TableReader(const qk_w4a16_args& a, const Walk& walk, int first_tile,
+                                         int g, T)
+      : factor_(walk.group_factor), groups_(static_cast<int>(a.groups)) {
+    static_assert(sizeof(T) == 2);
+    const int64_t at = first_tile / kBlockTiles * a.groups * kBlockRows + g * (2 * kBlockTiles) +
+                       2 * (first_tile % kBlockTiles);
+    scales_ = static_cast<const uint8_t*>(a.scale) + at * 2;
+    zeros_ = a.zero == nullptr ? nullptr : a.zero + at;
+  }
+
+  __device__ __forceinline__ void load(int slab, Tables<kTiles, kGroups>& out) const {
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const uint64_t half_slab = static_cast<uint32_t>(2 * slab + i);
+      int group = static_cast<int>(half_slab * factor_ >> 31);
+      // The second half of the last slab may lie past the end, where x is zero.
+      if (kGroups == 2 && group >= groups_) group = groups_ - 1;
+      load_words<4 * kTiles>(scales_ + group * (2 * kBlockRows), out.scale[i]);
+      if (zeros_ != nullptr) {
+        load_words<2 * kTiles>(zeros_ + group * kBlockRows, out.zero[i]);
+      } else {
+#pragma unroll
+        for (uint32_t& zero : out.zero[i]) zero = 0x08080808u;
+      }
+    }
+  }
+
+ private:
+  const uint8_t *scales_, *zeros_;
+  uint32_t factor_;
+  int groups_;
+};
+
+// Weight fragments of one mma step of tile i.
+template <class T, int kTiles, int kGroups>
+__device__ __forceinline__ void decode(uint32_t word, const Tables<kTiles, kGroups>& tables,
+                                       int group, int i, uint32_t (&weight)[4]) {
+  const uint32_t bytes = tables.zero[group][i / 2];
+  Int4<T>::decode(word,
+                  i % 2 == 0 ? Int4<T>::template zeros<0>(bytes)
+                             : Int4<T>::template zeros<2>(bytes),
+                  weight);
+}
+
+// sum += scale * product for the rows of a lane, and product = 0.
+template <class T>
+__device__ __forceinline__ void add_scaled(float (&sum)[4], float (&product)[4], uint32_t scales) {
+  const float2 scale = Pair<T>::to_floats(scales);
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    sum[c] = fmaf(c < 2 ? scale.x : scale.y, product[c], sum[c]);
+    product[c] = 0.0f;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void write_y(const qk_w4a16_args& a, int64_t token, int64_t row,
+                                        float y) {
+  if (a.bias != nullptr) y += to_float(load_global(static_cast<const T*>(a.bias) + row));
+  store_global(static_cast<T*>(a.y) + token * a.ldy + row, from_float<T>(y));
+}
+
 // Grid: x over kTiles tiles of weight rows, y over splits of K, z over 8 * kTokenTiles rows of x.
 // kGroups: groups that a slab touches, 2 when the group size is an odd multiple of 32.
 template <class T, int kTiles, int kTokenTiles, int kGroups, bool kVector>
@@ -109,7 +175,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   // scales of two groups take the registers.
   constexpr int kDepth = (12 - 2 * kTokenTiles - 2 * kGroups) / kTiles;
   constexpr int kTokens = 8 * kTokenTiles;
-  using Reads = Operands<kTiles, kTokenTiles, kGroups>;
+  struct Reads {
+    uint4 x[kTokenTiles][2];  // eight columns of each half of the slab
+    Tables<kTiles, kGroups> tables;
+  };
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int g = lane / 4, t = lane % 4;
   const int first_tile = static_cast<int>(blockIdx.x) * kTiles;
@@ -119,14 +188,10 @@ __global__ void __launch_bounds__(kThreads, 2)
       begin + walk.slabs_a_split < walk.slabs ? begin + walk.slabs_a_split : walk.slabs;
   const int columns = static_cast<int>(a.k);
 
-  // Tables: [block of 64 rows][slab or group][...].
   const int64_t block = first_tile / kBlockTiles;
-  const int tile_in_block = first_tile % kBlockTiles;
   const uint8_t* codes = a.packed + block * walk.slabs * (kBlockTiles * kTileBytes) +
-                         tile_in_block * kTileBytes + lane * 16;
-  const int64_t table = block * a.groups * kBlockRows + g * (2 * kBlockTiles) + 2 * tile_in_block;
-  const uint8_t* scales = static_cast<const uint8_t*>(a.scale) + table * 2;
-  const uint8_t* zeros = a.zero == nullptr ? nullptr : a.zero + table;
+                         first_tile % kBlockTiles * kTileBytes + lane * 16;
+  const TableReader<kTiles, kGroups> tables(a, walk, first_tile, g, T{});
   // Rows past the end read the last one again: their sums are not written.
   const T* x[kTokenTiles];
 #pragma unroll
@@ -151,20 +216,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         r.x[j][half] = load_x<kVector>(x[j], slab * kSlab + 32 * half + 8 * t, columns);
       }
     }
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const uint64_t half_slab = static_cast<uint32_t>(2 * slab + i);
-      int group = static_cast<int>(half_slab * walk.group_factor >> 31);
-      // The second half of the last slab may lie past the end, where x is zero.
-      if (kGroups == 2 && group >= a.groups) group = static_cast<int>(a.groups) - 1;
-      load_words<4 * kTiles>(scales + group * (2 * kBlockRows), r.scale[i]);
-      if (zeros != nullptr) {
-        load_words<2 * kTiles>(zeros + group * kBlockRows, r.zero[i]);
-      } else {
-#pragma unroll
-        for (uint32_t& zero : r.zero[i]) zero = 0x08080808u;
-      }
-    }
+    tables.load(slab, r.tables);
   };
 
   float sum[kTiles][kTokenTiles][4] = {};
@@ -176,11 +228,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
         const int group = kGroups == 2 ? step / 2 : 0;
-        const uint32_t zero_bytes = r.zero[group][i / 2];
-        const Int4Zeros zero = i % 2 == 0 ? Int4<T>::template zeros<0>(zero_bytes)
-                                          : Int4<T>::template zeros<2>(zero_bytes);
         uint32_t weight[4];
-        Int4<T>::decode(words[step], zero, weight);
+        decode<T>(words[step], r.tables, group, i, weight);
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j) {
           const uint4& v = r.x[j][step / 2];
@@ -188,14 +237,9 @@ __global__ void __launch_bounds__(kThreads, 2)
           mma_m16n8k16<T>(product[j], weight, pairs);
         }
         if (step == 3 || (kGroups == 2 && step == 1)) {
-          const float2 scale = Pair<T>::to_floats(r.scale[group][i]);
 #pragma unroll
           for (int j = 0; j < kTokenTiles; ++j) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-              sum[i][j][c] = fmaf(c < 2 ? scale.x : scale.y, product[j][c], sum[i][j][c]);
-              product[j][c] = 0.0f;
-            }
+            add_scaled<T>(sum[i][j], product[j], r.tables.scale[group][i]);
           }
         }
       }
@@ -240,10 +284,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   constexpr int kRows = kTiles * kTileRows;
   const int64_t first_row = static_cast<int64_t>(first_tile) * kTileRows;
-  const auto write = [&](int64_t token, int64_t row, float y) {
-    if (a.bias != nullptr) y += to_float(load_global(static_cast<const T*>(a.bias) + row));
-    store_global(static_cast<T*>(a.y) + token * a.ldy + row, from_float<T>(y));
-  };
   // partials [split][m][n]
   const auto at_split = [&](int64_t split, int64_t token, int64_t row) {
     return a.partials + (split * a.m + token) * a.n + row;
@@ -258,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                         row % kTileRows);
     }
     if (gridDim.y == 1) {
-      write(first_token + token, first_row + row, y);
+      write_y<T>(a, first_token + token, first_row + row, y);
     } else {
       store_global(at_split(blockIdx.y, first_token + token, first_row + row), y);
     }
@@ -281,7 +321,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (unsigned split = 0; split < gridDim.y; ++split) {
       y += load_from_l2(at_split(split, token, row));
     }
-    write(token, row, y);
+    write_y<T>(a, token, row, y);
   }
   if (threadIdx.x == 0) store_global(counter, 0u);  // for the next call
 }
@@ -314,30 +354,39 @@ inline Division divide(int64_t n, int64_t k, int multiprocessors) {
   return best;
 }
 
+inline Walk walk_of(const qk_w4a16_args& a, int splits) {
+  const int64_t slabs = (a.k + kSlab - 1) / kSlab, halves = a.group_size / 32;
+  // ceil(2^31 / d) for groups of d half slabs: exact while K * group_size < 2^41.
+  const uint32_t factor =
+      a.groups == 1 ? 0u : static_cast<uint32_t>(((int64_t{1} << 31) + halves - 1) / halves);
+  return {static_cast<int>(slabs), static_cast<int>((slabs + splits - 1) / splits), factor};
+}
+
+inline bool one_group_a_slab(const qk_w4a16_args& a) {
+  return a.group_size % kSlab == 0 || a.groups == 1;
+}
+
+inline bool aligned_x(const qk_w4a16_args& a) {
+  return a.k % 8 == 0 && a.ldx % 8 == 0 && reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
+}
+
 template <class T, int kTiles, int kTokenTiles, int kGroups, bool kVector>
 int launch_skinny(const qk_w4a16_args& a, int splits, cudaStream_t stream) {
   constexpr int kTokens = 8 * kTokenTiles;
-  const int64_t tiles = (a.n + kTileRows - 1) / kTileRows, slabs = (a.k + kSlab - 1) / kSlab;
+  const int64_t tiles = (a.n + kTileRows - 1) / kTileRows;
   const dim3 grid(static_cast<unsigned>((tiles + kTiles - 1) / kTiles),
                   static_cast<unsigned>(splits),
                   static_cast<unsigned>((a.m + kTokens - 1) / kTokens));
-  // ceil(2^31 / d) for groups of d half slabs: exact while K * group_size < 2^41.
-  const int64_t halves = a.group_size / 32;
-  const uint32_t factor =
-      a.groups == 1 ? 0u : static_cast<uint32_t>(((int64_t{1} << 31) + halves - 1) / halves);
-  const Walk walk{static_cast<int>(slabs), static_cast<int>((slabs + splits - 1) / splits), factor};
   return launch(skinny_kernel<T, kTiles, kTokenTiles, kGroups, kVector>,
                 Launch{grid, kThreads, shared_bytes<kTiles, kTokens>(), stream, a.overlap != 0}, a,
-                walk);
+                walk_of(a, splits));
 }
 
 template <class T, int kTokenTiles, int kGroups>
 int skinny_groups(const qk_w4a16_args& a, cudaStream_t stream) {
   const Division by = divide(a.n, a.k, a.multiprocessors);
-  const bool vector_x = a.k % 8 == 0 && a.ldx % 8 == 0 &&
-                        reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
   // Tiles divide rows of the weight alone: any number of them gives the same bits.
-  if (!vector_x) return launch_skinny<T, 1, kTokenTiles, kGroups, false>(a, by.splits, stream);
+  if (!aligned_x(a)) return launch_skinny<T, 1, kTokenTiles, kGroups, false>(a, by.splits, stream);
   if (by.tiles == 1) return launch_skinny<T, 1, kTokenTiles, kGroups, true>(a, by.splits, stream);
   if constexpr (kTokenTiles == 1 && kGroups == 1) {  // otherwise it would not fit the registers
     if (by.tiles == 4) return launch_skinny<T, 4, 1, 1, true>(a, by.splits, stream);
@@ -347,14 +396,18 @@ int skinny_groups(const qk_w4a16_args& a, cudaStream_t stream) {
 
 template <class T>
 int skinny(const qk_w4a16_args& a, cudaStream_t stream) {
-  if (a.group_size % kSlab == 0 || a.groups == 1) {
+  if (one_group_a_slab(a)) {
     return a.m <= 8 ? skinny_groups<T, 1, 1>(a, stream) : skinny_groups<T, 2, 1>(a, stream);
   }
   return a.m <= 8 ? skinny_groups<T, 1, 2>(a, stream) : skinny_groups<T, 2, 2>(a, stream);
 }
 
+// Up to this many rows each weight is read once or twice by the kernel above, then w4a16_gemm.cuh
+// takes over.
+constexpr int64_t kSkinnyRows = 32;
+
 // One function a dtype, each in its own translation unit.
-int skinny_f16(const qk_w4a16_args& a, cudaStream_t stream);
-int skinny_bf16(const qk_w4a16_args& a, cudaStream_t stream);
+int linear_f16(const qk_w4a16_args& a, cudaStream_t stream);
+int linear_bf16(const qk_w4a16_args& a, cudaStream_t stream);
 
 }  // namespace quantkit::cuda::w4a16

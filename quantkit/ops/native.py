@@ -111,7 +111,7 @@ def w4a16_linear(
     n: int,
     group_size: int,
 ) -> Tensor:
-    """A linear layer with integer 4-bit weights on a GPU's tensor cores, for at most 64 rows::
+    """A linear layer with integer 4-bit weights on a GPU's tensor cores::
 
         y[m, n] = sum_g scale[n, g] * sum_{k in g} (code[n, k] - zero[n, g]) * x[m, k] + bias[n]
 
@@ -129,7 +129,8 @@ def w4a16_linear(
         group_size: columns that share a scale: a multiple of 32, or K or -1 for one group a row.
 
     Returns:
-        [..., N] in the dtype of x. A row has the same bits whatever the other rows are.
+        [..., N] in the dtype of x. A row has the same bits whatever the other rows are, among calls
+        with up to 32 rows and among calls with more.
     """
     require_cuda_kernel("w4a16_linear", x)
     return _ops.w4a16_linear.default(x, packed, scale, zero, bias, counters, n, group_size)

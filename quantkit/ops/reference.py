@@ -133,9 +133,9 @@ def new_w4a16_counters(n: int, device: torch.device | str = "cuda") -> Tensor:
     Calls that may run at the same time need counters of their own.
 
     Returns:
-        int32 [8, ceil(N/16)] of zeros.
+        int32 [4, ceil(N/16)] of zeros.
     """
-    return torch.zeros(8, -(-n // 16), dtype=torch.int32, device=device)
+    return torch.zeros(4, -(-n // 16), dtype=torch.int32, device=device)
 
 
 def pack_float(values: Tensor) -> Tensor:

@@ -151,6 +151,29 @@ def test_tails_of_n_and_k(n: int) -> None:
             assert error <= layer.allowed(x), (k, m, error)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("group_size", [32, 64, 96, 128, -1])
+def test_many_rows_match_the_oracle(dtype: torch.dtype, group_size: int) -> None:
+    torch.manual_seed(6)
+    # One and two tiles of rows, both sizes of tile, aligned x and not, fewer slabs than stages.
+    for m, n, k in [(33, 96, 416), (65, 64, 328), (130, 70, 72), (40, 70, 203)]:
+        layer = random_layer(n, k, group_size, dtype, zero=m > 33, bias=m > 64)
+        x = torch.randn(m, k).to(dtype)
+        error = relative_error(linear(layer, x), layer.exact(x))
+        assert error <= layer.allowed(x), (m, n, k, error)
+
+
+def test_many_rows_have_the_same_bits_whatever_m_is() -> None:
+    torch.manual_seed(7)
+    layer = random_layer(64, 392, 128, torch.bfloat16, zero=True)
+    wide = torch.randn(129, 400).bfloat16()
+    x = wide[:, 3:395]
+    y = linear(layer, x)  # unaligned
+    for m in (33, 64, 65, 128, 129):
+        assert same_bits(linear(layer, x[:m].contiguous()), y[:m]), m
+        assert same_bits(linear(layer, x[129 - m :].contiguous()), y[129 - m :]), m
+
+
 def test_strided_and_unaligned_x() -> None:
     torch.manual_seed(2)
     layer = random_layer(96, 192, 64, torch.bfloat16)
