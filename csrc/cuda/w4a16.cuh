@@ -14,7 +14,7 @@
 //      in flight a lane: 8 for 8 rows of x, 6 for 16 rows or for two groups a slab, 4 for both.
 //      CUDA 13.0, in sm_80, 86, 89 and 90a alike: LDG.E.NA.128.CONSTANT for the codes, no local
 //      memory, no spills, 116 to 128 registers, so two blocks a multiprocessor. Four tiles with
-//      16 rows of x or two groups a slab spilled and are not instantiated.
+//      16 rows of x or with two groups a slab spilled, as did two tiles with both: not instantiated.
 //   2. The next slab's x and scales are loaded one slab ahead, beside the codes.
 //
 // Sums: products of one slab and group in the tensor core's fp32, times the scale, added in fp32 in
@@ -387,11 +387,16 @@ int skinny_groups(const qk_w4a16_args& a, cudaStream_t stream) {
   const Division by = divide(a.n, a.k, a.multiprocessors);
   // Tiles divide rows of the weight alone: any number of them gives the same bits.
   if (!aligned_x(a)) return launch_skinny<T, 1, kTokenTiles, kGroups, false>(a, by.splits, stream);
-  if (by.tiles == 1) return launch_skinny<T, 1, kTokenTiles, kGroups, true>(a, by.splits, stream);
-  if constexpr (kTokenTiles == 1 && kGroups == 1) {  // otherwise it would not fit the registers
+  constexpr int kMost = 4 / (kTokenTiles * kGroups);  // tiles that fit the registers
+  if constexpr (kMost == 4) {
     if (by.tiles == 4) return launch_skinny<T, 4, 1, 1, true>(a, by.splits, stream);
   }
-  return launch_skinny<T, 2, kTokenTiles, kGroups, true>(a, by.splits, stream);
+  if constexpr (kMost >= 2) {
+    if (by.tiles >= 2) {
+      return launch_skinny<T, 2, kTokenTiles, kGroups, true>(a, by.splits, stream);
+    }
+  }
+  return launch_skinny<T, 1, kTokenTiles, kGroups, true>(a, by.splits, stream);
 }
 
 template <class T>
