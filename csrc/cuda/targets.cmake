@@ -22,7 +22,7 @@ if(nvcc_help MATCHES "--compress-mode")  # CUDA 12.8 and newer
 endif()
 
 set(cuda_objects "")
-foreach(source api w4_linear w8_linear)
+foreach(source api w4_linear w8_linear w4a16_bf16 w4a16_f16)
   set(object "${CMAKE_CURRENT_BINARY_DIR}/cuda_${source}.o")
   add_custom_command(
     OUTPUT "${object}"
@@ -30,7 +30,8 @@ foreach(source api w4_linear w8_linear)
             -O3 -std=c++17 ${gencode}
             -Xcompiler=-fPIC,-fvisibility=hidden
             -I "${CMAKE_CURRENT_SOURCE_DIR}/include"
-    DEPENDS cuda/${source}.cu cuda/weight_only.cuh cuda/device.cuh include/quantkit/quantkit.h
+    DEPENDS cuda/${source}.cu cuda/w4a16.cuh cuda/w4a16_gemm.cuh cuda/weight_only.cuh cuda/ptx.cuh
+            include/quantkit/quantkit.h
     COMMENT "nvcc ${source}.cu (${QUANTKIT_CUDA_ARCHS})"
     VERBATIM)
   list(APPEND cuda_objects "${object}")

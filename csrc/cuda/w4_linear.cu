@@ -5,13 +5,13 @@
 namespace quantkit::cuda {
 
 int w4_linear(const qk_weight_only_args& a, cudaStream_t stream) {
-  return a.x_dtype == QK_F16 ? launch_linear<__half, W4>(a, stream)
-                             : launch_linear<__nv_bfloat16, W4>(a, stream);
+  return a.x_dtype == QK_F16 ? launch_linear<f16, W4>(a, stream)
+                             : launch_linear<bf16, W4>(a, stream);
 }
 
 int w4_dequantize(const qk_weight_only_args& a, cudaStream_t stream) {
-  return a.x_dtype == QK_F16 ? launch_dequantize<__half, W4>(a, stream)
-                             : launch_dequantize<__nv_bfloat16, W4>(a, stream);
+  return a.x_dtype == QK_F16 ? launch_dequantize<f16, W4>(a, stream)
+                             : launch_dequantize<bf16, W4>(a, stream);
 }
 
 }  // namespace quantkit::cuda

@@ -6,14 +6,15 @@
 //      4 rows x one chunk of k, eight threads split k, and a block's warps take turns at slabs.
 //      Each weight is read once for up to 16 rows of x; the arithmetic is fp32 on the CUDA cores,
 //      which bounds it from about M = 4 on.
-//   3. Tensor cores with the weight as the 16-row operand (mma.m16n8k16), split over k: not here.
+//   3. Tensor cores with the weight as the 16-row operand (mma.m16n8k16), split over k, in a layout
+//      of its own: w4a16.cuh.
 // For many rows the binding dequantizes once and calls the library's matrix product instead.
 //
 // Sums: each chunk's products are added in k order and scaled in fp32; lanes and then warps are
 // added in a fixed tree. A row of y has the same bits whatever the other rows are.
 #pragma once
 
-#include "device.cuh"
+#include "ptx.cuh"
 
 namespace quantkit::cuda {
 
@@ -27,18 +28,18 @@ constexpr int kLanesAlongK = 8;  // lanes of a warp that share rows and split k
 
 struct W4 {
   static constexpr int kCodes = 8;
-  __device__ static void decode(uint32_t word, const float* lut, float (&w)[kCodes]) {
+  __device__ static void decode(uint32_t word, const SharedArray<float>& lut, float (&w)[kCodes]) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      w[2 * j] = lut[(word >> (4 * j)) & 15u];
-      w[2 * j + 1] = lut[(word >> (16 + 4 * j)) & 15u];
+      w[2 * j] = lut.load(static_cast<int>((word >> (4 * j)) & 15u));
+      w[2 * j + 1] = lut.load(static_cast<int>((word >> (16 + 4 * j)) & 15u));
     }
   }
 };
 
 struct I8 {
   static constexpr int kCodes = 4;
-  __device__ static void decode(uint32_t word, const float*, float (&w)[kCodes]) {
+  __device__ static void decode(uint32_t word, const SharedArray<float>&, float (&w)[kCodes]) {
 #pragma unroll
     for (int j = 0; j < kCodes; ++j) {
       w[j] = static_cast<float>(static_cast<int32_t>(word << (24 - 8 * j)) >> 24);
@@ -48,26 +49,30 @@ struct I8 {
 
 struct F8 {
   static constexpr int kCodes = 4;
-  __device__ static void decode(uint32_t word, const float*, float (&w)[kCodes]) {
+  __device__ static void decode(uint32_t word, const SharedArray<float>&, float (&w)[kCodes]) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const __half2 pair = __half2(__nv_cvt_fp8x2_to_halfraw2(
-          static_cast<__nv_fp8x2_storage_t>(word >> (16 * j)), __NV_E4M3));
-      w[2 * j] = __low2float(pair);
-      w[2 * j + 1] = __high2float(pair);
+      const float2 pair =
+          Pair<f16>::to_floats(e4m3x2_to_f16x2(static_cast<uint16_t>(word >> (16 * j))));
+      w[2 * j] = pair.x;
+      w[2 * j + 1] = pair.y;
     }
   }
 };
 
-__device__ inline float to_float(__half v) { return __half2float(v); }
-__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ inline void from_float(float f, __half* out) { *out = __float2half_rn(f); }
-__device__ inline void from_float(float f, __nv_bfloat16* out) { *out = __float2bfloat16_rn(f); }
+// The codebook, if there is one, in shared memory: the first array of every kernel below.
+__device__ inline SharedArray<float> shared_lut(SharedMemory& memory, const float* lut) {
+  const SharedArray<float> copy = memory.array<float>(16);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (lut != nullptr && thread < 16) copy.store(thread, load_global(lut + thread));
+  barrier();
+  return copy;
+}
 
 __device__ inline float load_bias(const void* bias, int dtype, int64_t i) {
-  if (dtype == QK_F32) return static_cast<const float*>(bias)[i];
-  if (dtype == QK_F16) return __half2float(static_cast<const __half*>(bias)[i]);
-  return __bfloat162float(static_cast<const __nv_bfloat16*>(bias)[i]);
+  if (dtype == QK_F32) return load_global(static_cast<const float*>(bias) + i);
+  if (dtype == QK_F16) return to_float(load_global(static_cast<const f16*>(bias) + i));
+  return to_float(load_global(static_cast<const bf16*>(bias) + i));
 }
 
 // As in cpu/layout.h: chunk c of a block is at base + c * step.
@@ -80,23 +85,40 @@ __device__ inline PackedBlock packed_block(int64_t block, int64_t blocks, int64_
   return {(first * chunks + block % kBlocksTogether) * kChunkBytes, together * kChunkBytes};
 }
 
+template <class T>
+__device__ inline void unpack_pair(uint32_t pair, float* out) {
+  const float2 both = Pair<T>::to_floats(pair);
+  out[0] = both.x;
+  out[1] = both.y;
+}
+
 // kCodes values of one row of x from column k on, zero past the end.
 template <class T, int kCodes>
 __device__ inline void load_x(const T* row, int64_t k, int64_t columns, bool vector,
                               float (&x)[kCodes]) {
   if (vector) {  // aligned, and columns is a multiple of kCodes
-    alignas(16) T raw[kCodes];
     if constexpr (kCodes == 8) {
-      *reinterpret_cast<uint4*>(raw) = load_shared_by_many(reinterpret_cast<const uint4*>(row + k));
+      const uint4 raw = load_global(reinterpret_cast<const uint4*>(row + k));
+      unpack_pair<T>(raw.x, x);
+      unpack_pair<T>(raw.y, x + 2);
+      unpack_pair<T>(raw.z, x + 4);
+      unpack_pair<T>(raw.w, x + 6);
     } else {
-      *reinterpret_cast<uint2*>(raw) = load_shared_by_many(reinterpret_cast<const uint2*>(row + k));
+      const uint2 raw = load_global(reinterpret_cast<const uint2*>(row + k));
+      unpack_pair<T>(raw.x, x);
+      unpack_pair<T>(raw.y, x + 2);
     }
-#pragma unroll
-    for (int j = 0; j < kCodes; ++j) x[j] = to_float(raw[j]);
   } else {
 #pragma unroll
-    for (int j = 0; j < kCodes; ++j) x[j] = k + j < columns ? to_float(row[k + j]) : 0.0f;
+    for (int j = 0; j < kCodes; ++j) {
+      x[j] = k + j < columns ? to_float(load_global(row + k + j)) : 0.0f;
+    }
   }
+}
+
+template <int MT>
+constexpr int linear_shared_bytes() {
+  return 128 + kWarps * MT * kBlockRows * static_cast<int>(sizeof(float));
 }
 
 // Grid: x over blocks of 16 weight rows, y over tiles of MT rows of x.
@@ -104,12 +126,11 @@ template <class T, class Format, int MT>
 __global__ void __launch_bounds__(kThreads)
     linear_kernel(const qk_weight_only_args a, int64_t chunks, bool vector_x) {
   constexpr int kCodes = Format::kCodes;
-  __shared__ float lut[16];
-  __shared__ float partial[kWarps][MT][kBlockRows];
-  if (a.lut != nullptr && threadIdx.x < 16) lut[threadIdx.x] = a.lut[threadIdx.x];
-  barrier();
+  SharedMemory memory;
+  const SharedArray<float> lut = shared_lut(memory, a.lut);
+  const SharedArray<float> partial = memory.array<float>(kWarps * MT * kBlockRows);
 
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int quad = lane % 4;  // rows 4 * quad .. 4 * quad + 3 of the block
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kBlockRows + quad * kRowsAThread;
   const int64_t first_m = static_cast<int64_t>(blockIdx.y) * MT;
@@ -135,11 +156,10 @@ __global__ void __launch_bounds__(kThreads)
     for (int r = 0; r < kRowsAThread; ++r) {
       const int64_t row = first_row + r;
       const bool valid = row < a.n;
-      scale[r] = valid ? load_shared_by_many(scales + row * a.scale_stride_n +
-                                             group * a.scale_stride_g)
-                       : 0.0f;
+      scale[r] =
+          valid ? load_global(scales + row * a.scale_stride_n + group * a.scale_stride_g) : 0.0f;
       zero[r] = valid && a.zero != nullptr
-                    ? load_shared_by_many(a.zero + row * a.zero_stride_n + group * a.zero_stride_g)
+                    ? load_global(a.zero + row * a.zero_stride_n + group * a.zero_stride_g)
                     : 0.0f;
     }
     float weight[kRowsAThread][kCodes];
@@ -172,19 +192,21 @@ __global__ void __launch_bounds__(kThreads)
       for (int step = 4; step < 32; step *= 2) {
         acc[m][r] += shuffle_xor(acc[m][r], step);
       }
-      if (lane < 4) partial[warp][m][quad * kRowsAThread + r] = acc[m][r];
+      if (lane < 4) {
+        partial.store((warp * MT + m) * kBlockRows + quad * kRowsAThread + r, acc[m][r]);
+      }
     }
   }
   barrier();
-  for (int i = threadIdx.x; i < MT * kBlockRows; i += kThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < MT * kBlockRows; i += kThreads) {
     const int m = i / kBlockRows, r = i % kBlockRows;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kBlockRows + r;
     if (first_m + m >= a.m || row >= a.n) continue;
     float y = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) y += partial[w][m][r];
+    for (int w = 0; w < kWarps; ++w) y += partial.load((w * MT + m) * kBlockRows + r);
     if (a.bias != nullptr) y += load_bias(a.bias, a.bias_dtype, row);
-    from_float(y, static_cast<T*>(a.y) + (first_m + m) * a.ldy + row);
+    store_global(static_cast<T*>(a.y) + (first_m + m) * a.ldy + row, from_float<T>(y));
   }
 }
 
@@ -193,9 +215,8 @@ template <class T, class Format>
 __global__ void __launch_bounds__(kThreads)
     dequantize_kernel(const qk_weight_only_args a, int64_t chunks) {
   constexpr int kCodes = Format::kCodes;
-  __shared__ float lut[16];
-  if (a.lut != nullptr && threadIdx.x < 16) lut[threadIdx.x] = a.lut[threadIdx.x];
-  barrier();
+  SharedMemory memory;
+  const SharedArray<float> lut = shared_lut(memory, a.lut);
   const int64_t chunk = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t row = blockIdx.y;
   if (chunk >= chunks) return;
@@ -204,25 +225,27 @@ __global__ void __launch_bounds__(kThreads)
   const uint8_t* word = static_cast<const uint8_t*>(a.packed) + at.base + chunk * at.step +
                         row % kBlockRows * 4;
   float weight[kCodes];
-  Format::decode(*reinterpret_cast<const uint32_t*>(word), lut, weight);
+  Format::decode(load_global(reinterpret_cast<const uint32_t*>(word)), lut, weight);
   const int64_t k = chunk * kCodes, group = k / a.group_size;
-  const float scale =
-      static_cast<const float*>(a.scale)[row * a.scale_stride_n + group * a.scale_stride_g];
-  const float zero =
-      a.zero == nullptr ? 0.0f : a.zero[row * a.zero_stride_n + group * a.zero_stride_g];
+  const float scale = load_global(static_cast<const float*>(a.scale) + row * a.scale_stride_n +
+                                  group * a.scale_stride_g);
+  const float zero = a.zero == nullptr ? 0.0f
+                                       : load_global(a.zero + row * a.zero_stride_n +
+                                                     group * a.zero_stride_g);
   T* out = static_cast<T*>(a.y) + row * a.ldy + k;
 #pragma unroll
   for (int j = 0; j < kCodes; ++j) {
-    if (k + j < a.k) from_float((weight[j] - zero) * scale, out + j);
+    if (k + j < a.k) store_global(out + j, from_float<T>((weight[j] - zero) * scale));
   }
 }
 
 template <class T, class Format, int MT>
 int launch_tiles(const qk_weight_only_args& a, int64_t chunks, bool vector_x,
-                  cudaStream_t stream) {
+                 cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((a.n + kBlockRows - 1) / kBlockRows),
                   static_cast<unsigned>((a.m + MT - 1) / MT));
-  return launch(linear_kernel<T, Format, MT>, grid, kThreads, stream, a, chunks, vector_x);
+  return launch(linear_kernel<T, Format, MT>,
+                Launch{grid, kThreads, linear_shared_bytes<MT>(), stream}, a, chunks, vector_x);
 }
 
 template <class T, class Format>
@@ -253,7 +276,8 @@ int launch_dequantize(const qk_weight_only_args& a, cudaStream_t stream) {
     part.y = static_cast<T*>(a.y) + first * a.ldy;
     const dim3 grid(static_cast<unsigned>((chunks + kThreads - 1) / kThreads),
                     static_cast<unsigned>(rows));
-    const int status = launch(dequantize_kernel<T, Format>, grid, kThreads, stream, part, chunks);
+    const int status = launch(dequantize_kernel<T, Format>, Launch{grid, kThreads, 128, stream},
+                              part, chunks);
     if (status != QK_OK) return status;
   }
   return QK_OK;

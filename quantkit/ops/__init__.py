@@ -47,6 +47,7 @@ from quantkit.ops.native import (
     quantize_int8_per_token,
     quantize_int8_static,
     w4_linear,
+    w4a16_linear,
     w8_linear,
     w8a8_linear,
 )
@@ -58,7 +59,15 @@ from quantkit.ops.parts import (
     paged_attention,
     rope_store_kv,
 )
-from quantkit.ops.reference import unpack_float, unpack_w4, unpack_w8
+from quantkit.ops.reference import (
+    new_w4a16_counters,
+    pack_w4a16,
+    pack_w4a16_table,
+    unpack_float,
+    unpack_w4,
+    unpack_w4a16,
+    unpack_w8,
+)
 from quantkit.ops.reference_parts import read_kv_pages
 from quantkit.ops.schema import KIND_FP8, KIND_INT8, PAGE_TOKENS, SCHEMAS
 from quantkit.ops.solvers import (
@@ -104,9 +113,12 @@ __all__ = [
     "int8_linear",
     "kernel_status",
     "new_kv_pages",
+    "new_w4a16_counters",
     "pack_float",
     "pack_scale",
     "pack_w4",
+    "pack_w4a16",
+    "pack_w4a16_table",
     "pack_w8",
     "paged_attention",
     "quantize_fp8_per_block",
@@ -124,8 +136,10 @@ __all__ = [
     "syrk_accumulate",
     "unpack_float",
     "unpack_w4",
+    "unpack_w4a16",
     "unpack_w8",
     "w4_linear",
+    "w4a16_linear",
     "w8_linear",
     "w8a8_linear",
 ]

@@ -88,6 +88,20 @@ def _float_linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Ten
     return x.new_empty((*x.shape[:-1], n))
 
 
+@torch.library.register_fake("quantkit::w4a16_linear")
+def _w4a16_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    counters: Tensor,
+    n: int,
+    group_size: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
 @torch.library.register_fake("quantkit::dequantize_w4")
 def _dequantize_w4(
     packed: Tensor,

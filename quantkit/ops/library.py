@@ -17,7 +17,7 @@ import torch
 from quantkit.errors import KernelMissingError
 
 NATIVE_DIR = Path(__file__).resolve().parent.parent / "_native"
-ABI_VERSION = 3
+ABI_VERSION = 4
 BUILD_COMMAND = "`make native` or `pip install --no-build-isolation --no-deps -e .`"
 
 
@@ -74,6 +74,17 @@ def require_for(tensor: torch.Tensor) -> None:
     library = CUDA if tensor.is_cuda else CPU
     if library.handle is None:
         library.require()
+
+
+def require_cuda_kernel(operator: str, tensor: torch.Tensor) -> None:
+    """The same for an operator that only the CUDA library has."""
+    if not tensor.is_cuda:
+        device = tensor.device.type.upper()
+        raise KernelMissingError(
+            f"{operator} has no {device} kernel",
+            remedy="use get_backend('reference') there, or move the tensor to a GPU",
+        )
+    require_for(tensor)
 
 
 def require_cpu_kernel(operator: str, tensor: torch.Tensor) -> None:

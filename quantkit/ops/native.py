@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quantkit.ops import reference, schema
-from quantkit.ops.library import require_cpu_kernel, require_for
+from quantkit.ops.library import require_cpu_kernel, require_cuda_kernel, require_for
 
 _ops = torch.ops.quantkit
 
@@ -99,6 +99,41 @@ def w4_linear(
     """
     require_for(x)
     return _ops.w4_linear.default(x, packed, scale, zero, lut, bias, n, group_size)
+
+
+def w4a16_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    counters: Tensor,
+    n: int,
+    group_size: int,
+) -> Tensor:
+    """A linear layer with integer 4-bit weights on a GPU's tensor cores::
+
+        y[m, n] = sum_g scale[n, g] * sum_{k in g} (code[n, k] - zero[n, g]) * x[m, k] + bias[n]
+
+    Products of 16-bit floats, summed in fp32 in an order that depends on N, K and the GPU alone.
+
+    Args:
+        x: float16 or bfloat16 [..., K].
+        packed: uint8 [ceil(N/64), ceil(K/64), 2048] from :func:`quantkit.ops.pack_w4a16`.
+        scale: [ceil(N/64), ceil(K/group_size), 64] in the dtype of x, from
+            :func:`quantkit.ops.pack_w4a16_table`.
+        zero: uint8 like scale, 0..15 in units of the code; None for 8.
+        bias: [N] in the dtype of x, or None.
+        counters: int32 from :func:`quantkit.ops.new_w4a16_counters`; zero again on return.
+        n: N, rows of the weight.
+        group_size: columns that share a scale: a multiple of 32, or K or -1 for one group a row.
+
+    Returns:
+        [..., N] in the dtype of x. A row has the same bits whatever the other rows are, among calls
+        with up to 32 rows and among calls with more.
+    """
+    require_cuda_kernel("w4a16_linear", x)
+    return _ops.w4a16_linear.default(x, packed, scale, zero, bias, counters, n, group_size)
 
 
 def w8_linear(

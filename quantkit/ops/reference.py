@@ -71,6 +71,73 @@ def unpack_w8(packed: Tensor, n: int, k: int, kind: int | str = "int8") -> Tenso
     return rows.view(torch.float8_e4m3fn if fp8 else torch.int8)
 
 
+def _w4a16_order(padded: Tensor) -> Tensor:
+    """[64 b, 64 s, ...] rows and columns -> [b, s, tile, g, t, step, pair, row half, element]."""
+    blocks, slabs = padded.shape[0] // 64, padded.shape[1] // 64
+    # Rows 16 tile + 8 half + g; columns 32 (step / 2) + 8 t + 4 (step % 2) + 2 pair + element.
+    split = padded.reshape(blocks, 4, 2, 8, slabs, 2, 4, 2, 2, 2)
+    b, tile, half, g, s, high, t, low, pair, element = range(10)
+    order = split.permute(b, s, tile, g, t, high, low, pair, half, element)
+    return order.reshape(blocks, slabs, 4, 8, 4, 4, 2, 2, 2)
+
+
+def pack_w4a16(codes: Tensor) -> Tensor:
+    """uint8 [N, K], values 0..15, to the layout of :func:`w4a16_linear`.
+
+    Returns:
+        uint8 [ceil(N/64), ceil(K/64), 2048], padded with code 0: fragments of mma.m16n8k16 in the
+        order in which a warp loads them (the C header has the formula).
+    """
+    n, k = codes.shape
+    padded = torch.nn.functional.pad(codes & 15, (0, -k % 64, 0, -n % 64))
+    nibbles = _w4a16_order(padded)
+    blocks, slabs = nibbles.shape[:2]
+    # A word has nibble 2 pair + half of the even columns below, of the odd columns above.
+    words = nibbles.movedim(-1, -3).reshape(blocks, slabs, 4, 8, 4, 4, 4, 2)
+    return (words[..., 0] | (words[..., 1] << 4)).reshape(blocks, slabs, 2048)
+
+
+def unpack_w4a16(packed: Tensor, n: int, k: int) -> Tensor:
+    """uint8 [ceil(N/64), ceil(K/64), 2048] -> uint8 [N, K]: the inverse of :func:`pack_w4a16`."""
+    blocks, slabs, _ = packed.shape
+    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1)
+    # [block, slab, tile, g, t, high, low, element, pair, row half]
+    split = nibbles.reshape(blocks, slabs, 4, 8, 4, 2, 2, 2, 2, 2)
+    b, s, tile, g, t, high, low, element, pair, half = range(10)
+    rows = split.permute(b, tile, half, g, s, high, t, low, pair, element)
+    return rows.reshape(blocks * 64, slabs * 64)[:n, :k].contiguous()
+
+
+def pack_w4a16_table(table: Tensor) -> Tensor:
+    """A table [N, groups] of scales (float16, bfloat16) or zeros (uint8) for :func:`w4a16_linear`.
+
+    Returns:
+        [ceil(N/64), groups, 64] in the dtype of table, padded with 0: the rows of four tiles in
+        the order in which lanes need them.
+    """
+    n, groups = table.shape
+    padded = torch.nn.functional.pad(table, (0, 0, 0, -n % 64)).reshape(-1, 4, 2, 8, groups)
+    return padded.permute(0, 4, 3, 1, 2).reshape(-1, groups, 64).contiguous()
+
+
+def unpack_w4a16_table(packed: Tensor, n: int) -> Tensor:
+    """The inverse of :func:`pack_w4a16_table`: [N, groups]."""
+    blocks, groups, _ = packed.shape
+    split = packed.reshape(blocks, groups, 8, 4, 2).permute(0, 3, 4, 2, 1)
+    return split.reshape(blocks * 64, groups)[:n].contiguous()
+
+
+def new_w4a16_counters(n: int, device: torch.device | str = "cuda") -> Tensor:
+    """Counters that :func:`w4a16_linear` needs for a layer of N rows, and leaves as they were.
+
+    Calls that may run at the same time need counters of their own.
+
+    Returns:
+        int32 [4, ceil(N/16)] of zeros.
+    """
+    return torch.zeros(4, -(-n // 16), dtype=torch.int32, device=device)
+
+
 def pack_float(values: Tensor) -> Tensor:
     """bfloat16 or float32 [N, K] -> [ceil(N/16), ceil(K/2), 32] or [ceil(N/16), K, 16]."""
     codes = 4 // values.element_size()
@@ -122,6 +189,24 @@ def w4_linear(
 ) -> Tensor:
     values = lut[unpack_w4(packed, n, x.shape[-1]).long()]
     return _linear(x, _scaled(values, scale, zero, group_size, _compute_dtype(x)), bias)
+
+
+def w4a16_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    counters: Tensor,
+    n: int,
+    group_size: int,
+) -> Tensor:
+    compute = _compute_dtype(x)
+    codes = unpack_w4a16(packed, n, x.shape[-1])
+    table = torch.full_like(scale, 8, dtype=torch.uint8) if zero is None else zero
+    zeros = unpack_w4a16_table(table, n)
+    weight = _scaled(codes, unpack_w4a16_table(scale, n), zeros, group_size, compute)
+    return _linear(x, weight, bias)
 
 
 def w8_linear(

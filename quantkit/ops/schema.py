@@ -43,6 +43,10 @@ SCHEMAS = {
         " Tensor? bias, int n, int group_size, int out_dtype, int x_group_size) -> Tensor"
     ),
     "float_linear": "(Tensor x, Tensor packed, Tensor? bias, int n) -> Tensor",
+    "w4a16_linear": (
+        "(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, Tensor(a!) counters,"
+        " int n, int group_size) -> Tensor"
+    ),
     "dequantize_w4": (
         "(Tensor packed, Tensor scale, Tensor? zero, Tensor lut, int n, int k, int group_size,"
         " int out_dtype) -> Tensor"
@@ -82,6 +86,9 @@ SCHEMAS = {
     ),
     "syrk_accumulate": "(Tensor(a!) acc, Tensor x) -> ()",
 }
+
+# Operators that only the CUDA library has.
+CUDA_ONLY = frozenset({"w4a16_linear"})
 
 _library = torch.library.Library("quantkit", "FRAGMENT")
 for _name, _signature in SCHEMAS.items():

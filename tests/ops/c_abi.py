@@ -42,6 +42,29 @@ class WeightOnlyArgs(ctypes.Structure):
     )
 
 
+class W4A16Args(ctypes.Structure):
+    _fields_ = (
+        ("x", POINTER),
+        ("ldx", I64),
+        ("dtype", I32),
+        ("m", I64),
+        ("n", I64),
+        ("k", I64),
+        ("group_size", I64),
+        ("groups", I64),
+        ("packed", POINTER),
+        ("scale", POINTER),
+        ("zero", POINTER),
+        ("bias", POINTER),
+        ("y", POINTER),
+        ("ldy", I64),
+        ("partials", POINTER),
+        ("counters", POINTER),
+        ("multiprocessors", I32),
+        ("overlap", I32),
+    )
+
+
 class Int8LinearArgs(ctypes.Structure):
     _fields_ = (
         ("xq", POINTER),
@@ -71,7 +94,7 @@ class Int8LinearArgs(ctypes.Structure):
     )
 
 
-def weight_only(
+def weight_only_args(
     x: Tensor,
     format: int,
     packed: Tensor,
@@ -80,10 +103,11 @@ def weight_only(
     zero: Tensor | None,
     group_size: int,
     y: Tensor,
-) -> int:
-    """qk_weight_only_linear into y [m, n], which may be a view with a row stride."""
+    bias: Tensor | None = None,
+) -> WeightOnlyArgs:
+    """The arguments for y [m, n], which may be a view with a row stride."""
     (m, n), k = y.shape, x.shape[1]
-    args = WeightOnlyArgs(
+    return WeightOnlyArgs(
         x=x.data_ptr(),
         ldx=x.stride(0),
         x_dtype=DTYPES[x.dtype],
@@ -101,9 +125,25 @@ def weight_only(
         zero=None if zero is None else zero.data_ptr(),
         zero_stride_n=0 if zero is None else zero.stride(0),
         zero_stride_g=0 if zero is None else zero.stride(1),
+        bias=None if bias is None else bias.data_ptr(),
+        bias_dtype=0 if bias is None else DTYPES[bias.dtype],
         y=y.data_ptr(),
         ldy=y.stride(0),
     )
+
+
+def weight_only(
+    x: Tensor,
+    format: int,
+    packed: Tensor,
+    lut: Tensor | None,
+    scale: Tensor,
+    zero: Tensor | None,
+    group_size: int,
+    y: Tensor,
+) -> int:
+    """qk_weight_only_linear into y."""
+    args = weight_only_args(x, format, packed, lut, scale, zero, group_size, y)
     return CPU.require().qk_weight_only_linear(ctypes.byref(args))
 
 

@@ -51,6 +51,16 @@ def example_arguments() -> dict[str, tuple]:
             32,
         ),
         "float_linear": (x, floats, w4.bias, 20),
+        "w4a16_linear": (
+            x.bfloat16(),
+            ops.pack_w4a16(w4.codes),
+            ops.pack_w4a16_table(w4.scale.bfloat16()),
+            None,
+            None,
+            ops.new_w4a16_counters(20, "cpu"),
+            20,
+            32,
+        ),
         "dequantize_w4": (w4.packed, w4.scale, w4.zero, w4.lut, 20, 64, 32, 2),
         "dequantize_w8": (w8.packed, w8.scale, w8.zero, 20, 64, 1, 32, 0),
         "quantize_int8_per_token": (x,),
@@ -90,9 +100,20 @@ def example_arguments() -> dict[str, tuple]:
     }
 
 
-@pytest.mark.parametrize("name", schema.SCHEMAS)
+@pytest.mark.parametrize("name", [n for n in schema.SCHEMAS if n not in schema.CUDA_ONLY])
 def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.quantkit, name).default, example_arguments()[name])
+
+
+@pytest.mark.parametrize("name", sorted(schema.CUDA_ONLY))
+def test_an_operator_without_a_cpu_kernel(name: str) -> None:
+    arguments = example_arguments()[name]
+    with pytest.raises(KernelMissingError, match=f"{name} has no CPU kernel"):
+        getattr(ops, name)(*arguments)
+    expected = getattr(reference, name)(*arguments)
+    meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+    shape = getattr(torch.ops.quantkit, name).default(*meta)
+    assert (shape.shape, shape.dtype) == (expected.shape, expected.dtype)
 
 
 @pytest.mark.parametrize("name", schema.SCHEMAS)

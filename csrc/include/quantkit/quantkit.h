@@ -18,7 +18,7 @@ extern "C" {
 #define QK_EXPORT __attribute__((visibility("default")))
 
 // Raised whenever a layout or a signature below changes; the loader refuses another number.
-#define QK_ABI_VERSION 3
+#define QK_ABI_VERSION 4
 
 enum qk_status {
   QK_OK = 0,
@@ -162,6 +162,38 @@ QK_EXPORT const char* qk_status_message(int status);
 QK_EXPORT int qk_cuda_weight_only_linear(const qk_weight_only_args* args, void* stream);
 QK_EXPORT int qk_cuda_dequantize(const qk_weight_only_args* args, void* stream);
 QK_EXPORT int32_t qk_cuda_abi_version(void);
+
+// Integer 4-bit weights on the tensor cores, in a layout and tables of their own:
+//
+//   y[m,n] = sum_g scale[n,g] * sum_{k in g} (code[n,k] - zero[n,g]) * x[m,k]  + bias[n]
+//
+// Rows of the weight go in blocks of 64, padded, and columns in slabs of 64, padded with any code.
+// packed: [ceil(n / 64)][ceil(k / 64)][4 tiles of 16 rows][32 lanes][4 words]. With g = lane / 4 and
+//         t = lane % 4, word s holds eight codes: for j = 0..3, at bits 4j and 16 + 4j,
+//           row 16 tile + g + 8 (j % 2),  columns 32 (s / 2) + 8t + 4 (s % 2) + 2 (j / 2) and + 1.
+// scale and zero: [ceil(n / 64)][groups][8 g][4 tiles][2], for row 16 tile + g + 8 i.
+typedef struct qk_w4a16_args {
+  const void* x;         // [m, k], rows ldx elements apart
+  int64_t ldx;
+  int32_t dtype;         // QK_F16 or QK_BF16, of x, scale, bias and y
+  int64_t m, n, k;
+  int64_t group_size;    // a multiple of 32, or >= k
+  int64_t groups;        // ceil(k / group_size)
+  const uint8_t* packed; // 16-byte aligned, as scale and zero
+  const void* scale;
+  const uint8_t* zero;   // 0..15, or NULL for 8
+  const void* bias;      // [n] or NULL
+  void* y;               // [m, n], rows ldy elements apart
+  int64_t ldy;
+  float* partials;       // qk_cuda_w4a16_partials values; uninitialized
+  uint32_t* counters;    // qk_cuda_w4a16_counters values; zero before and after every call
+  int32_t multiprocessors;  // of the GPU
+  int32_t overlap;       // 1: launch under the end of the kernel before (sm_90 and newer)
+} qk_w4a16_args;
+
+QK_EXPORT int qk_cuda_w4a16_linear(const qk_w4a16_args* args, void* stream);
+QK_EXPORT int64_t qk_cuda_w4a16_partials(int64_t m, int64_t n, int64_t k, int32_t multiprocessors);
+QK_EXPORT int64_t qk_cuda_w4a16_counters(int64_t m, int64_t n);
 
 #ifdef __cplusplus
 }

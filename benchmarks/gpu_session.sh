@@ -1,0 +1,50 @@
+#!/bin/bash
+# The CUDA kernels on a real GPU, in stages of less than nine minutes each:
+#
+#   benchmarks/gpu_session.sh 1 OUT   build for this GPU's architecture; correctness, and the host
+#                                     twin's instructions beside the GPU's
+#   benchmarks/gpu_session.sh 2 OUT   compute-sanitizer: memcheck, racecheck, synccheck
+#   benchmarks/gpu_session.sh 3 OUT   speed beside torch's int4 product and cuBLAS in bf16
+#
+# OUT is a folder for the results. Needs csrc/, quantkit/, benchmarks/, nvcc, cmake, ninja and a
+# CUDA build of torch in PYTHON (third argument, default python3); no network.
+set -euo pipefail
+stage=${1:?usage: gpu_session.sh STAGE OUT [PYTHON]}
+out=${2:?usage: gpu_session.sh STAGE OUT [PYTHON]}
+python=${3:-python3}
+cd "$(dirname "$0")/.."
+mkdir -p "$out"
+
+build() {
+  local arch
+  arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+  [ "$arch" = 90 ] && arch=90a
+  cmake -S . -B build/gpu -G Ninja -DPython_EXECUTABLE="$(command -v "$python")" \
+    -DQUANTKIT_CUDA=ON -DQUANTKIT_CUDA_ARCHS="$arch" -DCMAKE_BUILD_TYPE=Release
+  cmake --build build/gpu --target quantkit_cpu quantkit_cuda
+  nvcc -O2 -std=c++17 -gencode "arch=compute_$arch,code=sm_$arch" -Xcompiler=-fPIC -shared \
+    -I csrc/include csrc/tests/twin_probes.cu -o build/gpu/libprobes.so
+}
+
+case "$stage" in
+  1)
+    build >"$out/build.log" 2>&1 || { tail -50 "$out/build.log"; exit 1; }
+    "$python" -m benchmarks.gpu_w4a16 probes build/gpu/libprobes.so | tee "$out/probes.txt"
+    "$python" -m benchmarks.gpu_w4a16 check | tee "$out/check.txt"
+    ;;
+  2)
+    for tool in memcheck racecheck synccheck; do
+      compute-sanitizer --tool "$tool" --error-exitcode 1 \
+        "$python" -m benchmarks.gpu_w4a16 check --small >"$out/$tool.txt" 2>&1 ||
+        { tail -40 "$out/$tool.txt"; exit 1; }
+      echo "$tool: $(tail -1 "$out/$tool.txt")"
+    done
+    ;;
+  3)
+    "$python" -m benchmarks.gpu_w4a16 bench --json "$out/w4a16.json" | tee "$out/w4a16.txt"
+    ;;
+  *)
+    echo "stage $stage is unknown; use 1, 2 or 3" >&2
+    exit 2
+    ;;
+esac
