@@ -9,15 +9,21 @@ from pathlib import Path
 
 from quantkit import gate
 from quantkit import model as models
+from quantkit.baseline import check_baseline
 from quantkit.checkpoint.write import MANIFEST
 from quantkit.data.contamination import overlap
-from quantkit.data.sources import Source, iter_texts
+from quantkit.data.held_out import join_held_out, read_held_out
+from quantkit.data.rows import Document
+from quantkit.data.sources import Source, iter_documents, iter_texts
 from quantkit.data.tokens import TokenBatches, load_tokens
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.evals.suites import Suite, find_suites, load_suite
-from quantkit.gate.policy import Policy, TaskGate
+from quantkit.evals.divergence import cut_windows
+from quantkit.evals.evaluate import harness
+from quantkit.evals.suites import Suite, find_suites, installed_folder, load_suite, load_suites
+from quantkit.gate.policy import LimitGate, Policy, TaskGate
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import Recipe
+from quantkit.results import Results
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A job whose inputs are loaded and checked; nothing has been written yet."""
+    """A job whose inputs are loaded and checked; nothing has been written yet.
+
+    ``text`` is what to measure perplexity and divergence on, ``baseline`` the job's: both None
+    for a job that is not gated.
+    """
 
     job: Job
     source: models.SourceModel
@@ -74,6 +84,8 @@ class Prepared:
     tokens: TokenBatches | None
     policy: Policy | None
     preflight: tuple[gate.Preflight, ...]
+    text: str | None
+    baseline: Results | None
     load_seconds: float
 
 
@@ -82,13 +94,30 @@ def prepare(job: Job) -> Prepared:
 
     Raises:
         UsageError: whatever is wrong with the arguments, recipe, data, suites or policy.
+        NotComparableError: the baseline is of another model, or of other suites or text.
         QuantkitError: a damaged model, or calibration data that holds eval items.
     """
     began = time.monotonic()
     if job.out is not None:
         _check_out(job)
     policy, preflights = _policy(job)
+    # Files are read before the model: their mistakes cost seconds, a model costs minutes.
+    documents = _held_out(job, policy) if policy is not None else []
+    baseline = Results.load(job.baseline) if job.baseline is not None and policy else None
     source = models.load_source(job.source, device=job.device)
+    text = windows = None
+    if documents:
+        text = join_held_out(documents, source.tokenizer)
+        windows = cut_windows(source.tokenizer, text, job.seq_len, job.max_tokens)
+    if job.baseline is not None and baseline is not None and policy is not None:
+        check_baseline(
+            baseline,
+            job.baseline,
+            policy,
+            fingerprint={**source.identity, **harness()},
+            suites=job.suites,
+            windows=windows,
+        )
     calibration = job.recipe.calibrate
     samples, seq_len = calibration.samples, calibration.seq_len
     plan = make_plan(job.recipe, source.model, samples=samples, seq_len=seq_len)
@@ -108,7 +137,17 @@ def prepare(job: Job) -> Prepared:
             plan = make_plan(job.recipe, source.model, samples=len(tokens.ids), seq_len=seq_len)
     elif plan.needs_data:
         raise UsageError("this recipe calibrates, and there is no data", remedy="give --data FILE")
-    return Prepared(job, source, plan, tokens, policy, preflights, time.monotonic() - began)
+    return Prepared(
+        job=job,
+        source=source,
+        plan=plan,
+        tokens=tokens,
+        policy=policy,
+        preflight=preflights,
+        text=text,
+        baseline=baseline,
+        load_seconds=time.monotonic() - began,
+    )
 
 
 def data_sources(recipe: Recipe) -> list[Source]:
@@ -161,6 +200,32 @@ def _policy(job: Job) -> tuple[Policy | None, tuple[gate.Preflight, ...]]:
             )
         checks.append(gate.preflight(task_gate.name, suite.n, task_gate.margin))
     return policy, tuple(checks)
+
+
+def _held_out(job: Job, policy: Policy) -> list[Document]:
+    """Documents for perplexity and divergence that calibration has not seen.
+
+    ``--text`` if given; else the traffic of every installed suite that the recipe does not
+    calibrate on. UsageError when a gate needs some and there are none.
+    """
+    if job.text is not None:
+        return read_held_out(job.text)
+    folder = installed_folder()
+    used = {Path(source.path).resolve() for source in data_sources(job.recipe)}
+    documents = [
+        document
+        for suite in (load_suites([folder]) if folder else ())
+        if suite.traffic is not None and suite.traffic.resolve() not in used
+        for document in iter_documents(Source(str(suite.traffic)))
+    ]
+    gates = [g.name for g in policy.gates if isinstance(g, LimitGate) and g.needs_text]
+    if not documents and (gates or not job.suites):
+        raise UsageError(
+            f"there is no held-out text{f' for {gates[0]}' if gates else ''}: the recipe "
+            "calibrates on the traffic of every installed suite",
+            remedy="give --text FILE",
+        )
+    return documents
 
 
 #: What a run writes over, by suffix, and the file that shows it to be an earlier run's.

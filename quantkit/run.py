@@ -85,7 +85,7 @@ def _judge(
     began = time.monotonic()
     verdict = candidate = baseline = None
     if job.gated and prepared.policy is not None:
-        candidate, baseline = score(job, candidate_runtime, reporter)
+        candidate, baseline = score(prepared, candidate_runtime, reporter)
         verdict = gate.judge(candidate, baseline, prepared.policy)
         manifest["evals"] = evidence(candidate, baseline)
         manifest["verdict"] = verdict.to_json()

@@ -7,7 +7,9 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,12 +55,30 @@ def write_recipe(folder: Path, scheme: str, gates: str) -> Path:
     return path
 
 
+def write_text(folder: Path) -> Path:
+    path = folder / "held_out.txt"
+    path.write_text(" ".join(random.Random(3).choices(WORDS, k=1200)))
+    return path
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    rng = random.Random(3)
-    path = tmp_path / "held_out.txt"
-    path.write_text(" ".join(rng.choices(WORDS, k=1200)))
+    return write_text(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def original(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The original's results on the same suite and text, by `quantkit eval`."""
+    folder = tmp_path_factory.mktemp("original")
+    path = folder / "results.json"
+    argv = ["eval", str(tiny), "--suite", str(write_suite(folder, 60))]
+    argv += ["--text", str(write_text(folder)), "--max-tokens", "2048", "-o", str(path)]
+    assert run(argv) == 0
     return path
+
+
+def not_reached(*_: object, **__: object) -> None:
+    raise AssertionError("work was begun")
 
 
 def calibrate(
@@ -193,12 +213,65 @@ def test_fail_rejects_and_a_baseline_is_reused(
     assert code == 1
     document = json.loads(capfd.readouterr().out)
     assert document["seconds"]["eval"] > 0
-    # Another model's results are no baseline.
-    doc = json.loads(baseline.read_text())
-    doc["fingerprint"]["model"] = "0" * 64
-    baseline.write_text(json.dumps(doc))
-    code, _ = calibrate(tmp_path, tiny, traffic, text, recipe, "--baseline", str(baseline))
+
+
+def other_fingerprint(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda results: results["fingerprint"].update({key: "0" * 64})
+
+
+def without_last_item(results: dict[str, Any]) -> None:
+    task = results["tasks"]["tiny_suite"]
+    task["rows"].pop()
+    task["n"] -= 1
+
+
+def without_last_window(results: dict[str, Any]) -> None:
+    results["text"]["tokens"] -= results["text"]["windows"].pop()[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "argv", "message"),
+    [
+        (other_fingerprint("model"), (), "model differs: this run has"),
+        (other_fingerprint("tokenizer"), (), "tokenizer differs"),
+        (other_fingerprint("chat_template"), (), "chat_template differs"),
+        (other_fingerprint("lm_eval"), (), "lm_eval differs"),
+        (other_fingerprint("seed"), (), "seed differs: this run has 0, the baseline 000000000000"),
+        (lambda r: r["tasks"].clear(), (), "has no suite tiny_suite"),
+        (lambda r: r["tasks"]["tiny_suite"].update(hash="0" * 64), (), "suite tiny_suite differs"),
+        (without_last_item, (), "items of tiny_suite differ: 59 of 60 were scored ('i59' is"),
+        (lambda r: r["text"].update(hash="0" * 64), (), "held-out text differs"),
+        (without_last_window, (), "number of windows of held-out text differs: this run has 2"),
+        (lambda r: r.pop("text"), (), "has no held-out text for perplexity.ratio"),
+        (lambda r: None, ("--eval-seq-len", "512"), "seq_len of the held-out text differs"),
+    ],
+)  # fmt: skip
+def test_a_baseline_of_something_else_is_refused_before_any_work(
+    change: Callable[[dict[str, Any]], None],
+    argv: tuple[str, ...],
+    message: str,
+    original: Path,
+    tiny: Path,
+    traffic: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    gates = "  perplexity.ratio: {max: 9}\n  tiny_suite.acc: {margin: 0.3}\n"
+    recipe = write_recipe(tmp_path, "w8a16", gates)
+    results = json.loads(original.read_text())
+    change(results)
+    changed = tmp_path / "baseline.json"
+    changed.write_text(json.dumps(results))
+    monkeypatch.setattr("quantkit.job.load_tokens", not_reached)
+    code, out = calibrate(tmp_path, tiny, traffic, text, recipe, "--baseline", str(changed), *argv)
     assert code == 5
+    err = capfd.readouterr().err
+    assert f"{changed}: {message}" in err
+    assert "score the original on the same files" in err
+    assert leftovers(out) == []
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_too_few_items_are_inconclusive(

@@ -109,7 +109,7 @@ def _load_original(source: str, device: str, dtype: torch.dtype | str) -> Runtim
         model=loaded.model,
         tokenizer=loaded.tokenizer,
         name=source,
-        fingerprint=_fingerprint(loaded.weight_hash, loaded, "torch", device),
+        fingerprint=_fingerprint(loaded, "torch", device),
         size_bytes=size,
         bits_per_weight=float(bits),
     )
@@ -147,7 +147,7 @@ def _load_quantized(
         model=model,
         tokenizer=tokenizer,
         name=str(folder),
-        fingerprint=_fingerprint(loaded.weight_hash, loaded, numerics, device),
+        fingerprint=_fingerprint(loaded, numerics, device),
         size_bytes=size,
         bits_per_weight=bits,
         manifest=manifest,
@@ -231,13 +231,9 @@ def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
         )
 
 
-def _fingerprint(
-    weights: str, loaded: models.SourceModel, kernels: str, device: str
-) -> dict[str, Any]:
+def _fingerprint(loaded: models.SourceModel, kernels: str, device: str) -> dict[str, Any]:
     return {
-        "model": weights,
-        "tokenizer": models.tokenizer_hash(loaded.tokenizer),
-        "chat_template": models.template_hash(loaded.tokenizer),
+        **loaded.identity,
         "kernels": kernels,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": device,
