@@ -21,6 +21,7 @@ from quantkit.evals.divergence import cut_windows
 from quantkit.evals.evaluate import harness
 from quantkit.evals.suites import Suite, find_suites, installed_folder, load_suite, load_suites
 from quantkit.gate.policy import LimitGate, Policy, TaskGate
+from quantkit.models.load import check_target
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import Recipe
 from quantkit.results import Results
@@ -100,6 +101,7 @@ def prepare(job: Job) -> Prepared:
     began = time.monotonic()
     if job.out is not None:
         _check_out(job)
+    check_target(job.kernels, job.device)
     policy, preflights = _policy(job)
     # Files are read before the model: their mistakes cost seconds, a model costs minutes.
     documents = _held_out(job, policy) if policy is not None else []

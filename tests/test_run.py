@@ -8,12 +8,17 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from quantkit.cli.main import run
+from quantkit.errors import UsageError
+from quantkit.evals.suites import installed_folder, load_suites
+from quantkit.job import Job, prepare
+from quantkit.recipe import load_recipe
 from tests.run_helpers import arguments, contents, leftovers
 
 WORDS = re.findall(r"\w+", "late parcel refund broken door invoice account thanks please where")
@@ -193,6 +198,62 @@ def test_less_held_out_text_than_a_window_is_refused_before_any_work(
     assert "raise --eval-tokens or lower --eval-seq-len" in capfd.readouterr().err
     assert leftovers(out) == []
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_held_out_text_that_cannot_be_used_is_refused_before_any_work(
+    tiny: Path,
+    traffic: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("quantkit.job.load_tokens", not_reached)
+    recipe = write_recipe(tmp_path, "w8a16", "  kl.mean: {max: 0.5}\n")
+    short, binary = tmp_path / "short.txt", tmp_path / "binary.txt"
+    short.write_text("too short")
+    binary.write_bytes(b"\xff\xfe\x00")
+    for text, message in (
+        (tmp_path / "missing.txt", "missing.txt: no such file"),
+        (tmp_path / "missing.jsonl", "missing.jsonl"),
+        (binary, "binary.txt: cannot be read as UTF-8 text"),
+        (short, "has 9 tokens, less than one window of 1024; give more text, or lower"),
+    ):
+        code, out = calibrate(tmp_path, tiny, traffic, text, recipe)
+        assert code == 2
+        assert message in capfd.readouterr().err
+        assert leftovers(out) == []
+        assert not (tmp_path / "out.partial").exists()
+
+
+def test_kernels_and_devices_that_are_not_there_are_refused_before_any_work(
+    tiny: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantkit.model.load_source", not_reached)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    job = Job(str(tiny), load_recipe(str(recipe)), tmp_path / "out")
+    with pytest.raises(UsageError, match="kernels 'nativ': one of native, native-float"):
+        prepare(replace(job, kernels="nativ"))
+    with pytest.raises(UsageError, match="torch sees no CUDA device; use --device cpu"):
+        prepare(replace(job, device="cuda"))
+
+
+def test_a_gate_on_text_needs_some_that_was_not_calibrated_on(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Without --text, held-out text is the traffic of suites that the recipe leaves alone."""
+    monkeypatch.setattr("quantkit.model.load_source", not_reached)
+    recipe = write_recipe(tmp_path, "w8a16", "  kl.mean: {max: 0.5}\n")
+    out = tmp_path / "out"
+    folder = installed_folder()
+    assert folder is not None
+    suites = [s for s in load_suites([folder]) if s.traffic is not None]
+    data = [word for s in suites for word in ("--data", f"evals:{s.name}")]
+    assert run(["calibrate", str(tiny), "-r", str(recipe), *data, "-o", str(out)]) == 2
+    assert "no held-out text for kl.mean" in capfd.readouterr().err
+    assert leftovers(out) == []
 
 
 def test_fail_rejects_and_a_baseline_is_reused(

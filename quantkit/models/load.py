@@ -57,10 +57,7 @@ def load_runtime(
         QuantkitError: a missing or damaged tensor.
         KernelMissingError: the native library is not built.
     """
-    if kernels not in KERNELS:
-        raise UsageError(f"kernels {kernels!r}: one of {', '.join(KERNELS)}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"device {device}: torch sees no CUDA device", remedy="use --device cpu")
+    check_target(kernels, device)
     path = Path(source)
     raw = _quantization_config(path) if path.is_dir() else None
     layers = "reference" if kernels == "reference" else "native"
@@ -80,6 +77,14 @@ def load_runtime(
     ops.set_thread_pool("own")
     fingerprint = {**runtime.fingerprint, "kernels": f"decoder/{decoder.numerics}"}
     return replace(runtime, decoder=decoder, fingerprint=fingerprint)
+
+
+def check_target(kernels: str, device: str) -> None:
+    """Raise UsageError for kernels that are no key of `KERNELS`, or a device that is not there."""
+    if kernels not in KERNELS:
+        raise UsageError(f"kernels {kernels!r}: one of {', '.join(KERNELS)}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device {device}: torch sees no CUDA device", remedy="use --device cpu")
 
 
 def _in_modules(runtime: Runtime, reason: str) -> Runtime:

@@ -151,6 +151,10 @@ def test_broken_data(
         (["calibrate", "m", "--seed", "-1"], "--seed"),
         (["calibrate", "m", "--samples", "0"], "--samples"),
         (["calibrate", "m", "--eval-seq-len", "1"], "--eval-seq-len"),
+        (
+            ["calibrate", "m", "--kernels", "nativ"],
+            "'nativ' is not one of 'native', 'native-float'",
+        ),
         (["eval"], "no CKPT"),
         (["eval", "m", "--suite", "nothing_here"], "no such suite"),
         (["gate", "missing.json", "--baseline", "missing.json"], "missing.json"),
