@@ -245,6 +245,14 @@ def _check_out(job: Job) -> None:
     places = {out: (MANIFEST, "a quantkit checkpoint")}
     places |= {job.beside(suffix): mark for suffix, mark in _MARKS.items()}
     for place, (mark, what) in places.items():
+        if place.is_symlink():
+            # A rename would replace the link and leave what it points to as it was.
+            raise UsageError(
+                f"{place}: is a symbolic link, and a run replaces whole folders",
+                remedy=f"give the folder's own name: -o {out.resolve()}"
+                if place == out
+                else "move it away, or choose another -o",
+            )
         if place.exists() and not (place / mark).exists() and any(_entries(place)):
             raise UsageError(
                 f"{place}: exists and is not {what}", remedy="move it away, or choose another -o"

@@ -19,7 +19,7 @@ import torch
 from quantkit import gate
 from quantkit import model as models
 from quantkit.calibrate import CalibrationData, Probe, calibrate
-from quantkit.checkpoint.write import promote, write_checkpoint, write_manifest
+from quantkit.checkpoint.write import promote, recover, write_checkpoint, write_manifest
 from quantkit.job import Job, Prepared, prepare
 from quantkit.models.load import load_runtime
 from quantkit.outcomes import Outcomes, write_run
@@ -40,7 +40,10 @@ def execute(prepared: Prepared, reporter: Reporter = silent_reporter) -> Outcome
     job, source, plan = prepared.job, prepared.source, prepared.plan
     seconds = {"load": round(prepared.load_seconds, 3)}
     work, staging = job.beside("partial"), job.beside("staging")
+    # What a run that was killed left: half an export, or OUT between the renames of `promote`.
     shutil.rmtree(staging, ignore_errors=True)
+    for folder in (job.folder, job.beside("rejected")):
+        recover(folder)
     began = time.monotonic()
     with reporter("calibrate") as progress:
         calibrated = calibrate(

@@ -207,6 +207,32 @@ def test_a_folder_beside_the_output_that_is_something_else(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("suffix", ["", ".rejected", ".run", ".partial"])
+@pytest.mark.parametrize("dangles", [False, True])
+def test_an_output_that_is_a_symbolic_link(
+    suffix: str,
+    dangles: bool,
+    tiny: Path,
+    traffic: Path,
+    recipe: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A rename would replace the link, and what it points to would stay behind unseen."""
+    target = tmp_path / "disk2"
+    if not dangles:
+        target.mkdir()
+    link = tmp_path / f"out{suffix}"
+    link.symlink_to(target)
+    assert run(arguments(tiny, recipe, traffic, tmp_path / "out")) == 2
+    err = capfd.readouterr().err
+    assert f"out{suffix}: is a symbolic link" in err
+    assert suffix or f"-o {target}" in err
+    assert link.readlink() == target
+    assert target.exists() is not dangles
+    assert leftovers(tmp_path / "out") in ([], [link.name])
+
+
 @pytest.mark.parametrize("out", [".", "/", "x/.."])
 def test_an_output_without_a_name(
     out: str,
