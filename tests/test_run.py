@@ -335,6 +335,38 @@ def test_a_baseline_of_something_else_is_refused_before_any_work(
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize("kind", ["conversations", "texts", "plain.txt", "plain"])
+def test_eval_and_calibrate_read_held_out_text_alike(
+    kind: str,
+    tiny: Path,
+    traffic: Path,
+    tmp_path: Path,
+) -> None:
+    """So that `quantkit eval` of the original is a baseline."""
+    rng = random.Random(4)
+    words = [" ".join(rng.choices(WORDS, k=200)) for _ in range(8)]
+    if kind == "conversations":
+        rows = [{"messages": [{"role": "user", "content": w}]} for w in words]
+        held_out = tmp_path / "held_out.jsonl"
+        held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "texts":
+        held_out = tmp_path / "held_out.jsonl"
+        held_out.write_text("".join(json.dumps({"text": w}) + "\n" for w in words))
+    else:
+        held_out = tmp_path / kind
+        held_out.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n \r\n".join(words).encode())
+    recipe = write_recipe(tmp_path, "w8a16", "  perplexity.ratio: {max: 9}\n")
+    results = tmp_path / "original.json"
+    windows = ("--text", str(held_out))
+    assert run(["eval", str(tiny), *windows, "--max-tokens", "2048", "-o", str(results)]) == 0
+    windows += ("--eval-tokens", "2048", "--baseline", str(results))
+    out = tmp_path / "out"
+    assert run(arguments(tiny, recipe, traffic, out, *windows, gate=True)) == 0
+    scored = [results, tmp_path / "out.run" / "results.json"]
+    hashes = [json.loads(path.read_text())["text"]["hash"] for path in scored]
+    assert hashes[0] == hashes[1]
+
+
 def test_too_few_items_are_inconclusive(
     tiny: Path, traffic: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
