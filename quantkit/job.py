@@ -25,6 +25,7 @@ from quantkit.models.load import check_target
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import Recipe
 from quantkit.results import Results
+from quantkit.work import LOCK
 
 
 @dataclass(frozen=True)
@@ -230,11 +231,13 @@ def _held_out(job: Job, policy: Policy) -> list[Document]:
     return documents
 
 
-#: What a run writes over, by suffix, and the file that shows it to be an earlier run's.
+#: What a run writes over, by suffix, and the file that shows it to be an earlier run's. An
+#: export that was cut short may hold any file; the work that it came of lies beside it.
 _MARKS = {
     "rejected": (MANIFEST, "a quantkit checkpoint"),
     "run": ("run.json", "the folder of a quantkit run"),
     "partial": ("state.json", "unfinished work of quantkit"),
+    "staging": ("../{out}.partial/state.json", "an unfinished export of quantkit"),
 }
 
 
@@ -253,7 +256,11 @@ def _check_out(job: Job) -> None:
                 if place == out
                 else "move it away, or choose another -o",
             )
-        if place.exists() and not (place / mark).exists() and any(_entries(place)):
+        if (
+            place.exists()
+            and not (place / mark.format(out=out.name)).exists()
+            and any(_entries(place))
+        ):
             raise UsageError(
                 f"{place}: exists and is not {what}", remedy="move it away, or choose another -o"
             )
@@ -262,13 +269,14 @@ def _check_out(job: Job) -> None:
     try:
         probe = parent / f".{out.name}.probe"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another run may have probed, too
     except OSError as e:
         raise UsageError(f"{parent}: cannot be written ({e.strerror})") from e
 
 
 def _entries(path: Path) -> Sequence[Path]:
-    return list(path.iterdir()) if path.is_dir() else [path]
+    """What would be lost; the lock of a run that was killed is not."""
+    return [p for p in path.iterdir() if p.name != LOCK] if path.is_dir() else [path]
 
 
 def _check_contamination(sources: Sequence[Source], suites: Sequence[Suite]) -> None:

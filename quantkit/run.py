@@ -27,6 +27,7 @@ from quantkit.progress import Reporter, silent_reporter
 from quantkit.reload import check_reload
 from quantkit.results import Outcome
 from quantkit.scoring import evidence, score
+from quantkit.work import empty_work, locked_work
 
 __all__ = ["Job", "Outcomes", "Prepared", "execute", "prepare"]
 
@@ -35,8 +36,14 @@ def execute(prepared: Prepared, reporter: Reporter = silent_reporter) -> Outcome
     """Carry a prepared job out.
 
     Raises:
+        UsageError: another run is at work on the same OUT.
         QuantkitError: see `quantkit.calibrate.calibrate`; the reload differs; NaN in evals.
     """
+    with locked_work(prepared.job.beside("partial")):
+        return _execute(prepared, reporter)
+
+
+def _execute(prepared: Prepared, reporter: Reporter) -> Outcomes:
     job, source, plan = prepared.job, prepared.source, prepared.plan
     seconds = {"load": round(prepared.load_seconds, 3)}
     work, staging = job.beside("partial"), job.beside("staging")
@@ -66,7 +73,7 @@ def execute(prepared: Prepared, reporter: Reporter = silent_reporter) -> Outcome
         # What failed a check is worth nothing; the finished blocks stay, for --resume.
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    shutil.rmtree(work, ignore_errors=True)
+    empty_work(work)
     return outcomes
 
 
