@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,7 +107,9 @@ def prepare(job: Job) -> Prepared:
     policy, preflights = _policy(job)
     # Files are read before the model: their mistakes cost seconds, a model costs minutes.
     documents = _held_out(job, policy) if policy is not None else []
-    baseline = Results.load(job.baseline) if job.baseline is not None and policy else None
+    baseline = None
+    if job.baseline is not None and policy is not None:
+        baseline = Results.load(job.baseline)
     source = models.load_source(job.source, device=job.device)
     text = windows = None
     if documents:
@@ -252,7 +255,7 @@ def _check_out(job: Job) -> None:
             # A rename would replace the link and leave what it points to as it was.
             raise UsageError(
                 f"{place}: is a symbolic link, and a run replaces whole folders",
-                remedy=f"give the folder's own name: -o {out.resolve()}"
+                remedy=f"give the folder's own name: -o {os.path.realpath(out)}"
                 if place == out
                 else "move it away, or choose another -o",
             )
