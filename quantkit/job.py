@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,15 +10,23 @@ from pathlib import Path
 
 from quantkit import gate
 from quantkit import model as models
+from quantkit.baseline import check_baseline
 from quantkit.checkpoint.write import MANIFEST
 from quantkit.data.contamination import overlap
-from quantkit.data.sources import Source, iter_texts
+from quantkit.data.held_out import join_held_out, read_held_out
+from quantkit.data.rows import Document
+from quantkit.data.sources import Source, iter_documents, iter_texts
 from quantkit.data.tokens import TokenBatches, load_tokens
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.evals.suites import Suite, find_suites, load_suite
-from quantkit.gate.policy import Policy, TaskGate
+from quantkit.evals.divergence import cut_windows
+from quantkit.evals.evaluate import harness
+from quantkit.evals.suites import Suite, find_suites, installed_folder, load_suite, load_suites
+from quantkit.gate.policy import LimitGate, Policy, TaskGate
+from quantkit.models.load import check_target
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import Recipe
+from quantkit.results import Results
+from quantkit.work import LOCK
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A job whose inputs are loaded and checked; nothing has been written yet."""
+    """A job whose inputs are loaded and checked; nothing has been written yet.
+
+    ``text`` is what to measure perplexity and divergence on, ``baseline`` the job's: both None
+    for a job that is not gated.
+    """
 
     job: Job
     source: models.SourceModel
@@ -74,6 +87,8 @@ class Prepared:
     tokens: TokenBatches | None
     policy: Policy | None
     preflight: tuple[gate.Preflight, ...]
+    text: str | None
+    baseline: Results | None
     load_seconds: float
 
 
@@ -82,13 +97,33 @@ def prepare(job: Job) -> Prepared:
 
     Raises:
         UsageError: whatever is wrong with the arguments, recipe, data, suites or policy.
+        NotComparableError: the baseline is of another model, or of other suites or text.
         QuantkitError: a damaged model, or calibration data that holds eval items.
     """
     began = time.monotonic()
     if job.out is not None:
         _check_out(job)
+    check_target(job.kernels, job.device)
     policy, preflights = _policy(job)
+    # Files are read before the model: their mistakes cost seconds, a model costs minutes.
+    documents = _held_out(job, policy) if policy is not None else []
+    baseline = None
+    if job.baseline is not None and policy is not None:
+        baseline = Results.load(job.baseline)
     source = models.load_source(job.source, device=job.device)
+    text = windows = None
+    if documents:
+        text = join_held_out(documents, source.tokenizer)
+        windows = cut_windows(source.tokenizer, text, job.seq_len, job.max_tokens)
+    if job.baseline is not None and baseline is not None and policy is not None:
+        check_baseline(
+            baseline,
+            job.baseline,
+            policy,
+            fingerprint={**source.identity, **harness()},
+            suites=job.suites,
+            windows=windows,
+        )
     calibration = job.recipe.calibrate
     samples, seq_len = calibration.samples, calibration.seq_len
     plan = make_plan(job.recipe, source.model, samples=samples, seq_len=seq_len)
@@ -108,7 +143,17 @@ def prepare(job: Job) -> Prepared:
             plan = make_plan(job.recipe, source.model, samples=len(tokens.ids), seq_len=seq_len)
     elif plan.needs_data:
         raise UsageError("this recipe calibrates, and there is no data", remedy="give --data FILE")
-    return Prepared(job, source, plan, tokens, policy, preflights, time.monotonic() - began)
+    return Prepared(
+        job=job,
+        source=source,
+        plan=plan,
+        tokens=tokens,
+        policy=policy,
+        preflight=preflights,
+        text=text,
+        baseline=baseline,
+        load_seconds=time.monotonic() - began,
+    )
 
 
 def data_sources(recipe: Recipe) -> list[Source]:
@@ -163,11 +208,39 @@ def _policy(job: Job) -> tuple[Policy | None, tuple[gate.Preflight, ...]]:
     return policy, tuple(checks)
 
 
-#: What a run writes over, by suffix, and the file that shows it to be an earlier run's.
+def _held_out(job: Job, policy: Policy) -> list[Document]:
+    """Documents for perplexity and divergence that calibration has not seen.
+
+    ``--text`` if given; else the traffic of every installed suite that the recipe does not
+    calibrate on. UsageError when a gate needs some and there are none.
+    """
+    if job.text is not None:
+        return read_held_out(job.text)
+    folder = installed_folder()
+    used = {Path(source.path).resolve() for source in data_sources(job.recipe)}
+    documents = [
+        document
+        for suite in (load_suites([folder]) if folder else ())
+        if suite.traffic is not None and suite.traffic.resolve() not in used
+        for document in iter_documents(Source(str(suite.traffic)))
+    ]
+    gates = [g.name for g in policy.gates if isinstance(g, LimitGate) and g.needs_text]
+    if not documents and (gates or not job.suites):
+        raise UsageError(
+            f"there is no held-out text{f' for {gates[0]}' if gates else ''}: the recipe "
+            "calibrates on the traffic of every installed suite",
+            remedy="give --text FILE",
+        )
+    return documents
+
+
+#: What a run writes over, by suffix, and the file that shows it to be an earlier run's. An
+#: export that was cut short may hold any file; the work that it came of lies beside it.
 _MARKS = {
     "rejected": (MANIFEST, "a quantkit checkpoint"),
     "run": ("run.json", "the folder of a quantkit run"),
     "partial": ("state.json", "unfinished work of quantkit"),
+    "staging": ("../{out}.partial/state.json", "an unfinished export of quantkit"),
 }
 
 
@@ -178,7 +251,19 @@ def _check_out(job: Job) -> None:
     places = {out: (MANIFEST, "a quantkit checkpoint")}
     places |= {job.beside(suffix): mark for suffix, mark in _MARKS.items()}
     for place, (mark, what) in places.items():
-        if place.exists() and not (place / mark).exists() and any(_entries(place)):
+        if place.is_symlink():
+            # A rename would replace the link and leave what it points to as it was.
+            raise UsageError(
+                f"{place}: is a symbolic link, and a run replaces whole folders",
+                remedy=f"give the folder's own name: -o {os.path.realpath(out)}"
+                if place == out
+                else "move it away, or choose another -o",
+            )
+        if (
+            place.exists()
+            and not (place / mark.format(out=out.name)).exists()
+            and any(_entries(place))
+        ):
             raise UsageError(
                 f"{place}: exists and is not {what}", remedy="move it away, or choose another -o"
             )
@@ -187,13 +272,14 @@ def _check_out(job: Job) -> None:
     try:
         probe = parent / f".{out.name}.probe"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another run may have probed, too
     except OSError as e:
         raise UsageError(f"{parent}: cannot be written ({e.strerror})") from e
 
 
 def _entries(path: Path) -> Sequence[Path]:
-    return list(path.iterdir()) if path.is_dir() else [path]
+    """What would be lost; the lock of a run that was killed is not."""
+    return [p for p in path.iterdir() if p.name != LOCK] if path.is_dir() else [path]
 
 
 def _check_contamination(sources: Sequence[Source], suites: Sequence[Suite]) -> None:

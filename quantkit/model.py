@@ -45,6 +45,15 @@ class SourceModel:
     files: dict[str, str]
 
     @property
+    def identity(self) -> dict[str, str]:
+        """What a results file knows a model by: sha256 of weights, tokenizer, chat template."""
+        return {
+            "model": self.weight_hash,
+            "tokenizer": tokenizer_hash(self.tokenizer),
+            "chat_template": template_hash(self.tokenizer),
+        }
+
+    @property
     def weight_hash(self) -> str:
         """One sha256 over the weight files and config."""
         return combine_hashes(

@@ -19,7 +19,7 @@ import torch
 from quantkit import gate
 from quantkit import model as models
 from quantkit.calibrate import CalibrationData, Probe, calibrate
-from quantkit.checkpoint.write import promote, write_checkpoint, write_manifest
+from quantkit.checkpoint.write import promote, recover, write_checkpoint, write_manifest
 from quantkit.job import Job, Prepared, prepare
 from quantkit.models.load import load_runtime
 from quantkit.outcomes import Outcomes, write_run
@@ -27,6 +27,7 @@ from quantkit.progress import Reporter, silent_reporter
 from quantkit.reload import check_reload
 from quantkit.results import Outcome
 from quantkit.scoring import evidence, score
+from quantkit.work import empty_work, locked_work
 
 __all__ = ["Job", "Outcomes", "Prepared", "execute", "prepare"]
 
@@ -35,12 +36,21 @@ def execute(prepared: Prepared, reporter: Reporter = silent_reporter) -> Outcome
     """Carry a prepared job out.
 
     Raises:
+        UsageError: another run is at work on the same OUT.
         QuantkitError: see `quantkit.calibrate.calibrate`; the reload differs; NaN in evals.
     """
+    with locked_work(prepared.job.beside("partial")):
+        return _execute(prepared, reporter)
+
+
+def _execute(prepared: Prepared, reporter: Reporter) -> Outcomes:
     job, source, plan = prepared.job, prepared.source, prepared.plan
     seconds = {"load": round(prepared.load_seconds, 3)}
     work, staging = job.beside("partial"), job.beside("staging")
+    # What a run that was killed left: half an export, or OUT between the renames of `promote`.
     shutil.rmtree(staging, ignore_errors=True)
+    for folder in (job.folder, job.beside("rejected")):
+        recover(folder)
     began = time.monotonic()
     with reporter("calibrate") as progress:
         calibrated = calibrate(
@@ -63,7 +73,7 @@ def execute(prepared: Prepared, reporter: Reporter = silent_reporter) -> Outcome
         # What failed a check is worth nothing; the finished blocks stay, for --resume.
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    shutil.rmtree(work, ignore_errors=True)
+    empty_work(work)
     return outcomes
 
 
@@ -85,7 +95,7 @@ def _judge(
     began = time.monotonic()
     verdict = candidate = baseline = None
     if job.gated and prepared.policy is not None:
-        candidate, baseline = score(job, candidate_runtime, reporter)
+        candidate, baseline = score(prepared, candidate_runtime, reporter)
         verdict = gate.judge(candidate, baseline, prepared.policy)
         manifest["evals"] = evidence(candidate, baseline)
         manifest["verdict"] = verdict.to_json()

@@ -8,13 +8,16 @@
     WORK/blocks/0007.safetensors  codes, scales and zero points of block 7's layers
     WORK/blocks/0007.json         their errors; written last, so its presence means that the
                                   block is whole
+    WORK/.quantkit.lock           the number of the process at work, held while it is
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,9 @@ from quantkit.results import read_json, write_json
 
 #: Block index under which layers outside of the decoder (the head) are stored.
 HEAD = -1
+
+#: Held by the run at work. One that is killed leaves the file behind, but not its lock.
+LOCK = ".quantkit.lock"
 
 _AGAIN = "run again without --resume to start over"
 
@@ -55,8 +61,7 @@ class WorkFolder:
                     f"{path}: was begun with another model, recipe or data", remedy=_AGAIN
                 )
             return
-        if path.exists():
-            shutil.rmtree(path)
+        empty_work(path)
         try:
             (path / "blocks").mkdir(parents=True)
         except OSError as e:
@@ -146,3 +151,85 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     except OSError as e:
         staging.unlink(missing_ok=True)
         raise UsageError(f"{path}: cannot be written ({e.strerror or e})") from e
+
+
+@contextmanager
+def locked_work(path: Path) -> Iterator[None]:
+    """Hold a work folder, and with it everything beside OUT that a run replaces.
+
+    The lock is flock(2)'s, which the kernel takes back from a process that dies. On the way out
+    the lock file goes, and the folder with it if nothing else is in it.
+
+    Args:
+        path: the folder; made if it does not exist.
+
+    Raises:
+        UsageError: another run holds it, or it cannot be created.
+    """
+    try:
+        file = _lock(path / LOCK)
+    except BlockingIOError:
+        raise UsageError(
+            f"{path}: {_holder(path / LOCK)} is at work there",
+            remedy="wait for it, or choose another -o",
+        ) from None
+    except OSError as e:
+        raise UsageError(f"{path}: cannot be written ({e.strerror})") from e
+    try:
+        yield
+    finally:
+        # Removed before it is let go: who opened it meanwhile sees that it is no longer the one.
+        with suppress(OSError):
+            (path / LOCK).unlink()
+            path.rmdir()
+        os.close(file)
+
+
+def empty_work(path: Path) -> None:
+    """Remove everything in a work folder but its lock, as far as that is possible."""
+    for entry in path.iterdir() if path.is_dir() else ():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != LOCK:
+            with suppress(OSError):
+                entry.unlink()
+
+
+def _lock(path: Path) -> int:
+    """A descriptor that holds the lock file of this name; commands that are run do not inherit it.
+
+    Raises:
+        BlockingIOError: another run holds it.
+        OSError: it cannot be made, or the file system has no locks.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            continue  # its last holder has just removed the folder
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(path, file):
+                os.ftruncate(file, 0)
+                os.write(file, str(os.getpid()).encode())
+                return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)  # its last holder removed it before we had it: make another
+
+
+def _is_at(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _holder(path: Path) -> str:
+    """Who wrote the lock file, as far as it says."""
+    try:
+        return f"process {int(path.read_text())}"
+    except (OSError, ValueError):
+        return "another process"

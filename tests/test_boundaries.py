@@ -24,7 +24,7 @@ LAYERS = (
     },
     {"models"},
     {"evals", "serve", "gate", "report"},
-    {"job", "reload", "scoring", "outcomes", "run"},
+    {"baseline", "job", "reload", "scoring", "outcomes", "run"},
     {"cli"},
 )
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -186,6 +186,20 @@ def test_a_failed_run_leaves_the_promoted_checkpoint_alone(
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_run_after_one_that_was_killed_while_it_promoted(
+    tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, patch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint that was being replaced comes back, whatever becomes of the new run."""
+    out = tmp_path / "out"
+    assert run(arguments(tiny, recipe, traffic, out)) == 0
+    promoted = contents(out)
+    out.rename(tmp_path / ".out.old")
+    store_other_tensors(patch, other_scale)
+    assert run(arguments(tiny, recipe, traffic, out)) == 4
+    assert contents(out) == promoted
+    assert sorted(leftovers(out)) == ["out", "out.run"]
+
+
 def test_scores_that_are_not_numbers(
     tiny: Path,
     traffic: Path,

@@ -7,11 +7,18 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from quantkit.cli.main import run
+from quantkit.errors import UsageError
+from quantkit.evals.suites import installed_folder, load_suites
+from quantkit.job import Job, prepare
+from quantkit.recipe import load_recipe
 from tests.run_helpers import arguments, contents, leftovers
 
 WORDS = re.findall(r"\w+", "late parcel refund broken door invoice account thanks please where")
@@ -53,12 +60,30 @@ def write_recipe(folder: Path, scheme: str, gates: str) -> Path:
     return path
 
 
+def write_text(folder: Path) -> Path:
+    path = folder / "held_out.txt"
+    path.write_text(" ".join(random.Random(3).choices(WORDS, k=1200)))
+    return path
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    rng = random.Random(3)
-    path = tmp_path / "held_out.txt"
-    path.write_text(" ".join(rng.choices(WORDS, k=1200)))
+    return write_text(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def original(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The original's results on the same suite and text, by `quantkit eval`."""
+    folder = tmp_path_factory.mktemp("original")
+    path = folder / "results.json"
+    argv = ["eval", str(tiny), "--suite", str(write_suite(folder, 60))]
+    argv += ["--text", str(write_text(folder)), "--max-tokens", "2048", "-o", str(path)]
+    assert run(argv) == 0
     return path
+
+
+def not_reached(*_: object, **__: object) -> None:
+    raise AssertionError("work was begun")
 
 
 def calibrate(
@@ -175,6 +200,62 @@ def test_less_held_out_text_than_a_window_is_refused_before_any_work(
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_held_out_text_that_cannot_be_used_is_refused_before_any_work(
+    tiny: Path,
+    traffic: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("quantkit.job.load_tokens", not_reached)
+    recipe = write_recipe(tmp_path, "w8a16", "  kl.mean: {max: 0.5}\n")
+    short, binary = tmp_path / "short.txt", tmp_path / "binary.txt"
+    short.write_text("too short")
+    binary.write_bytes(b"\xff\xfe\x00")
+    for text, message in (
+        (tmp_path / "missing.txt", "missing.txt: no such file"),
+        (tmp_path / "missing.jsonl", "missing.jsonl"),
+        (binary, "binary.txt: cannot be read as UTF-8 text"),
+        (short, "has 9 tokens, less than one window of 1024; give more text, or lower"),
+    ):
+        code, out = calibrate(tmp_path, tiny, traffic, text, recipe)
+        assert code == 2
+        assert message in capfd.readouterr().err
+        assert leftovers(out) == []
+        assert not (tmp_path / "out.partial").exists()
+
+
+def test_kernels_and_devices_that_are_not_there_are_refused_before_any_work(
+    tiny: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantkit.model.load_source", not_reached)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    job = Job(str(tiny), load_recipe(str(recipe)), tmp_path / "out")
+    with pytest.raises(UsageError, match="kernels 'nativ': one of native, native-float"):
+        prepare(replace(job, kernels="nativ"))
+    with pytest.raises(UsageError, match="torch sees no CUDA device; use --device cpu"):
+        prepare(replace(job, device="cuda"))
+
+
+def test_a_gate_on_text_needs_some_that_was_not_calibrated_on(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Without --text, held-out text is the traffic of suites that the recipe leaves alone."""
+    monkeypatch.setattr("quantkit.model.load_source", not_reached)
+    recipe = write_recipe(tmp_path, "w8a16", "  kl.mean: {max: 0.5}\n")
+    out = tmp_path / "out"
+    folder = installed_folder()
+    assert folder is not None
+    suites = [s for s in load_suites([folder]) if s.traffic is not None]
+    data = [word for s in suites for word in ("--data", f"evals:{s.name}")]
+    assert run(["calibrate", str(tiny), "-r", str(recipe), *data, "-o", str(out)]) == 2
+    assert "no held-out text for kl.mean" in capfd.readouterr().err
+    assert leftovers(out) == []
+
+
 def test_fail_rejects_and_a_baseline_is_reused(
     tiny: Path, traffic: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,12 +274,97 @@ def test_fail_rejects_and_a_baseline_is_reused(
     assert code == 1
     document = json.loads(capfd.readouterr().out)
     assert document["seconds"]["eval"] > 0
-    # Another model's results are no baseline.
-    doc = json.loads(baseline.read_text())
-    doc["fingerprint"]["model"] = "0" * 64
-    baseline.write_text(json.dumps(doc))
-    code, _ = calibrate(tmp_path, tiny, traffic, text, recipe, "--baseline", str(baseline))
+
+
+def other_fingerprint(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda results: results["fingerprint"].update({key: "0" * 64})
+
+
+def without_last_item(results: dict[str, Any]) -> None:
+    task = results["tasks"]["tiny_suite"]
+    task["rows"].pop()
+    task["n"] -= 1
+
+
+def without_last_window(results: dict[str, Any]) -> None:
+    results["text"]["tokens"] -= results["text"]["windows"].pop()[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "argv", "message"),
+    [
+        (other_fingerprint("model"), (), "model differs: this run has"),
+        (other_fingerprint("tokenizer"), (), "tokenizer differs"),
+        (other_fingerprint("chat_template"), (), "chat_template differs"),
+        (other_fingerprint("lm_eval"), (), "lm_eval differs"),
+        (other_fingerprint("seed"), (), "seed differs: this run has 0, the baseline 000000000000"),
+        (lambda r: r["tasks"].clear(), (), "has no suite tiny_suite"),
+        (lambda r: r["tasks"]["tiny_suite"].update(hash="0" * 64), (), "suite tiny_suite differs"),
+        (without_last_item, (), "items of tiny_suite differ: 59 of 60 were scored ('i59' is"),
+        (lambda r: r["text"].update(hash="0" * 64), (), "held-out text differs"),
+        (without_last_window, (), "number of windows of held-out text differs: this run has 2"),
+        (lambda r: r.pop("text"), (), "has no held-out text for perplexity.ratio"),
+        (lambda r: None, ("--eval-seq-len", "512"), "seq_len of the held-out text differs"),
+    ],
+)  # fmt: skip
+def test_a_baseline_of_something_else_is_refused_before_any_work(
+    change: Callable[[dict[str, Any]], None],
+    argv: tuple[str, ...],
+    message: str,
+    original: Path,
+    tiny: Path,
+    traffic: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    gates = "  perplexity.ratio: {max: 9}\n  tiny_suite.acc: {margin: 0.3}\n"
+    recipe = write_recipe(tmp_path, "w8a16", gates)
+    results = json.loads(original.read_text())
+    change(results)
+    changed = tmp_path / "baseline.json"
+    changed.write_text(json.dumps(results))
+    monkeypatch.setattr("quantkit.job.load_tokens", not_reached)
+    code, out = calibrate(tmp_path, tiny, traffic, text, recipe, "--baseline", str(changed), *argv)
     assert code == 5
+    err = capfd.readouterr().err
+    assert f"{changed}: {message}" in err
+    assert "score the original on the same files" in err
+    assert leftovers(out) == []
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("kind", ["conversations", "texts", "plain.txt", "plain"])
+def test_eval_and_calibrate_read_held_out_text_alike(
+    kind: str,
+    tiny: Path,
+    traffic: Path,
+    tmp_path: Path,
+) -> None:
+    """So that `quantkit eval` of the original is a baseline."""
+    rng = random.Random(4)
+    words = [" ".join(rng.choices(WORDS, k=200)) for _ in range(8)]
+    if kind == "conversations":
+        rows = [{"messages": [{"role": "user", "content": w}]} for w in words]
+        held_out = tmp_path / "held_out.jsonl"
+        held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "texts":
+        held_out = tmp_path / "held_out.jsonl"
+        held_out.write_text("".join(json.dumps({"text": w}) + "\n" for w in words))
+    else:
+        held_out = tmp_path / kind
+        held_out.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n \r\n".join(words).encode())
+    recipe = write_recipe(tmp_path, "w8a16", "  perplexity.ratio: {max: 9}\n")
+    results = tmp_path / "original.json"
+    windows = ("--text", str(held_out))
+    assert run(["eval", str(tiny), *windows, "--max-tokens", "2048", "-o", str(results)]) == 0
+    windows += ("--eval-tokens", "2048", "--baseline", str(results))
+    out = tmp_path / "out"
+    assert run(arguments(tiny, recipe, traffic, out, *windows, gate=True)) == 0
+    scored = [results, tmp_path / "out.run" / "results.json"]
+    hashes = [json.loads(path.read_text())["text"]["hash"] for path in scored]
+    assert hashes[0] == hashes[1]
 
 
 def test_too_few_items_are_inconclusive(

@@ -134,20 +134,51 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 def promote(staging: Path, out: Path) -> None:
     """Give a finished folder its final name; one that is there already is replaced.
 
+    Two renames, because no portable call swaps folders. Whatever stops the code between them,
+    Ctrl-C included, the old folder comes back; after a kill, `recover` brings it back.
+
+    Args:
+        staging: the finished folder, on the same file system.
+        out: its final name; not a symbolic link.
+
     Raises:
         UsageError: the place cannot be written.
     """
-    retired = out.with_name(f".{out.name}.old")
     try:
-        shutil.rmtree(retired, ignore_errors=True)
+        recover(out)
         if out.exists():
-            os.replace(out, retired)
+            os.replace(out, _retired(out))
         os.replace(staging, out)
-    except OSError as e:
-        if retired.exists() and not out.exists():
+    except BaseException as e:
+        recover(out)
+        if isinstance(e, OSError):
+            raise UsageError(f"{out}: cannot be written ({e.strerror or e})") from e
+        raise
+    shutil.rmtree(_retired(out), ignore_errors=True)
+
+
+def recover(out: Path) -> None:
+    """Undo, or finish, a `promote` that was cut short: the old folder returns where none is.
+
+    Raises:
+        UsageError: the place cannot be written.
+    """
+    retired = _retired(out)
+    if out.exists():
+        shutil.rmtree(retired, ignore_errors=True)
+    elif retired.exists():
+        try:
             os.replace(retired, out)
-        raise UsageError(f"{out}: cannot be written ({e.strerror or e})") from e
-    shutil.rmtree(retired, ignore_errors=True)
+        except OSError as e:
+            raise UsageError(
+                f"{out}: cannot be written ({e.strerror or e})",
+                remedy=f"what was there before is in {retired}",
+            ) from e
+
+
+def _retired(out: Path) -> Path:
+    """Where the folder that `promote` replaces lies between its two renames."""
+    return out.with_name(f".{out.name}.old")
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quantkit.cli.kernels import Kernels, KernelsOption
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -70,9 +72,7 @@ def command(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
     ] = None,
-    kernels: Annotated[
-        str, typer.Option("--kernels", help="Judge the artifact in: native or reference.")
-    ] = "native",
+    kernels: KernelsOption = Kernels.native,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a run that was interrupted.")
     ] = False,
@@ -122,7 +122,7 @@ def command(
         gated=gate,
         resume=resume,
         device=device,
-        kernels=kernels,
+        kernels=kernels.value,
         seq_len=eval_seq_len,
         max_tokens=eval_tokens,
     )

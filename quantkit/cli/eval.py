@@ -29,7 +29,11 @@ def command(
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option("--text", help="Held-out text for perplexity and divergence."),
+        typer.Option(
+            "--text",
+            help="Held-out text for perplexity and divergence: a text file as it is, or rows as "
+            "in --data of calibrate, conversations in the chat template.",
+        ),
     ] = None,
     reference: Annotated[
         str | None,
@@ -91,7 +95,9 @@ def command(
         )
     # Suites and text are read first: their mistakes cost seconds, a model costs minutes.
     suites = load_suites(suite or ())
-    passage = None if text is None else read_text(text)
+    from quantkit.data.held_out import join_held_out, read_held_out
+
+    documents = None if text is None else read_held_out(text)
 
     import torch
 
@@ -101,6 +107,7 @@ def command(
     if threads:
         torch.set_num_threads(threads)
     runtime = _load(checkpoint, kernels.value, device)
+    passage = None if documents is None else join_held_out(documents, runtime.tokenizer)
     base = None if reference is None else _load(reference, kernels.value, device)
     with reporter("eval") as progress:
         results = evaluate(
@@ -121,26 +128,6 @@ def command(
         typer.echo(json.dumps(results.summary(), allow_nan=False))
     else:
         _print_results(results, runtime.name, output)
-
-
-def read_text(path: Path) -> str:
-    """Held-out text: a ``.txt`` or ``.md`` file as it is, or the rows of a data file.
-
-    Raises:
-        UsageError: no such file, or not text.
-    """
-    from quantkit.errors import UsageError
-
-    if path.suffix not in (".txt", ".md", ""):
-        from quantkit.data.sources import Source, iter_texts
-
-        return "\n\n".join(iter_texts(Source(str(path))))
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"{path}: cannot be read as UTF-8 text ({e})") from e
 
 
 def _load(source: str, kernels: str, device: str) -> Runtime:

@@ -14,7 +14,7 @@ the clusters of a confidence interval.
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from quantkit.evals.forward import Forward, chunk_rows, make_forward
 from quantkit.models.runtime import Runtime
 from quantkit.progress import Progress, silent
 from quantkit.results import TextResult, TextWindow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: Windows that are measured when ``max_tokens`` does not say.
 DEFAULT_WINDOWS = 24
@@ -56,16 +59,8 @@ def measure_text(
         NotComparableError: the two models do not share a tokenizer or a vocabulary.
         QuantkitError: NaN or infinite logits, naming the window.
     """
-    if seq_len < 2:
-        raise UsageError(f"seq_len {seq_len} is below 2: a window predicts all but its first token")
-    limit = DEFAULT_WINDOWS * seq_len if max_tokens is None else max_tokens
-    if limit < seq_len:
-        raise UsageError(
-            f"max_tokens {limit} is less than one window of {seq_len}",
-            remedy="raise --max-tokens or lower --seq-len",
-        )
     _check_comparable(runtime, reference)
-    windows = cut_windows(runtime, text, seq_len, limit // seq_len)
+    windows = cut_windows(runtime.tokenizer, text, seq_len, max_tokens)
 
     model = make_forward(runtime)
     base = None if reference is None else make_forward(reference)
@@ -84,7 +79,7 @@ def measure_text(
             kls.append(kl)
         progress(index + 1, len(windows), "text")
 
-    digest = hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest()
+    digest = hash_windows(windows)
     if not kls:
         return TextResult(hash=digest, seq_len=seq_len, windows=tuple(rows))
     by_token = torch.stack(kls)
@@ -100,21 +95,41 @@ def measure_text(
     )
 
 
-def cut_windows(runtime: Runtime, text: str, seq_len: int, most: int) -> Tensor:
-    """Token ids ``[windows, seq_len]`` of a text's first windows; a rest is dropped.
+def cut_windows(
+    tokenizer: PreTrainedTokenizerBase, text: str, seq_len: int, max_tokens: int | None = None
+) -> Tensor:
+    """Token ids int64 ``[windows, seq_len]`` of a text's first windows; a rest is dropped.
+
+    Args:
+        tokenizer: adds special tokens as it does to any text.
+        text: one document.
+        seq_len, max_tokens: see `measure_text`.
 
     Raises:
-        UsageError: the text is shorter than one window.
+        UsageError: less text, or fewer tokens asked for, than one window.
     """
-    tokenizer: Any = runtime.tokenizer
-    ids = tokenizer.encode(text, verbose=False)
-    count = min(len(ids) // seq_len, most)
+    if seq_len < 2:
+        raise UsageError(f"seq_len {seq_len} is below 2: a window predicts all but its first token")
+    limit = DEFAULT_WINDOWS * seq_len if max_tokens is None else max_tokens
+    if limit < seq_len:
+        raise UsageError(
+            f"max_tokens {limit} is less than one window of {seq_len}",
+            remedy="raise --max-tokens or lower --seq-len",
+        )
+    ids: Any = tokenizer.encode(text, verbose=False)
+    count = min(len(ids), limit) // seq_len
     if count == 0:
         raise UsageError(
             f"the text has {len(ids)} tokens, less than one window of {seq_len}",
-            remedy=f"give more text or --seq-len {max(2, len(ids))} or less",
+            remedy=f"give more text, or lower --seq-len (calibrate: --eval-seq-len) to "
+            f"{max(2, len(ids))}",
         )
     return torch.tensor(ids[: count * seq_len]).view(count, seq_len)
+
+
+def hash_windows(windows: Tensor) -> str:
+    """sha256 of the little-endian int64 ids of ``[windows, seq_len]``: the text's fingerprint."""
+    return hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest()
 
 
 class _NotFiniteError(Exception):

@@ -84,15 +84,22 @@ def fingerprint(runtime: Runtime, *, seed: int) -> dict[str, Any]:
     """
     return {
         **runtime.fingerprint,
-        "lm_eval": version("lm_eval"),
-        "transformers": version("transformers"),
-        "torch": torch.__version__,
-        "seed": seed,
+        **harness(seed),
         "host": {
             "machine": platform.machine(),
             "cpu": cpu_model(),
             "threads": torch.get_num_threads(),
         },
+    }
+
+
+def harness(seed: int = 0) -> dict[str, Any]:
+    """The part of a fingerprint that is known before any model is loaded."""
+    return {
+        "lm_eval": version("lm_eval"),
+        "transformers": version("transformers"),
+        "torch": torch.__version__,
+        "seed": seed,
     }
 
 

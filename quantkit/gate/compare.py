@@ -67,7 +67,7 @@ def check_comparable(candidate: Results, baseline: Results, policy: Policy) -> N
     for gate in policy.gates:
         if isinstance(gate, TaskGate):
             _check_task_present(gate, candidate, baseline, policy.source)
-        elif not gate.name.startswith("size."):
+        elif gate.needs_text:
             _check_text_present(gate, candidate, baseline, policy.source)
 
 

@@ -54,6 +54,11 @@ class LimitGate:
     name: str
     limit: float
 
+    @property
+    def needs_text(self) -> bool:
+        """True unless it limits the size alone."""
+        return not self.name.startswith("size.")
+
 
 @dataclass(frozen=True)
 class LimitRule:

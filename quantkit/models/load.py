@@ -57,10 +57,7 @@ def load_runtime(
         QuantkitError: a missing or damaged tensor.
         KernelMissingError: the native library is not built.
     """
-    if kernels not in KERNELS:
-        raise UsageError(f"kernels {kernels!r}: one of {', '.join(KERNELS)}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"device {device}: torch sees no CUDA device", remedy="use --device cpu")
+    check_target(kernels, device)
     path = Path(source)
     raw = _quantization_config(path) if path.is_dir() else None
     layers = "reference" if kernels == "reference" else "native"
@@ -80,6 +77,14 @@ def load_runtime(
     ops.set_thread_pool("own")
     fingerprint = {**runtime.fingerprint, "kernels": f"decoder/{decoder.numerics}"}
     return replace(runtime, decoder=decoder, fingerprint=fingerprint)
+
+
+def check_target(kernels: str, device: str) -> None:
+    """Raise UsageError for kernels that are no key of `KERNELS`, or a device that is not there."""
+    if kernels not in KERNELS:
+        raise UsageError(f"kernels {kernels!r}: one of {', '.join(KERNELS)}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device {device}: torch sees no CUDA device", remedy="use --device cpu")
 
 
 def _in_modules(runtime: Runtime, reason: str) -> Runtime:
@@ -109,7 +114,7 @@ def _load_original(source: str, device: str, dtype: torch.dtype | str) -> Runtim
         model=loaded.model,
         tokenizer=loaded.tokenizer,
         name=source,
-        fingerprint=_fingerprint(loaded.weight_hash, loaded, "torch", device),
+        fingerprint=_fingerprint(loaded, "torch", device),
         size_bytes=size,
         bits_per_weight=float(bits),
     )
@@ -147,7 +152,7 @@ def _load_quantized(
         model=model,
         tokenizer=tokenizer,
         name=str(folder),
-        fingerprint=_fingerprint(loaded.weight_hash, loaded, numerics, device),
+        fingerprint=_fingerprint(loaded, numerics, device),
         size_bytes=size,
         bits_per_weight=bits,
         manifest=manifest,
@@ -231,13 +236,9 @@ def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
         )
 
 
-def _fingerprint(
-    weights: str, loaded: models.SourceModel, kernels: str, device: str
-) -> dict[str, Any]:
+def _fingerprint(loaded: models.SourceModel, kernels: str, device: str) -> dict[str, Any]:
     return {
-        "model": weights,
-        "tokenizer": models.tokenizer_hash(loaded.tokenizer),
-        "chat_template": models.template_hash(loaded.tokenizer),
+        **loaded.identity,
         "kernels": kernels,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": device,

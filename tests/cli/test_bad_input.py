@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.cli.main import run
 from quantkit.ops import get_isa
+from quantkit.work import LOCK
 from tests.run_helpers import arguments, contents, leftovers
 
 
@@ -151,6 +152,10 @@ def test_broken_data(
         (["calibrate", "m", "--seed", "-1"], "--seed"),
         (["calibrate", "m", "--samples", "0"], "--samples"),
         (["calibrate", "m", "--eval-seq-len", "1"], "--eval-seq-len"),
+        (
+            ["calibrate", "m", "--kernels", "nativ"],
+            "'nativ' is not one of 'native', 'native-float'",
+        ),
         (["eval"], "no CKPT"),
         (["eval", "m", "--suite", "nothing_here"], "no such suite"),
         (["gate", "missing.json", "--baseline", "missing.json"], "missing.json"),
@@ -184,7 +189,7 @@ def test_output_that_is_something_else(
     assert (out / "thesis.txt").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("suffix", ["rejected", "run", "partial"])
+@pytest.mark.parametrize("suffix", ["rejected", "run", "partial", "staging"])
 def test_a_folder_beside_the_output_that_is_something_else(
     suffix: str,
     tiny: Path,
@@ -201,6 +206,32 @@ def test_a_folder_beside_the_output_that_is_something_else(
     assert f"out.{suffix}: exists and is not" in capfd.readouterr().err
     assert contents(precious) == {"thesis.txt": b"years of work"}
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("suffix", ["", ".rejected", ".run", ".partial", ".staging"])
+@pytest.mark.parametrize("dangles", [False, True])
+def test_an_output_that_is_a_symbolic_link(
+    suffix: str,
+    dangles: bool,
+    tiny: Path,
+    traffic: Path,
+    recipe: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A rename would replace the link, and what it points to would stay behind unseen."""
+    target = tmp_path / "disk2"
+    if not dangles:
+        target.mkdir()
+    link = tmp_path / f"out{suffix}"
+    link.symlink_to(target)
+    assert run(arguments(tiny, recipe, traffic, tmp_path / "out")) == 2
+    err = capfd.readouterr().err
+    assert f"out{suffix}: is a symbolic link" in err
+    assert suffix or f"-o {target}" in err
+    assert link.readlink() == target
+    assert target.exists() is not dangles
+    assert leftovers(tmp_path / "out") in ([], [link.name])
 
 
 @pytest.mark.parametrize("out", [".", "/", "x/.."])
@@ -328,6 +359,47 @@ def test_ctrl_c_leaves_resumable_work_only(
     whole = tmp_path / "whole"
     assert run(arguments(tiny, recipe, traffic, whole)) == 0
     assert contents(whole) == contents(out)
+
+
+def test_a_second_run_on_the_same_output_is_refused(
+    tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """While the first is at work; when it is killed the kernel lets go of its lock."""
+    out = tmp_path / "out"
+    argv = arguments(tiny, recipe, traffic, out)
+    command = [sys.executable, "-c", WAITS_IN_BLOCK_1, *argv]
+    pipe = subprocess.PIPE
+    for killed in (False, True):
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as first:
+            assert first.stdout is not None
+            reached = first.stdout.readline()
+            for more in ((), ("--resume",)):
+                assert run([*argv, *more]) == 2
+                err = capfd.readouterr().err
+                assert f"out.partial: process {first.pid} is at work there; wait for it" in err
+            if killed:
+                first.kill()
+            _, err = first.communicate()
+        assert reached == "in block 1\n", err
+        assert first.returncode == (-signal.SIGKILL if killed else 0), err
+        assert (tmp_path / "out.partial").exists() is killed
+    promoted = contents(out)
+    assert (tmp_path / "out.partial" / LOCK).read_text() == str(first.pid)
+    assert run([*argv, "--resume"]) == 0
+    assert contents(out) == promoted
+    assert sorted(leftovers(out)) == ["out", "out.run"]
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_run_that_was_killed_before_its_first_block(
+    tiny: Path, traffic: Path, recipe: Path, tmp_path: Path
+) -> None:
+    """Its lock is no one's work, and does not count as a folder of the user's."""
+    work = tmp_path / "out.partial"
+    work.mkdir()
+    (work / LOCK).write_text("12345")
+    assert run(arguments(tiny, recipe, traffic, tmp_path / "out")) == 0
+    assert not work.exists()
 
 
 def test_ctrl_c_that_a_library_turns_into_its_own_error(

@@ -36,7 +36,7 @@ def test_it_equals_a_naive_loop(
 ) -> None:
     monkeypatch.setattr(forward, "CHUNK_ELEMENTS", 16 * 300)  # several chunks a window
     result = measure_text(other, runtime, TEXT, seq_len=SEQ)
-    windows = cut_windows(other, TEXT, SEQ, 24)
+    windows = cut_windows(other.tokenizer, TEXT, SEQ)
     nll, kl = naive(other, runtime, windows)
     assert len(result.windows) == len(windows) == 15
     assert [w.nll for w in result.windows] == pytest.approx(nll, rel=1e-5)
@@ -63,7 +63,7 @@ def test_kl_is_not_negative(runtime: Runtime, noise: float) -> None:
     with torch.no_grad():
         for p in near.model.parameters():
             p.add_(torch.randn_like(p) * noise * p.abs().mean())
-    window = cut_windows(runtime, TEXT, 200, 1)[0]
+    window = cut_windows(runtime.tokenizer, TEXT, 200)[0]
     _, kl, _ = divergence._window(
         forward.ModuleForward(near.model), forward.ModuleForward(runtime.model), window
     )
@@ -74,7 +74,7 @@ def test_kl_is_not_negative(runtime: Runtime, noise: float) -> None:
 def test_top1_counts_agreements(runtime: Runtime, other: Runtime) -> None:
     result = measure_text(other, runtime, TEXT, seq_len=SEQ, max_tokens=2 * SEQ + 5)
     assert len(result.windows) == 2
-    windows = cut_windows(other, TEXT, SEQ, 2)
+    windows = cut_windows(other.tokenizer, TEXT, SEQ, 2 * SEQ)
     with torch.no_grad():
         a, b = (r.model(windows).logits[:, :-1].argmax(-1) for r in (runtime, other))
     assert [w.top1 for w in result.windows] == (a == b).sum(-1).tolist()

@@ -13,7 +13,10 @@ from eval_builders import CHOICE, choice_rows
 from typer.testing import CliRunner, Result
 
 from quantkit.cli import eval as eval_cli
+from quantkit.data.render import render
+from quantkit.data.rows import Document
 from quantkit.errors import UsageError
+from quantkit.evals.divergence import cut_windows, hash_windows
 from quantkit.evals.evaluate import evaluate
 from quantkit.evals.suites import load_suites
 from quantkit.models.runtime import Runtime
@@ -95,6 +98,20 @@ def test_json_lines_are_read_as_text(invoke: Callable[..., Result], tmp_path: Pa
     rows.write_text("".join(json.dumps({"text": TEXT}) + "\n" for _ in range(2)))
     result = invoke("base", "--text", rows, "--seq-len", 64, "--json")
     assert json.loads(result.stdout)["perplexity"] > 1
+
+
+def test_conversations_are_read_as_the_model_would_see_them(
+    invoke: Callable[..., Result], runtime: Runtime, tmp_path: Path
+) -> None:
+    turn = {"role": "user", "content": "Where is my parcel?"}
+    rows = tmp_path / "held_out.jsonl"
+    rows.write_text((json.dumps({"messages": [turn]}) + "\n") * 20)
+    result = invoke("base", "--text", rows, "--seq-len", 64, "--json")
+    template = runtime.tokenizer.chat_template is not None
+    one = render(Document("", messages=(turn,)), runtime.tokenizer, chat_template=template)
+    windows = cut_windows(runtime.tokenizer, "\n".join([one] * 20), 64)
+    assert one != turn["content"]
+    assert json.loads(result.stdout)["text"]["hash"] == hash_windows(windows)
 
 
 def test_validate_needs_no_checkpoint(invoke: Callable[..., Result], suite_path: Write) -> None:
