@@ -563,7 +563,7 @@ def save(
         "llama.cpp": peer,
         "settings": {
             "rounds": args.rounds, "repeats": args.repeats, "parameters": parameters,
-            "windows": args.windows, "length": args.length, "text": str(args.text or ""),
+            "windows": args.windows, "length": args.length, "text": Path(args.text).name if args.text else "",
             "workloads": [asdict(work) for work in WORKLOADS],
         },
         "rows": [
