@@ -563,7 +563,8 @@ def save(
         "llama.cpp": peer,
         "settings": {
             "rounds": args.rounds, "repeats": args.repeats, "parameters": parameters,
-            "windows": args.windows, "length": args.length, "text": Path(args.text).name if args.text else "",
+            "windows": args.windows, "length": args.length,
+            "text": Path(args.text).name if args.text else "",
             "workloads": [asdict(work) for work in WORKLOADS],
         },
         "rows": [
