@@ -196,11 +196,6 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
         shape = (module.out_features, module.in_features)
         _check_fits(name, shape, scheme)
         rescalers, solver = _algorithms(recipe, name)
-        if SOLVERS[solver.name].needs_zeros and scheme.weight.symmetric:
-            raise UsageError(
-                f"{name}: {solver.name} moves zero points, and {scheme.name} has none",
-                remedy="use an asymmetric scheme such as w4a16-asym-g64",
-            )
         layers.append(
             PlannedLayer(name, block, shape, scheme, solver.name, solver.options, rescalers)
         )
@@ -314,16 +309,10 @@ def _check_option(algorithm: str, key: str, value: Any) -> None:
         refuse("is a number from 0 to 10")
     if key == "alpha" and value != "auto" and not _is_number(value, 0, 1):
         refuse("is auto or a number from 0 to 1")
-    if key in ("grid", "steps") and not (isinstance(value, int) and _is_number(value, 1, 1000)):
+    if key == "grid" and not (isinstance(value, int) and _is_number(value, 1, 1000)):
         refuse("is a whole number from 1 to 1000")
-    if key == "p" and not (_is_number(value, 0, 1) and 0 < value < 1):
-        refuse("is a number between 0 and 1")
-    if key == "beta" and not (_is_number(value, 0, 1e6) and value > 0):
-        refuse("is a positive number, at most 1e6")
     if key == "feedback" and not _is_number(value, 0, 1):
         refuse("is a number from 0 to 1")
-    if key == "kappa" and not _is_number(value, 1, 10):
-        refuse("is a number from 1 to 10")
 
 
 def _is_number(value: Any, low: float, high: float) -> bool:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantkit import numerics
-from quantkit.algorithms import SOLVERS, Stats, gptq, hqq, imatrix, rtn
+from quantkit.algorithms import SOLVERS, Stats, gptq, imatrix, rtn
 from quantkit.algorithms.clip import mse_scales
 from quantkit.errors import QuantkitError
 from quantkit.schemes import SCHEMES, QuantSpec
@@ -298,68 +298,6 @@ def test_imatrix_never_loses_to_round_to_nearest(name: str, error: str) -> None:
     assert own_loss(solved) <= own_loss(nearest) * (1 + 1e-5)
     if error == "diagonal" or spec.granularity == "group":
         assert own_loss(solved) < own_loss(nearest)
-
-
-def literal_hqq(weight: Tensor, spec: QuantSpec, steps: int) -> Tensor:
-    """The authors' loop, one group at a time; zero points are rounded when they are judged."""
-    assert spec.group_size is not None
-    out = torch.zeros_like(weight)
-    for row in range(weight.shape[0]):
-        for start in range(0, weight.shape[1], spec.group_size):
-            w = weight[row, start : start + spec.group_size].double()
-            least = float("inf")
-            for share in (1 - 0.05 * i for i in range(11)):
-                low, high = (v.float().reshape(1) * share for v in (w.min(), w.max()))
-                scale, zero = numerics.compute_scales(low, high, spec)
-                assert zero is not None
-                s, z, beta = float(scale), float(zero), 10.0
-                for _ in range(steps):
-                    trial = min(max(round(z), spec.qmin), spec.qmax)
-                    codes = (w / s + trial).round().clamp(spec.qmin, spec.qmax)
-                    restored = (codes - trial) * s
-                    error = float((w - restored).abs().pow(0.7).sum())
-                    if error < least - 1e-7:
-                        least = error
-                        out[row, start : start + spec.group_size] = restored.float()
-                    codes = (w / s + z).round().clamp(spec.qmin, spec.qmax)
-                    e = (w - (codes - z) * s) / s
-                    threshold = e.abs().clamp(min=1e-12).pow(-0.3) / beta
-                    e = e.sign() * (e.abs() - threshold).clamp(min=0)
-                    z = float((codes - (w / s - e)).mean())
-                    beta *= 1.01
-    return out
-
-
-def heavy_tailed(seed: int, n: int = 6) -> Tensor:
-    gen = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 192, generator=gen).pow(3) * 0.05 + 0.02
-
-
-def test_hqq_equals_its_literal_form() -> None:
-    spec = SPECS["w4a16-asym-g64"]
-    weight = heavy_tailed(13)
-    q = hqq.solve(weight, Stats(), spec, hqq.OPTIONS)
-    expected = literal_hqq(weight, spec, 5)
-    close = torch.isclose(numerics.dequantize(q, torch.float32), expected, atol=1e-5)
-    assert float(close.double().mean()) >= 0.95  # a zero point on the edge of rounding
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_hqq_never_loses_to_round_to_nearest(seed: int) -> None:
-    spec = SPECS["w4a16-asym-g64"]
-    weight = heavy_tailed(seed, n=32)
-    nearest = numerics.quantize_weight(weight, spec)
-    solved = hqq.solve(weight, Stats(), spec, hqq.OPTIONS)
-
-    def own_loss(q: numerics.QTensor) -> float:
-        return float((numerics.dequantize(q, torch.float32) - weight).abs().pow(0.7).sum())
-
-    assert own_loss(solved) < own_loss(nearest)
-
-
-def test_hqq_needs_zero_points() -> None:
-    with pytest.raises(QuantkitError, match="moves zero points, and int4 sym g64 has none"):
-        hqq.solve(heavy_tailed(0), Stats(), SPECS["w4a16-g64"], hqq.OPTIONS)
 
 
 def test_imatrix_needs_a_hessian() -> None:

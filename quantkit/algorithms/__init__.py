@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quantkit.algorithms import awq, gptq, hqq, imatrix, rtn, smoothquant
+from quantkit.algorithms import awq, gptq, imatrix, rtn, smoothquant
 from quantkit.algorithms.scaling import Scaling
 from quantkit.numerics import QTensor
 from quantkit.schemes import QuantSpec
@@ -42,20 +42,17 @@ class Stats:
 
 @dataclass(frozen=True)
 class Solver:
-    """A solver with its options (name → default), and whether it needs a Hessian or a spec
-    with zero points."""
+    """A solver with its options (name → default), and whether it needs a Hessian."""
 
     solve: Callable[[Tensor, Stats, QuantSpec, Mapping[str, Any]], QTensor]
     options: Mapping[str, Any]
     needs_hessian: bool
-    needs_zeros: bool = False
 
 
 SOLVERS: dict[str, Solver] = {
     "rtn": Solver(rtn.solve, rtn.OPTIONS, needs_hessian=False),
     "gptq": Solver(gptq.solve, gptq.OPTIONS, needs_hessian=True),
     "imatrix": Solver(imatrix.solve, imatrix.OPTIONS, needs_hessian=True),
-    "hqq": Solver(hqq.solve, hqq.OPTIONS, needs_hessian=False, needs_zeros=True),
 }
 
 

@@ -96,6 +96,12 @@ def command(
 
     if out is None and not dry_run:
         raise UsageError("no output folder", remedy="give -o OUT, or --dry-run")
+    unread = {"--baseline": baseline, "--text": text, "--suite": suite}
+    if not gate and (given := [option for option, value in unread.items() if value]):
+        raise UsageError(
+            f"{' and '.join(given)}: nothing is scored with --no-gate",
+            remedy="leave one or the other out",
+        )
     from quantkit.evals.suites import load_suites
 
     loaded = _recipe(recipe, data, samples=samples, seq_len=seq_len, seed=seed)

@@ -1,29 +1,13 @@
-"""Floors, fits and the plot of benchmarks/scaling.py, without timing anything."""
+"""Floors and fits of benchmarks/scaling.py, without timing anything."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import pytest
+from benchmark_scripts import load_script
 
 from quantkit.ops.measure import Limits
 
-
-def load_script() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "scaling.py"
-    spec = importlib.util.spec_from_file_location("scaling", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-scaling = load_script()
+scaling = load_script("scaling")
 
 LIMITS = Limits(read_bytes=10e9, bf16_operations=1e12, int8_operations=4e12)
 LENGTHS = [128, 256, 512, 1024]

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from benchmark_scripts import load_script
 from safetensors.torch import save_file
 
-
-def load_script() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "vs_llamacpp.py"
-    spec = importlib.util.spec_from_file_location("vs_llamacpp", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-vs = load_script()
+vs = load_script("vs_llamacpp")
 
 
 def row(engine: str, name: str, stored: int = 100, **speeds: list[float]) -> object:

@@ -487,3 +487,12 @@ def test_a_dry_run_without_an_output_looks_at_no_folder(
     assert run([*argv, "--no-gate", "--dry-run"]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dry-run", "recipe.yaml"]
     assert tmp_path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("option", ["--baseline", "--text", "--suite"])
+def test_what_a_run_without_a_gate_would_not_read_is_refused(
+    tiny: Path, traffic: Path, recipe: Path, option: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["calibrate", str(tiny), "--recipe", str(recipe), "--data", str(traffic)]
+    assert run([*argv, "--no-gate", "--dry-run", option, str(recipe)]) == 2
+    assert f"{option}: nothing is scored with --no-gate" in capfd.readouterr().err
