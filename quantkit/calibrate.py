@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from quantkit import memory, numerics
 from quantkit import model as models
 from quantkit.algorithms import Stats
-from quantkit.collector import Collector
+from quantkit.collector import EQUAL, Collector
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.fisher import squared_gradients, token_weights
 from quantkit.folding import apply_scales
 from quantkit.paused import Spine, head_input, run_paused, trace_groups
 from quantkit.plan import Plan, PlannedLayer
@@ -154,16 +155,21 @@ class _Loop:
         head = plan.in_block(None)
         rescaled = len({fold.block for fold in plan.folds})
         self.total = (plan.blocks + rescaled + (1 if head else 0)) * max(1, len(batches))
+        self.total += sum(len(ids) for ids in batches) if plan.needs_fisher else 0
         self.done = 0
         self.progress = progress
         self.groups: list[list[str]] | None = None
         self.solve_seconds = 0.0
         # Hidden states of the unquantized model, where a solver compares with them.
         self.exact: list[Tensor] = []
+        # What tokens count in a layer's Hessian, where its solver does not take them alike.
+        self.weights: Mapping[str, Tensor] = EQUAL
 
     def run(self) -> tuple[dict[str, QuantizedLayer], Probe]:
         results: dict[str, QuantizedLayer] = {}
         models.bring_in(self.model, skip=self.spine.blocks)
+        if self.plan.needs_fisher:
+            self.weights = self._token_weights()
         hidden = self.spine.embed(self.batches)
         self.exact = list(hidden) if self.plan.needs_drift else []
         for index in range(self.plan.blocks):
@@ -204,6 +210,21 @@ class _Loop:
         planned = {layer.name: layer for layer in self.plan.layers}
         with quantized_inputs(self.linears, planned, results):
             return Probe(ids, head_input(self.model, ids))
+
+    def _token_weights(self) -> dict[str, Tensor]:
+        """Before anything is quantized: one pass through the model and back, or what an earlier
+        run's gave."""
+        asking = {layer.name: layer.fisher for layer in self.plan.layers if layer.fisher}
+        ids = torch.cat(list(self.batches))
+        squares = self.work.load_tokens()
+        if squares is None:
+            squares = squared_gradients(
+                self.model, list(asking), ids, advance=lambda: self._advance("token weights")
+            )
+            self.work.save_tokens(squares)
+        else:
+            self.done += len(ids)
+        return {name: token_weights(squares[name], asking[name]) for name in asking}
 
     def _rescale(
         self, index: int, layers: Mapping[str, PlannedLayer], hidden: list[Tensor]
@@ -248,7 +269,7 @@ class _Loop:
                 return
             if leader not in collectors:
                 members = [layers[name] for name in by_leader[leader]]
-                collectors[leader] = Collector(members, self.observer)
+                collectors[leader] = Collector(members, self.observer, self.weights)
             exact = exact_inputs.pop((batch, leader), None)
             if self.exact and (exact is None or exact.shape != x.shape):
                 raise QuantkitError(
@@ -314,7 +335,7 @@ class _Loop:
     ) -> dict[str, QuantizedLayer]:
         if not hidden:
             return self._solve_without_data(layers)
-        collector = Collector(list(layers.values()), self.observer)
+        collector = Collector(list(layers.values()), self.observer, self.weights)
         for i, ids in enumerate(self.batches):
             [x] = self.spine.head_inputs([ids], [hidden[i]])
             exact = list(self.spine.head_inputs([ids], [self.exact[i]])) if self.exact else [None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from quantkit.schemes import QuantSpec
 #: Tokens of the sample that each layer's output error is measured on.
 SAMPLE_TOKENS = 256
 
+#: Every token counts as much as any other.
+EQUAL: Mapping[str, Tensor] = MappingProxyType({})
+
 
 class Collector:
     """What the solvers of a group want to know of its input, and no more.
@@ -28,17 +32,26 @@ class Collector:
     Args:
         members: layers that read the same tensor.
         observer: turns static activations into a range.
+        weights: what each calibration token counts in the Hessian of a layer, fp32 ``[tokens]``
+            in the order of the batches, by name; all alike for a layer that is not there.
     """
 
-    def __init__(self, members: Sequence[PlannedLayer], observer: Step) -> None:
+    def __init__(
+        self,
+        members: Sequence[PlannedLayer],
+        observer: Step,
+        weights: Mapping[str, Tensor] = EQUAL,
+    ) -> None:
         self.members = members
+        self.weights = weights
         self.range: Observer | None = None
         self.sample: Tensor | None = None
         self.tokens = 0
         columns = members[0].shape[1]
-        #: By the dynamic spec that quantizes the input; None for the input as it is.
+        #: By the dynamic spec that quantizes the input (None for the input as it is), and by the
+        #: layer whose tokens are weighted.
         self.hessians = {
-            _dynamic(layer): HessianAccumulator(columns)
+            self._key(layer): HessianAccumulator(columns)
             for layer in members
             if SOLVERS[layer.solver].needs_hessian
         }
@@ -59,10 +72,14 @@ class Collector:
         x = x.reshape(-1, x.shape[-1])
         if self.sample is None and len(x):
             self.sample = x[:SAMPLE_TOKENS].clone()
-        self.tokens += len(x)
-        for spec, hessian in self.hessians.items():
+        for (spec, name), hessian in self.hessians.items():
             # Rounding is judged on what the layer will really multiply with.
-            hessian.update(_as_multiplied(x, spec))
+            real = _as_multiplied(x, spec)
+            if name is not None:
+                weights = self.weights[name][self.tokens : self.tokens + len(x)]
+                real = real * weights.sqrt().to(real)[:, None]
+            hessian.update(real)
+        self.tokens += len(x)
         for spec, drift in self.drifts.items():
             assert unquantized is not None
             real = _as_multiplied(x, spec).float()
@@ -77,12 +94,12 @@ class Collector:
         Args:
             linears: the model's layers by name.
         """
-        alike: dict[QuantSpec | None, list[PlannedLayer]] = {}
+        alike: dict[tuple[QuantSpec | None, str | None], list[PlannedLayer]] = {}
         for layer in self.members:
-            alike.setdefault(layer.scheme.input, []).append(layer)
+            alike.setdefault((layer.scheme.input, self._key(layer)[1]), []).append(layer)
         solved: dict[str, QuantizedLayer] = {}
-        for spec, layers in alike.items():
-            hessian = self.hessians.get(_dynamic(layers[0]))
+        for (spec, _), layers in alike.items():
+            hessian = self.hessians.get(self._key(layers[0]))
             drift = self.drifts.get(_dynamic(layers[0]))
             stats = Stats(
                 None if hessian is None else hessian.value(),
@@ -95,6 +112,9 @@ class Collector:
             weights = {layer.name: linears[layer.name].weight for layer in layers}
             solved |= quantize_group(layers, weights, stats, input_range, self.sample)
         return solved
+
+    def _key(self, layer: PlannedLayer) -> tuple[QuantSpec | None, str | None]:
+        return _dynamic(layer), layer.name if layer.name in self.weights else None
 
 
 def _as_multiplied(x: Tensor, spec: QuantSpec | None) -> Tensor:

@@ -54,6 +54,11 @@ class PlannedLayer:
         return bool(self.options.get("feedback"))
 
     @property
+    def fisher(self) -> float:
+        """Exponent of its tokens' Fisher weights; 0 for a layer to which all tokens are alike."""
+        return float(self.options.get("fisher", 0.0))
+
+    @property
     def steps(self) -> str:
         """Its algorithms in order, for people: ``smoothquant → gptq``."""
         return " → ".join([*(step.name for step in self.rescalers), self.solver])
@@ -114,6 +119,11 @@ class Plan:
     def needs_drift(self) -> bool:
         """Whether the unquantized model's pass runs beside the quantized one's."""
         return any(layer.needs_drift for layer in self.layers)
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether calibration goes back through the unquantized model first."""
+        return any(layer.fisher for layer in self.layers)
 
     def in_block(self, block: int | None) -> dict[str, PlannedLayer]:
         """The planned layers of one block (None: outside of all blocks), by name."""
@@ -311,7 +321,7 @@ def _check_option(algorithm: str, key: str, value: Any) -> None:
         refuse("is auto or a number from 0 to 1")
     if key == "grid" and not (isinstance(value, int) and _is_number(value, 1, 1000)):
         refuse("is a whole number from 1 to 1000")
-    if key == "feedback" and not _is_number(value, 0, 1):
+    if key in ("feedback", "fisher") and not _is_number(value, 0, 1):
         refuse("is a number from 0 to 1")
 
 

@@ -3,6 +3,7 @@
 ::
 
     WORK/state.json               digests of what the run was begun with
+    WORK/tokens.safetensors       what tokens' errors cost, where a solver asks (`quantkit.fisher`)
     WORK/blocks/0007.scales       what block 7's producers were divided by, if they were
                                   (safetensors)
     WORK/blocks/0007.safetensors  codes, scales and zero points of block 7's layers
@@ -136,6 +137,15 @@ class WorkFolder:
     def load_scales(self, index: int) -> dict[str, Tensor] | None:
         """What `save_scales` wrote, or None."""
         path = self._stem(index).with_suffix(".scales")
+        return load_file(path) if path.exists() else None
+
+    def save_tokens(self, squares: Mapping[str, Tensor]) -> None:
+        """Write each layer's squared gradients, fp32 ``[tokens]`` by name."""
+        _write_tensors(dict(squares), self.path / "tokens.safetensors")
+
+    def load_tokens(self) -> dict[str, Tensor] | None:
+        """What `save_tokens` wrote, or None."""
+        path = self.path / "tokens.safetensors"
         return load_file(path) if path.exists() else None
 
     def _stem(self, index: int) -> Path:

@@ -42,7 +42,15 @@ if TYPE_CHECKING:
 #: clip: ``mse`` narrows scales by column-weighted rounding error; ``none`` keeps min-max.
 #: feedback: share of the predecessors' error that is made up for, 0 to 1; above 0 calibration
 #:     runs the unquantized model, too.
-OPTIONS: dict[str, Any] = {"damp": 0.01, "actorder": "static", "clip": "mse", "feedback": 0.0}
+#: fisher: exponent of each token's Fisher weight in the Hessian, 0 to 1 (`quantkit.fisher`);
+#:     above 0 calibration goes back through the unquantized model first.
+OPTIONS: dict[str, Any] = {
+    "damp": 0.01,
+    "actorder": "static",
+    "clip": "mse",
+    "feedback": 0.0,
+    "fisher": 0.0,
+}
 
 
 def solve(weight: Tensor, stats: Stats, spec: QuantSpec, options: Mapping[str, Any]) -> QTensor:

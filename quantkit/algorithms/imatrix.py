@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 #: error: ``diagonal`` weighs columns one by one (imatrix); ``blocks`` measures each group's
 #:     output error (AWQ's clip search), which costs about as much as GPTQ.
-OPTIONS: dict[str, Any] = {"error": "diagonal"}
+#: fisher: exponent of each token's Fisher weight in the Hessian, 0 to 1 (`quantkit.fisher`).
+OPTIONS: dict[str, Any] = {"error": "diagonal", "fisher": 0.0}
 
 
 def solve(weight: Tensor, stats: Stats, spec: QuantSpec, options: Mapping[str, Any]) -> QTensor:

@@ -1,0 +1,156 @@
+"""How much each calibration token's error in a layer's output costs the model.
+
+GPTQ minimises the squared error of a layer's output, every token and layer alike. What the model
+loses is another matter: to second order, a change δ of one output costs ½ δᵀ F δ nats of KL
+divergence with F = E[g gᵀ], the Fisher information, g the gradient of −log p(y) with respect to it
+and y drawn from the model's own prediction. Taking F to be ‖g‖²·I for each token turns
+the layer's Hessian into Σ w x xᵀ with w = ‖g‖²: Kim et al., "GuidedQuant: Large Language Model
+Quantization via Exploiting End Loss Guidance" (arXiv 2505.07004, §3), with one group of outputs a
+layer. One pass through the unquantized model and back gives the weights of all tokens and layers.
+
+The weights of a few tokens are huge: nearly all that the keys and values of an attention sink
+cost is in the first token. So they are flattened by an exponent, and every token keeps a floor,
+without which H would have the rank of a hundred tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from quantkit import model as models
+from quantkit.errors import QuantkitError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Share of a token's weight that every token has, whatever its gradient.
+FLOOR = 0.1
+
+#: Tokens whose predictions are in memory at once in fp32: 4 · vocabulary bytes each.
+PREDICTED_TOKENS = 64
+
+
+def squared_gradients(
+    model: PreTrainedModel,
+    names: Sequence[str],
+    ids: Tensor,
+    *,
+    seed: int = 0,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, Tensor]:
+    """‖g‖² of each layer's output at each token.
+
+    One window at a time goes forward and back, so that memory holds one window's activations.
+
+    Args:
+        model: unquantized, all of it in memory; unchanged afterwards.
+        names: of the linear layers.
+        ids: token ids int64 ``[samples, seq_len]``.
+        seed: of the labels that are drawn.
+        advance: called after each window.
+
+    Returns:
+        fp32 ``[samples · seq_len]`` by name.
+
+    Raises:
+        UsageError: part of the model is on disk.
+        QuantkitError: a layer that does not see every token once, or a gradient that is NaN.
+    """
+    if any(p.is_meta for p in model.parameters()):
+        raise UsageError(
+            "Fisher weights go back through the whole model, and part of it is on disk",
+            remedy="set `fisher: 0`, or give it more memory",
+        )
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    generator = torch.Generator().manual_seed(seed)
+    with torch.enable_grad(), _frozen(model), _recorded(model, seen):
+        for window in ids.split(1):
+            logits = model(input_ids=window.to(model.device), use_cache=False).logits
+            logits.backward(_gradient_of_draws(logits.detach(), generator))
+            advance()
+    squares = {name: torch.cat(parts) for name, parts in seen.items() if parts}
+    for name in names:
+        if name not in squares or squares[name].numel() != ids.numel():
+            raise QuantkitError(
+                f"{name}: not every token meets this layer exactly once",
+                remedy="set `fisher: 0` for layers that a router chooses",
+            )
+        if not bool(squares[name].isfinite().all()):
+            raise QuantkitError(
+                f"{name}: a gradient of its output is NaN or infinite",
+                remedy="set `fisher: 0`, or load the model in another dtype",
+            )
+    return squares
+
+
+def token_weights(squares: Tensor, exponent: float) -> Tensor:
+    """What each token counts in a layer's Hessian: mean 1, never below `FLOOR`.
+
+    Args:
+        squares: ‖g‖², fp32 ``[tokens]``.
+        exponent: 1 takes them as they are, 0 makes all alike.
+    """
+    flat = (squares / squares.mean().clamp_min(torch.finfo(torch.float32).tiny)).pow(exponent)
+    mean = flat.mean()
+    if not float(mean) > 0:  # no gradient anywhere: nothing to tell tokens apart by
+        return torch.ones_like(squares)
+    return FLOOR + (1 - FLOOR) * flat / mean
+
+
+def _gradient_of_draws(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """∂(−log p(y))/∂logits = p − onehot(y), y drawn from p; ``[1, T, V]`` in the logits' dtype."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    out = torch.empty_like(rows)
+    for start in range(0, len(rows), PREDICTED_TOKENS):
+        p = rows[start : start + PREDICTED_TOKENS].float().softmax(-1)
+        threshold = torch.rand(len(p), 1, generator=generator).to(p.device)
+        # The inverse of the distribution function; its last value may fall short of 1.
+        labels = torch.searchsorted(p.cumsum(-1), threshold).clamp_(max=p.shape[1] - 1)
+        p.scatter_add_(1, labels, torch.full_like(threshold, -1.0))
+        out[start : start + PREDICTED_TOKENS] = p.to(out.dtype)
+    return out.view_as(logits)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient: only those of activations are computed."""
+    asking = [p for p in model.parameters() if p.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _recorded(model: PreTrainedModel, seen: Mapping[str, list[Tensor]]) -> Iterator[None]:
+    """While active, each layer's ‖g‖² ``[tokens]`` is appended to its list as it goes back."""
+
+    def begin(_: nn.Module, __: object, out: Tensor) -> Tensor:
+        return out.requires_grad_(True)
+
+    def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def record(gradient: Tensor) -> None:
+            squares = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(-1)
+            seen[name].append(squares.cpu())
+
+        def hook(_: nn.Module, __: object, out: Tensor) -> None:
+            out.register_hook(record)
+
+        return hook
+
+    linears = models.linear_layers(model)
+    hooks = [model.get_input_embeddings().register_forward_hook(begin)]
+    hooks += [linears[name].register_forward_hook(watch(name)) for name in seen]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

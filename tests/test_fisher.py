@@ -1,0 +1,190 @@
+"""What a token's error costs the model: gradients, weights, and what a solver makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantkit import model as models
+from quantkit import numerics
+from quantkit.algorithms import Stats, gptq
+from quantkit.calibrate import CalibrationData, calibrate
+from quantkit.errors import QuantkitError
+from quantkit.fisher import FLOOR, _gradient_of_draws, squared_gradients, token_weights
+from quantkit.plan import make_plan
+from quantkit.quantize import QuantizedLayer
+from quantkit.recipe import Recipe, Step
+from quantkit.schemes import SCHEMES
+from tests.conftest import tiny_llama
+
+IDS = torch.randint(0, 256, (4, 48), generator=torch.Generator().manual_seed(3))
+NAME = "model.layers.0.mlp.gate_proj"
+FISHER = Recipe(SCHEMES["w4a16-g64"], algorithm=(Step("gptq", {"fisher": 0.5}),), keep=("lm_head",))
+
+
+def test_gradients_are_those_of_the_loss_by_finite_differences() -> None:
+    """‖g‖² is the slope of the loss when an output moves along its own gradient."""
+    model = tiny_llama(dtype=torch.float64).eval()
+    window = IDS[:1, :16]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        p = model(window).logits[0].softmax(-1)
+    thresholds = torch.rand(16, 1, generator=generator)
+    labels = torch.searchsorted(p.float().cumsum(-1), thresholds)[:, 0]
+    gradients: list[torch.Tensor] = []
+    module = model.get_submodule(NAME)
+
+    def keep(_: object, __: object, out: torch.Tensor) -> torch.Tensor:
+        out = out.detach().requires_grad_(True)
+        out.register_hook(gradients.append)
+        return out
+
+    def loss() -> torch.Tensor:
+        log_p = model(window).logits[0].log_softmax(-1)
+        return -log_p[torch.arange(16), labels].sum()
+
+    hook = module.register_forward_hook(keep)
+    loss().backward()
+    hook.remove()
+    [gradient] = gradients
+    squares = squared_gradients(model, [NAME], window)[NAME]
+    for token in (0, 7, 15):
+        moved = torch.zeros_like(gradient)
+        moved[0, token] = gradient[0, token]
+        step = 1e-3 / float(moved.norm())
+
+        def shifted(sign: float, by: torch.Tensor = moved * step) -> float:
+            hook = module.register_forward_hook(lambda _, __, out: out + sign * by)
+            with torch.no_grad():
+                value = float(loss())
+            hook.remove()
+            return value
+
+        slope = (shifted(1) - shifted(-1)) / (2 * step)
+        assert float(squares[token]) == pytest.approx(slope, rel=1e-3)
+
+
+def test_drawn_gradients_have_the_fisher_information_of_the_prediction() -> None:
+    logits = torch.tensor([2.0, 0.5, 0.0, -1.0])
+    p = logits.softmax(-1)
+    draws = logits.expand(1, 200_000, 4)
+    g = _gradient_of_draws(draws, torch.Generator().manual_seed(0))[0]
+    assert torch.allclose(g.mean(0), torch.zeros(4), atol=4e-3)
+    assert torch.allclose(g.t() @ g / len(g), p.diag() - p[:, None] * p, atol=4e-3)
+
+
+@given(
+    st.lists(st.floats(0, 1e30), min_size=1, max_size=50),
+    st.floats(0, 1),
+)
+def test_weights_have_mean_one_and_a_floor(squares: list[float], exponent: float) -> None:
+    weights = token_weights(torch.tensor(squares), exponent)
+    assert float(weights.mean()) == pytest.approx(1, rel=1e-4)
+    assert float(weights.min()) >= FLOOR * 0.999
+    if exponent == 0:
+        assert torch.allclose(weights, torch.ones_like(weights))
+
+
+def run(
+    source: Path, work: Path, recipe: Recipe, **options: object
+) -> tuple[models.SourceModel, dict[str, QuantizedLayer]]:
+    loaded = models.load_source(str(source))
+    plan = make_plan(recipe, loaded.model, samples=len(IDS), seq_len=IDS.shape[1])
+    done = calibrate(loaded, plan, CalibrationData(IDS, "hash"), work, **options)  # type: ignore[arg-type]
+    return loaded, done.layers
+
+
+def test_each_layer_is_solved_with_its_own_weights(tiny: Path, tmp_path: Path) -> None:
+    """By hand, on the inputs that an ordinary forward pass of the result gives."""
+    original = models.load_source(str(tiny)).model
+    names = ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+    squares = squared_gradients(original, names, IDS)
+    loaded, layers = run(tiny, tmp_path / "w", FISHER)
+    seen: list[torch.Tensor] = []
+    hook = loaded.model.get_submodule(names[0]).register_forward_pre_hook(
+        lambda _, x: seen.append(x[0])
+    )
+    with torch.no_grad():
+        loaded.model(IDS)
+    hook.remove()
+    x = torch.cat(seen).reshape(-1, seen[0].shape[-1])
+    for name in names:
+        weights = token_weights(squares[name], 0.5)
+        weighted = (x * weights.sqrt().to(x)[:, None]).float()
+        by_hand = gptq.solve(
+            original.get_submodule(name).weight,
+            Stats(weighted.t() @ weighted / len(x), len(x)),
+            FISHER.scheme.weight,
+            {**gptq.OPTIONS, "fisher": 0.5},
+        )
+        codes = layers[name].qtensor.codes
+        assert float((by_hand.codes != codes).float().mean()) < 0.01  # batches sum in another order
+    assert not torch.allclose(
+        token_weights(squares[names[0]], 0.5), token_weights(squares[names[1]], 0.5), rtol=0.2
+    )
+
+
+@pytest.mark.parametrize("kept_blocks", [0, 1])
+def test_resumes_to_the_same_bytes(kept_blocks: int, tiny: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    _, whole = run(tiny, work, FISHER)
+    for path in (work / "blocks").glob("*.json"):
+        if int(path.stem) >= kept_blocks:
+            path.unlink()
+    before = (work / "tokens.safetensors").read_bytes()
+    _, resumed = run(tiny, work, FISHER, resume=True)
+    assert (work / "tokens.safetensors").read_bytes() == before
+    assert all(torch.equal(whole[n].qtensor.codes, resumed[n].qtensor.codes) for n in whole)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny_llama()
+    asked = {name: p.requires_grad for name, p in model.named_parameters()}
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    squared_gradients(model, [NAME], IDS)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == asked[name]
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name])
+    assert not model.get_submodule(NAME)._forward_hooks
+
+
+def test_nan_is_found_before_it_is_solved_with() -> None:
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(QuantkitError, match="gate_proj: a gradient of its output is NaN"):
+        squared_gradients(model, [NAME], IDS)
+
+
+def test_layers_that_a_router_chooses_are_refused() -> None:
+    model = tiny_llama()
+    module = model.get_submodule(NAME)
+    whole = module.forward
+    module.forward = lambda x: torch.cat([whole(x[:, :8]), whole(x[:, 8:])], 1)  # harmless
+    squared_gradients(model, [NAME], IDS)
+    other = "model.layers.1.mlp.gate_proj"
+    model.model.layers[1].mlp.forward = lambda x: x
+    with pytest.raises(QuantkitError, match="not every token meets this layer exactly once"):
+        squared_gradients(model, [other], IDS)
+
+
+def test_weighted_error_is_what_is_lowered() -> None:
+    """Weights move rounding towards the tokens that count."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(32, 64, generator=generator)
+    x = torch.randn(512, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    counts = torch.where(torch.arange(512) < 64, 7.0, 0.2)
+    spec = SCHEMES["w3a16-g64"].weight
+
+    def error(weights: torch.Tensor) -> float:
+        rows = x * weights.sqrt()[:, None]
+        stats = Stats(rows.t() @ rows / len(x), len(x))
+        q = gptq.solve(weight, stats, spec, gptq.OPTIONS)
+        apart = (x @ (numerics.dequantize(q, torch.float32) - weight).t()).square().sum(-1)
+        return float((apart * counts).sum())
+
+    assert error(counts) < 0.97 * error(torch.ones(512))
