@@ -18,6 +18,7 @@ from quantkit import memory, numerics
 from quantkit import model as models
 from quantkit.algorithms import Stats
 from quantkit.collector import EQUAL, Collector
+from quantkit.distill import Distilled, Teacher, distill
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.fisher import squared_gradients, token_weights
 from quantkit.folding import apply_scales
@@ -90,8 +91,8 @@ def calibrate(
     ids = None if data is None else data.ids if plan.needs_data else data.ids[:PROBE_WINDOWS]
     with torch.no_grad():
         loop = _Loop(source, plan, spine, cut_batches(ids), observer, blocks, release, progress)
-        layers, probe = loop.run()
-    return Calibrated(layers, probe, loop.solve_seconds)
+        layers, probe, distilled = loop.run()
+    return Calibrated(layers, probe, loop.solve_seconds, distilled)
 
 
 def cut_batches(ids: Tensor | None) -> list[Tensor]:
@@ -125,11 +126,13 @@ class Calibrated:
         probe: for checking a reload.
         solve_seconds: time in solvers; the rest of the loop's time is forward passes and
             statistics.
+        distilled: what training the whole model came to, where the recipe asks for it.
     """
 
     layers: dict[str, QuantizedLayer]
     probe: Probe
     solve_seconds: float
+    distilled: Distilled | None = None
 
 
 class _Loop:
@@ -155,7 +158,9 @@ class _Loop:
         head = plan.in_block(None)
         rescaled = len({fold.block for fold in plan.folds})
         self.total = (plan.blocks + rescaled + (1 if head else 0)) * max(1, len(batches))
-        self.total += sum(len(ids) for ids in batches) if plan.needs_fisher else 0
+        windows = sum(len(ids) for ids in batches)
+        self.total += windows if plan.needs_fisher else 0
+        self.total += windows + plan.distill.options["steps"] if plan.distill else 0
         self.done = 0
         self.progress = progress
         self.groups: list[list[str]] | None = None
@@ -165,11 +170,12 @@ class _Loop:
         # What tokens count in a layer's Hessian, where its solver does not take them alike.
         self.weights: Mapping[str, Tensor] = EQUAL
 
-    def run(self) -> tuple[dict[str, QuantizedLayer], Probe]:
+    def run(self) -> tuple[dict[str, QuantizedLayer], Probe, Distilled | None]:
         results: dict[str, QuantizedLayer] = {}
         models.bring_in(self.model, skip=self.spine.blocks)
         if self.plan.needs_fisher:
             self.weights = self._token_weights()
+        teacher = self._teacher() if self.plan.distill else None
         hidden = self.spine.embed(self.batches)
         self.exact = list(hidden) if self.plan.needs_drift else []
         for index in range(self.plan.blocks):
@@ -187,7 +193,7 @@ class _Loop:
             else:
                 saved = self.work.save(index, self._solve_without_data(layers), layers)
             results.update(saved)
-            if self.release and hidden:
+            if self.release and hidden and teacher is None:
                 self._release(layers)
             memory.trim_heap()
         head = self.plan.in_block(None)
@@ -198,15 +204,21 @@ class _Loop:
             self._install(saved)
             results.update(saved)
         ordered = {layer.name: results[layer.name] for layer in self.plan.layers}
-        return ordered, self._probe(ordered, hidden)
+        if teacher is None:
+            return ordered, self._probe(ordered, hidden), None
+        trained = self._distill(ordered, teacher)
+        return trained.layers, self._probe(trained.layers, []), trained
 
     def _probe(self, results: Mapping[str, QuantizedLayer], hidden: list[Tensor]) -> Probe:
         if hidden:
             ids = self.batches[0]
             return Probe(ids, next(self.spine.head_inputs([ids], hidden[:1])))
-        vocabulary = models.embedding_shape(self.model)[0]
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, vocabulary, (1, 64), generator=generator)
+        if self.batches:
+            ids = self.batches[0]
+        else:
+            vocabulary = models.embedding_shape(self.model)[0]
+            generator = torch.Generator().manual_seed(0)
+            ids = torch.randint(0, vocabulary, (1, 64), generator=generator)
         planned = {layer.name: layer for layer in self.plan.layers}
         with quantized_inputs(self.linears, planned, results):
             return Probe(ids, head_input(self.model, ids))
@@ -216,15 +228,23 @@ class _Loop:
         run's gave."""
         asking = {layer.name: layer.fisher for layer in self.plan.layers if layer.fisher}
         ids = torch.cat(list(self.batches))
-        squares = self.work.load_tokens()
+        squares = self.work.load_tensors("tokens")
         if squares is None:
             squares = squared_gradients(
                 self.model, list(asking), ids, advance=lambda: self._advance("token weights")
             )
-            self.work.save_tokens(squares)
+            self.work.save_tensors("tokens", squares)
         else:
             self.done += len(ids)
         return {name: token_weights(squares[name], asking[name]) for name in asking}
+
+    def _teacher(self) -> Teacher:
+        ids = torch.cat(list(self.batches))
+        return Teacher(self.model, ids, self.work, lambda: self._advance("the original's targets"))
+
+    def _distill(self, results: Mapping[str, QuantizedLayer], teacher: Teacher) -> Distilled:
+        ids = torch.cat(list(self.batches))
+        return distill(self.model, self.plan, results, ids, teacher, self.work, self._advance)
 
     def _rescale(
         self, index: int, layers: Mapping[str, PlannedLayer], hidden: list[Tensor]

@@ -66,26 +66,25 @@ def squared_gradients(
             "Fisher weights go back through the whole model, and part of it is on disk",
             remedy="set `fisher: 0`, or give it more memory",
         )
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    seen = {name: _Squares(ids.numel()) for name in names}
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad(), _frozen(model), _recorded(model, seen):
         for window in ids.split(1):
             logits = model(input_ids=window.to(model.device), use_cache=False).logits
             logits.backward(_gradient_of_draws(logits.detach(), generator))
             advance()
-    squares = {name: torch.cat(parts) for name, parts in seen.items() if parts}
-    for name in names:
-        if name not in squares or squares[name].numel() != ids.numel():
+    for name, squares in seen.items():
+        if squares.count != ids.numel():
             raise QuantkitError(
                 f"{name}: not every token meets this layer exactly once",
                 remedy="set `fisher: 0` for layers that a router chooses",
             )
-        if not bool(squares[name].isfinite().all()):
+        if not bool(squares.values.isfinite().all()):
             raise QuantkitError(
                 f"{name}: a gradient of its output is NaN or infinite",
                 remedy="set `fisher: 0`, or load the model in another dtype",
             )
-    return squares
+    return {name: squares.values for name, squares in seen.items()}
 
 
 def token_weights(squares: Tensor, exponent: float) -> Tensor:
@@ -116,6 +115,25 @@ def _gradient_of_draws(logits: Tensor, generator: torch.Generator) -> Tensor:
     return out.view_as(logits)
 
 
+class _Squares:
+    """‖g‖² of a layer's output at each token, filled in as windows go back.
+
+    One tensor from the start: small ones that outlive a window would lie between its large ones
+    and keep their memory from being used again.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.values = torch.zeros(tokens)
+        self.count = 0
+
+    def add(self, gradient: Tensor) -> None:
+        found = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(-1)
+        stop = self.count + len(found)
+        if stop <= len(self.values):
+            self.values[self.count : stop] = found
+        self.count = stop
+
+
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient: only those of activations are computed."""
@@ -130,19 +148,15 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded(model: PreTrainedModel, seen: Mapping[str, list[Tensor]]) -> Iterator[None]:
-    """While active, each layer's ‖g‖² ``[tokens]`` is appended to its list as it goes back."""
+def _recorded(model: PreTrainedModel, seen: Mapping[str, _Squares]) -> Iterator[None]:
+    """While active, each layer's ‖g‖² is added to its squares as it goes back."""
 
     def begin(_: nn.Module, __: object, out: Tensor) -> Tensor:
         return out.requires_grad_(True)
 
     def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def record(gradient: Tensor) -> None:
-            squares = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(-1)
-            seen[name].append(squares.cpu())
-
         def hook(_: nn.Module, __: object, out: Tensor) -> None:
-            out.register_hook(record)
+            out.register_hook(seen[name].add)
 
         return hook
 

@@ -153,8 +153,11 @@ class Spine:
                     block.forward = forward
 
 
-def head_input(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The hidden states ``[B, T, hidden]`` that the output head sees for token ids ``[B, T]``."""
+def head_input(model: PreTrainedModel, ids: Tensor, *, graph: bool = False) -> Tensor:
+    """The hidden states ``[B, T, hidden]`` that the output head sees for token ids ``[B, T]``.
+
+    With ``graph``, gradients go back from there to whatever asks for them.
+    """
     caught: list[Tensor] = []
 
     def catch(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -163,7 +166,7 @@ def head_input(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
     hook = model.get_output_embeddings().register_forward_pre_hook(catch)
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(graph):
             model(input_ids=ids.to(model.device), use_cache=False)
     except _Stop:
         pass

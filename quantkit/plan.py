@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantkit import model as models
-from quantkit.algorithms import RESCALERS, SOLVERS, Rescaler, Solver
+from quantkit.algorithms import REFINERS, RESCALERS, SOLVERS, Refiner, Rescaler, Solver
 from quantkit.errors import UsageError
 from quantkit.folding import Fold, find_folds
 from quantkit.recipe import Recipe, Step
-from quantkit.schemes import Granularity, Scheme
+from quantkit.schemes import Granularity, ScaleFormat, Scheme
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +34,7 @@ class PlannedLayer:
         solver: name of the algorithm that rounds it.
         options: the solver's options, defaults filled in.
         rescalers: what scales its input before it is solved, in order; options filled in.
+        distilled: its scales are trained once every layer is solved.
     """
 
     name: str
@@ -43,6 +44,7 @@ class PlannedLayer:
     solver: str
     options: Mapping[str, Any] = field(default_factory=dict)
     rescalers: tuple[Step, ...] = ()
+    distilled: bool = False
 
     @property
     def weights(self) -> int:
@@ -61,7 +63,8 @@ class PlannedLayer:
     @property
     def steps(self) -> str:
         """Its algorithms in order, for people: ``smoothquant → gptq``."""
-        return " → ".join([*(step.name for step in self.rescalers), self.solver])
+        refined = ["distill"] if self.distilled else []
+        return " → ".join([*(step.name for step in self.rescalers), self.solver, *refined])
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Plan:
         unties_head: the head gets a tensor of its own.
         folds: where rescalers scale, in order.
         unscaled: label → reason, for whatever the recipe would have scaled and cannot.
+        distill: how the scales of the layers that ask for it are trained.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -101,6 +105,7 @@ class Plan:
     unties_head: bool
     folds: tuple[PlannedFold, ...] = ()
     unscaled: Mapping[str, str] = field(default_factory=dict)
+    distill: Step | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -110,7 +115,7 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        return bool(self.folds) or any(
+        return bool(self.folds or self.distill) or any(
             SOLVERS[layer.solver].needs_hessian or layer.scheme.needs_static_input
             for layer in self.layers
         )
@@ -157,6 +162,12 @@ class Plan:
                 for fold in self.folds
             },
             "unscaled": dict(self.unscaled),
+            "distill": {
+                "options": dict(self.distill.options),
+                "layers": [layer.name for layer in self.layers if layer.distilled],
+            }
+            if self.distill
+            else None,
             "kept": list(self.kept),
             "blocks": self.blocks,
             "source_bytes": self.source_bytes,
@@ -195,7 +206,7 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
             f"pattern {unmatched[0]!r} matches no layer",
             remedy=f"layers are named like {next(iter(linears))!r}",
         )
-    layers, kept = [], []
+    layers, kept, refiners = [], [], {}
     for name, module in linears.items():
         block = _block_of(name, prefix)
         scheme = recipe.scheme_for(name)
@@ -205,9 +216,14 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
             continue
         shape = (module.out_features, module.in_features)
         _check_fits(name, shape, scheme)
-        rescalers, solver = _algorithms(recipe, name)
+        rescalers, solver, refiner = _algorithms(recipe, name)
+        if refiner is not None and block is not None:
+            _check_trainable(name, scheme)
+            refiners[name] = refiner
         layers.append(
-            PlannedLayer(name, block, shape, scheme, solver.name, solver.options, rescalers)
+            PlannedLayer(
+                name, block, shape, scheme, solver.name, solver.options, rescalers, name in refiners
+            )
         )
     if not layers:
         raise UsageError("the recipe keeps every layer: nothing to quantize")
@@ -240,6 +256,7 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
         unties_head=unties,
         folds=folds,
         unscaled=unscaled,
+        distill=_the_refiner(refiners),
     )
 
 
@@ -267,21 +284,56 @@ def _check_fits(name: str, shape: tuple[int, int], scheme: Scheme) -> None:
         raise UsageError(f"{name}: {e.message}", remedy=e.remedy) from e
 
 
-def _algorithms(recipe: Recipe, name: str) -> tuple[tuple[Step, ...], Step]:
-    """A layer's rescalers and solver, their options checked and filled in."""
+def _algorithms(recipe: Recipe, name: str) -> tuple[tuple[Step, ...], Step, Step | None]:
+    """A layer's rescalers, solver and refiner, their options checked and filled in."""
     steps = [_filled_in(step, name) for step in recipe.algorithm_for(name)]
-    solvers = [step for step in steps if step.name in SOLVERS]
-    if len(solvers) != 1 or steps[-1] is not solvers[0]:
+    stages = [_stage(step) for step in steps]
+    if stages.count(1) != 1 or stages != sorted(stages) or stages.count(2) > 1:
         raise UsageError(
             f"{name}: algorithm list {[s.name for s in steps]}: exactly one solver is needed, "
-            "behind any rescalers",
-            remedy=f"rescalers: {', '.join(RESCALERS)}; solvers: {', '.join(SOLVERS)}",
+            "behind any rescalers and in front of a refiner",
+            remedy=f"rescalers: {', '.join(RESCALERS)}; solvers: {', '.join(SOLVERS)}; "
+            f"refiners: {', '.join(REFINERS)}",
         )
-    return tuple(steps[:-1]), solvers[0]
+    at = stages.index(1)
+    return tuple(steps[:at]), steps[at], steps[at + 1] if steps[at + 1 :] else None
+
+
+def _stage(step: Step) -> int:
+    """Where a step stands in a layer's list: rescalers, solver, refiner."""
+    if step.name in RESCALERS:
+        return 0
+    return 1 if step.name in SOLVERS else 2
+
+
+def _check_trainable(name: str, scheme: Scheme) -> None:
+    if scheme.weight.scale is not ScaleFormat.MODEL:
+        raise UsageError(
+            f"{name}: distill trains scales in the model's dtype, and {scheme.name} has "
+            f"{scheme.weight.scale} scales",
+            remedy="take distill out of this layer's algorithm list",
+        )
+
+
+def _the_refiner(refiners: Mapping[str, Step]) -> Step | None:
+    """The one refiner of the whole model.
+
+    Raises:
+        UsageError: layers ask for it with different options.
+    """
+    steps = list(refiners.items())
+    for name, step in steps[1:]:
+        if step != steps[0][1]:
+            raise UsageError(
+                f"{steps[0][0]} and {name} ask for {step.name} with different options, and it "
+                "trains the whole model at once",
+                remedy="give both the same options",
+            )
+    return steps[0][1] if steps else None
 
 
 def _filled_in(step: Step, name: str) -> Step:
-    known: dict[str, Solver | Rescaler] = {**RESCALERS, **SOLVERS}
+    known: dict[str, Solver | Rescaler | Refiner] = {**RESCALERS, **SOLVERS, **REFINERS}
     if step.name not in known:
         raise UsageError(
             f"{name}: unknown algorithm {step.name!r}", remedy=f"known: {', '.join(known)}"
@@ -321,6 +373,12 @@ def _check_option(algorithm: str, key: str, value: Any) -> None:
         refuse("is auto or a number from 0 to 1")
     if key == "grid" and not (isinstance(value, int) and _is_number(value, 1, 1000)):
         refuse("is a whole number from 1 to 1000")
+    if key in ("steps", "windows") and not (type(value) is int and _is_number(value, 1, 100_000)):
+        refuse("is a whole number from 1 to 100000")
+    if key == "seed" and not (type(value) is int and value >= 0):
+        refuse("is a whole number from 0")
+    if key in ("scale_lr", "norm_lr") and not _is_number(value, 0, 0.5):
+        refuse("is a number from 0 to 0.5")
     if key in ("feedback", "fisher") and not _is_number(value, 0, 1):
         refuse("is a number from 0 to 1")
 

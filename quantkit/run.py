@@ -18,7 +18,7 @@ import torch
 
 from quantkit import gate
 from quantkit import model as models
-from quantkit.calibrate import CalibrationData, Probe, calibrate
+from quantkit.calibrate import Calibrated, CalibrationData, calibrate
 from quantkit.checkpoint.write import promote, recover, write_checkpoint, write_manifest
 from quantkit.job import Job, Prepared, prepare
 from quantkit.models.load import load_runtime
@@ -67,8 +67,11 @@ def _execute(prepared: Prepared, reporter: Reporter) -> Outcomes:
     seconds["calibrate"] = round(time.monotonic() - began - calibrated.solve_seconds, 3)
     began = time.monotonic()
     try:
-        manifest = write_checkpoint(staging, source, plan, calibrated.layers, _provenance(prepared))
-        outcomes = _judge(prepared, staging, manifest, calibrated.probe, seconds, began, reporter)
+        facts = _provenance(prepared)
+        if calibrated.distilled is not None:
+            facts["distill"] = calibrated.distilled.to_json()
+        manifest = write_checkpoint(staging, source, plan, calibrated.layers, facts)
+        outcomes = _judge(prepared, staging, manifest, calibrated, seconds, began, reporter)
     except BaseException:
         # What failed a check is worth nothing; the finished blocks stay, for --resume.
         shutil.rmtree(staging, ignore_errors=True)
@@ -81,7 +84,7 @@ def _judge(
     prepared: Prepared,
     staging: Path,
     manifest: dict[str, Any],
-    probe: Probe,
+    calibrated: Calibrated,
     seconds: dict[str, float],
     began: float,
     reporter: Reporter,
@@ -90,7 +93,7 @@ def _judge(
     _drop_weights(prepared.source)
     calibration_peak = _peak_rss()
     candidate_runtime = load_runtime(staging, kernels=job.kernels, device=job.device)
-    check_reload(staging, candidate_runtime, probe, job.device)
+    check_reload(staging, candidate_runtime, calibrated.probe, job.device)
     seconds["export"] = round(time.monotonic() - began, 3)
     began = time.monotonic()
     verdict = candidate = baseline = None
@@ -112,10 +115,17 @@ def _judge(
         manifest=manifest,
         seconds=seconds,
         peak_rss_bytes=calibration_peak,
-        warnings=prepared.tokens.warnings if prepared.tokens else (),
+        warnings=_warnings(prepared, calibrated),
     )
     write_run(outcomes, prepared)
     return outcomes
+
+
+def _warnings(prepared: Prepared, calibrated: Calibrated) -> tuple[str, ...]:
+    found = list(prepared.tokens.warnings) if prepared.tokens else []
+    if calibrated.distilled is not None and calibrated.distilled.warning is not None:
+        found.append(calibrated.distilled.warning)
+    return tuple(found)
 
 
 def _drop_weights(source: models.SourceModel) -> None:

@@ -4,6 +4,8 @@
 
     WORK/state.json               digests of what the run was begun with
     WORK/tokens.safetensors       what tokens' errors cost, where a solver asks (`quantkit.fisher`)
+    WORK/targets.safetensors      what the original's head saw, for `quantkit.distill`
+    WORK/distill.safetensors      the state of its training
     WORK/blocks/0007.scales       what block 7's producers were divided by, if they were
                                   (safetensors)
     WORK/blocks/0007.safetensors  codes, scales and zero points of block 7's layers
@@ -139,13 +141,13 @@ class WorkFolder:
         path = self._stem(index).with_suffix(".scales")
         return load_file(path) if path.exists() else None
 
-    def save_tokens(self, squares: Mapping[str, Tensor]) -> None:
-        """Write each layer's squared gradients, fp32 ``[tokens]`` by name."""
-        _write_tensors(dict(squares), self.path / "tokens.safetensors")
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write what belongs to the whole model, under a name of its own."""
+        _write_tensors(dict(tensors), self.path / f"{name}.safetensors")
 
-    def load_tokens(self) -> dict[str, Tensor] | None:
-        """What `save_tokens` wrote, or None."""
-        path = self.path / "tokens.safetensors"
+    def load_tensors(self, name: str) -> dict[str, Tensor] | None:
+        """What `save_tensors` wrote, or None."""
+        path = self.path / f"{name}.safetensors"
         return load_file(path) if path.exists() else None
 
     def _stem(self, index: int) -> Path:

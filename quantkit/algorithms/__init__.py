@@ -2,11 +2,12 @@
 
 A solver is ``(weight [N, K] fp32 or the model's dtype, stats, spec, options) → QTensor``.
 A rescaler is ``(scaling, options) → scales [P]``: what to divide each channel of an input by
-before the layers that read it are solved. A recipe's list is any number of rescalers, then one
-solver.
+before the layers that read it are solved.
+A refiner trains on the whole model's error once every layer is solved.
+A recipe's list is any number of rescalers, then one solver, then at most one refiner.
 
-To add one: one file with an ``OPTIONS`` table and a function, and a row in `SOLVERS` or
-`RESCALERS`.
+To add one: one file with an ``OPTIONS`` table and a function, and a row in `SOLVERS`, `RESCALERS`
+or `REFINERS`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quantkit.algorithms import awq, gptq, imatrix, rtn, smoothquant
+from quantkit.algorithms import awq, distill, gptq, imatrix, rtn, smoothquant
 from quantkit.algorithms.scaling import Scaling
 from quantkit.numerics import QTensor
 from quantkit.schemes import QuantSpec
@@ -70,8 +71,19 @@ RESCALERS: dict[str, Rescaler] = {
     "awq": Rescaler(awq.scales, awq.OPTIONS, needs_hessian=True),
 }
 
+
+@dataclass(frozen=True)
+class Refiner:
+    """What trains on the whole model once every layer is solved, with its options."""
+
+    options: Mapping[str, Any]
+
+
+REFINERS: dict[str, Refiner] = {"distill": Refiner(distill.OPTIONS)}
+
 #: For recipe validation: algorithm → the options it knows.
 KNOWN: dict[str, frozenset[str]] = {
     **{name: frozenset(solver.options) for name, solver in SOLVERS.items()},
     **{name: frozenset(rescaler.options) for name, rescaler in RESCALERS.items()},
+    **{name: frozenset(refiner.options) for name, refiner in REFINERS.items()},
 }

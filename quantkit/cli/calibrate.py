@@ -236,6 +236,13 @@ def _show_outcomes(outcomes: Outcomes) -> None:
     size, source = outcomes.manifest["size_bytes"], outcomes.manifest["source_bytes"]
     if outcomes.verdict is not None:
         typer.echo(gate.table(outcomes.verdict))
+    trained = outcomes.manifest.get("distill")
+    if trained is not None:
+        done = "distilled" if trained["kept"] else "distillation undone"
+        typer.echo(
+            f"{done}: KL on {trained['held_windows']} windows that were held back "
+            f"{trained['kl_before']:.4f} → {trained['kl_after']:.4f}"
+        )
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in outcomes.seconds.items())
     typer.echo(
         f"{outcomes.folder}: {size / 1e6:.1f} MB of {source / 1e6:.1f} MB, "

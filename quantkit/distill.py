@@ -1,0 +1,394 @@
+"""Training a quantized model's scales and norms until it predicts what the original predicts.
+
+See `quantkit.algorithms.distill` for what is trained and why. Some windows are held back; if the
+divergence there does not fall, the solvers' scales stay, and the run says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quantkit import model as models
+from quantkit import numerics
+from quantkit.algorithms.distill import ScaledLinear, divergence
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.folding import ONE_PLUS_NORMS
+from quantkit.paused import head_input
+from quantkit.plan import Plan
+from quantkit.quantize import QuantizedLayer
+from quantkit.work import WorkFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Steps between two states on disk.
+SAVE_STEPS = 10
+
+#: Windows that are never trained on: one in sixteen, at most this many.
+HELD_WINDOWS = 8
+
+_WARM_UP = 5
+_LEAST_RATE = 0.05
+
+#: Adam's decay rates: with tens of steps, second moments must follow within tens.
+_BETAS = (0.9, 0.99)
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What training made.
+
+    Attributes:
+        layers: every layer of the plan, in its order: with new scales, if training was kept.
+        before, after: nats of KL per token on the held windows.
+        held: how many windows these are.
+    """
+
+    layers: dict[str, QuantizedLayer]
+    before: float
+    after: float
+    held: int
+
+    @property
+    def kept(self) -> bool:
+        """Whether training lowered the divergence; if not, nothing was changed."""
+        return self.after < self.before
+
+    @property
+    def warning(self) -> str | None:
+        """What to tell people of training that was not kept."""
+        if self.kept:
+            return None
+        return (
+            f"distillation moved KL on {self.held} held windows from {self.before:.4f} to "
+            f"{self.after:.4f} and was undone: lower `scale_lr` and `norm_lr`, or calibrate on "
+            "more samples"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kept": self.kept,
+            "held_windows": self.held,
+            "kl_before": round(self.before, 6),
+            "kl_after": round(self.after, 6),
+        }
+
+
+class Teacher:
+    """The original's predictions, from what its head saw: taken before anything is quantized.
+
+    Args:
+        model: the original, all of it in memory.
+        ids: token ids int64 ``[samples, seq_len]``.
+        work: where an earlier run may have left what the head saw.
+        advance: called after each window.
+
+    Raises:
+        UsageError: part of the model is on disk, or its predictions are more than its head's
+            product, soft-capped or not.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ids: Tensor,
+        work: WorkFolder,
+        advance: Callable[[], None] = lambda: None,
+    ) -> None:
+        if any(p.is_meta for p in model.parameters()):
+            raise UsageError(
+                "distillation goes back through the whole model, and part of it is on disk",
+                remedy="take `distill` out of the algorithm list, or give it more memory",
+            )
+        head = model.get_output_embeddings()
+        self._weight, self._bias = head.weight, getattr(head, "bias", None)
+        self._cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        with torch.no_grad():
+            self._check(model, ids[:1, :16])
+        saved = work.load_tensors("targets")
+        if saved is None:
+            parts = []
+            for window in ids.split(1):
+                parts.append(head_input(model, window).cpu())
+                advance()
+            saved = {"hidden": torch.cat(parts)}
+            work.save_tensors("targets", saved)
+        else:
+            for _ in ids:
+                advance()
+        self.hidden = saved["hidden"]
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """Logits from what the original's head sees."""
+        return self._finish(F.linear(hidden, self._weight, self._bias))
+
+    def student(self, head: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Logits from what another head sees."""
+        return lambda hidden: self._finish(head(hidden))
+
+    def _finish(self, logits: Tensor) -> Tensor:
+        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
+
+    def _check(self, model: PreTrainedModel, ids: Tensor) -> None:
+        whole = model(input_ids=ids.to(model.device), use_cache=False).logits.float()
+        parts = self.predict(head_input(model, ids)).float()
+        if float((whole - parts).norm()) > 0.01 * float(whole.norm()):
+            raise UsageError(
+                f"{type(model).__name__}: its predictions are not its head's product, as "
+                "distillation takes them to be",
+                remedy="take `distill` out of the algorithm list",
+            )
+
+
+def distill(
+    model: PreTrainedModel,
+    plan: Plan,
+    layers: Mapping[str, QuantizedLayer],
+    ids: Tensor,
+    teacher: Teacher,
+    work: WorkFolder,
+    advance: Callable[[str], None] = lambda _: None,
+) -> Distilled:
+    """Train the plan's distilled layers' scales, and every norm.
+
+    Args:
+        model: quantized: its planned layers hold dequantized weights. Its weights and norms
+            are replaced.
+        plan: its ``distill`` step and the layers that name it.
+        layers: every planned layer's result.
+        ids: calibration tokens int64 ``[samples, seq_len]``.
+        teacher: of the same tokens.
+        work: holds the state of training, which a resumed run goes on from.
+        advance: called with a label after each step.
+
+    Raises:
+        QuantkitError: the divergence on the held windows is NaN.
+    """
+    assert plan.distill is not None
+    options = plan.distill.options
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(options["seed"]))
+    held_windows = min(HELD_WINDOWS, max(1, len(ids) // 16))
+    held, trained = order[:held_windows], order[held_windows:]
+    training = _Training(model, plan, layers, options)
+    student = teacher.student(model.get_output_embeddings())
+
+    def on_held() -> float:
+        total = 0.0
+        for i in held:
+            seen = head_input(model, ids[i : i + 1])
+            total += divergence(
+                seen, teacher.hidden[i : i + 1].to(seen.device), student, teacher.predict
+            )
+        if not math.isfinite(total):
+            raise QuantkitError(
+                "distillation: the divergence on held windows is NaN or infinite",
+                remedy="lower `scale_lr` and `norm_lr`",
+            )
+        return total / ids[held].numel()
+
+    with training.active():
+        saved = work.load_tensors("distill")
+        before = on_held() if saved is None else float(saved["before"])
+        first = 0 if saved is None else training.restore(saved)
+        windows = int(options["windows"])
+        for step in range(options["steps"]):
+            if step < first:
+                advance("distill (resumed)")
+                continue
+            total = 0.0
+            for k in range(step * windows, (step + 1) * windows):
+                i = int(trained[k % len(trained)])
+                with torch.enable_grad():
+                    seen = head_input(model, ids[i : i + 1], graph=True)
+                    target = teacher.hidden[i : i + 1].to(seen.device)
+                    weight = 1.0 / (windows * ids.shape[1])
+                    total += weight * divergence(seen, target, student, teacher.predict, weight)
+            training.step(_rate(step, int(options["steps"])))
+            advance(f"distill, KL {total:.4f}")
+            if (step + 1) % SAVE_STEPS == 0 or step + 1 == options["steps"]:
+                work.save_tensors("distill", training.state(step + 1, before))
+        after = on_held()
+        if not after < before:
+            training.undo()
+    return Distilled(training.result(), before, after, held_windows)
+
+
+class _Training:
+    """The trained numbers, each relative to its start, and where they go in the model."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: Plan,
+        layers: Mapping[str, QuantizedLayer],
+        options: Mapping[str, Any],
+    ) -> None:
+        self.plan, self.layers = plan, layers
+        self.linears = models.linear_layers(model)
+        self.names = [layer.name for layer in plan.layers if layer.distilled]
+        offset = 1.0 if model.config.get_text_config().model_type in ONE_PLUS_NORMS else 0.0
+        self.norms = {
+            name: module
+            for name, module in model.named_modules()
+            if type(module).__name__.endswith("Norm")
+            and getattr(module, "weight", None) is not None
+        }
+        self.first_norms = {name: _weight(m).float().clone() for name, m in self.norms.items()}
+        #: A norm's change is measured in the root mean square of what it multiplies by.
+        self.sizes = {
+            name: (w + offset).square().mean().sqrt() for name, w in self.first_norms.items()
+        }
+        self.deltas: dict[str, Tensor] = {}
+        for name in self.names:
+            self.deltas[f"scale:{name}"] = torch.zeros_like(layers[name].qtensor.scale.float())
+        for name, weight in self.first_norms.items():
+            self.deltas[f"norm:{name}"] = torch.zeros_like(weight)
+        scales = [d for key, d in self.deltas.items() if key.startswith("scale:")]
+        norms = [d for key, d in self.deltas.items() if key.startswith("norm:")]
+        self.adam = torch.optim.Adam(
+            [
+                {"params": scales, "lr": float(options["scale_lr"])},
+                {"params": norms, "lr": float(options["norm_lr"])},
+            ],
+            betas=_BETAS,
+        )
+        self.rates = [group["lr"] for group in self.adam.param_groups]
+        #: fp32 leaves whose gradients `ScaledLinear` adds to.
+        self.scales = {
+            name: layers[name].qtensor.scale.float().requires_grad_() for name in self.names
+        }
+        self.asked = {n: _weight(m).requires_grad for n, m in self.norms.items()}
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """While active, the model computes with the trained scales, and its graph reaches them."""
+        planned = [layer for layer in self.plan.layers if layer.block is not None]
+        frozen = [p for p in _parameters(self.linears) if p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for module in self.norms.values():
+            _weight(module).requires_grad_(True)
+        for layer in planned:
+            module = self.linears[layer.name]
+            module.__dict__["forward"] = self._forward(layer.name, module)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for layer in planned:
+                del self.linears[layer.name].__dict__["forward"]
+            for name, module in self.norms.items():
+                _weight(module).requires_grad_(self.asked[name])
+                _weight(module).grad = None
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+    def _forward(self, name: str, module: nn.Linear) -> Callable[[Tensor], Tensor]:
+        [planned] = [layer for layer in self.plan.layers if layer.name == name]
+        spec, layer = planned.scheme.input, self.layers[name]
+
+        def forward(x: Tensor) -> Tensor:
+            if spec is not None:  # straight through the rounding of activations
+                fake = numerics.fake_quantize_input(x.detach(), spec, layer.input_scale)
+                x = x + (fake - x).detach()
+            if name not in self.scales:
+                return F.linear(x, module.weight, module.bias)
+            out: Tensor = ScaledLinear.apply(
+                x, self.scales[name], module.weight, layer.qtensor, module.bias
+            )
+            return out
+
+        return forward
+
+    def step(self, rate: float) -> None:
+        """One step of Adam from the gradients that have gathered."""
+        for name, scale in self.scales.items():
+            assert scale.grad is not None
+            self.deltas[f"scale:{name}"].grad = scale.grad * self.layers[name].qtensor.scale.float()
+            scale.grad = None
+        for name, module in self.norms.items():
+            gradient = _weight(module).grad
+            if gradient is not None:
+                self.deltas[f"norm:{name}"].grad = gradient.float() * self.sizes[name]
+                _weight(module).grad = None
+        for group, full in zip(self.adam.param_groups, self.rates, strict=True):
+            group["lr"] = full * rate
+        self.adam.step()
+        self._apply()
+
+    def state(self, steps: int, before: float) -> dict[str, Tensor]:
+        """Everything that training goes on from."""
+        tensors = {
+            "steps": torch.tensor(steps),
+            "before": torch.tensor(before, dtype=torch.float64),
+        }
+        for key, delta in self.deltas.items():
+            tensors[key] = delta
+            for moment, value in self.adam.state.get(delta, {}).items():
+                tensors[f"{moment}:{key}"] = value
+        return tensors
+
+    def restore(self, saved: Mapping[str, Tensor]) -> int:
+        """Go on from `state`; returns how many steps are done."""
+        for key, delta in self.deltas.items():
+            delta.copy_(saved[key])
+            names = ("step", "exp_avg", "exp_avg_sq")
+            if f"step:{key}" in saved:
+                self.adam.state[delta] = {n: saved[f"{n}:{key}"].clone() for n in names}
+        self._apply()
+        return int(saved["steps"])
+
+    def undo(self) -> None:
+        """Back to where training began."""
+        for delta in self.deltas.values():
+            delta.zero_()
+        self._apply()
+
+    def result(self) -> dict[str, QuantizedLayer]:
+        """Every planned layer, trained or not, in the plan's order."""
+        return {
+            layer.name: replace(self.layers[layer.name], qtensor=self._qtensor(layer.name))
+            if layer.name in self.scales
+            else self.layers[layer.name]
+            for layer in self.plan.layers
+        }
+
+    def _qtensor(self, name: str) -> numerics.QTensor:
+        q = self.layers[name].qtensor
+        grown = q.scale.float() * (1 + self.deltas[f"scale:{name}"])
+        return replace(q, scale=grown.to(q.scale.dtype))
+
+    def _apply(self) -> None:
+        """Give the model's layers and norms what the trained numbers stand for."""
+        for name in self.names:
+            module = self.linears[name]
+            module.weight.data = numerics.dequantize(self._qtensor(name), module.weight.dtype)
+        for name, module in self.norms.items():
+            weight = _weight(module)
+            moved = self.first_norms[name] + self.sizes[name] * self.deltas[f"norm:{name}"]
+            weight.data = moved.to(weight.dtype)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the full learning rate at a step: warm-up, then a cosine."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / _WARM_UP) * (_LEAST_RATE + (1 - _LEAST_RATE) * cosine)
+
+
+def _weight(module: nn.Module) -> nn.Parameter:
+    parameter = module.weight
+    assert isinstance(parameter, nn.Parameter)
+    return parameter
+
+
+def _parameters(linears: Mapping[str, nn.Linear]) -> Iterator[nn.Parameter]:
+    for module in linears.values():
+        yield from module.parameters(recurse=False)
