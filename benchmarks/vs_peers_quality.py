@@ -10,9 +10,9 @@ because their pins differ:
         --peer-python peer/bin/python -o results.json
 
 The file holds the rows, and beside them what they were measured with: contents by hash, machine,
-versions on both sides. A row is written when it is done; a second call with the same inputs measures
-only rows that are missing. Seconds are those of calibrating and quantizing, without loading and
-saving. KL's ± is one standard error over windows of text.
+versions on both sides. A row is written when it is done; a second call with the same inputs
+measures only rows that are missing. Seconds are those of calibrating and quantizing, without
+loading and saving. KL's ± is one standard error over windows of text.
 """
 
 from __future__ import annotations
