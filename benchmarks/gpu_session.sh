@@ -4,7 +4,9 @@
 #   benchmarks/gpu_session.sh 1 OUT   build for this GPU's architecture; correctness, and the host
 #                                     twin's instructions beside the GPU's
 #   benchmarks/gpu_session.sh 2 OUT   compute-sanitizer: memcheck, racecheck, synccheck
-#   benchmarks/gpu_session.sh 3 OUT   speed beside torch's int4 product and cuBLAS in bf16
+#   benchmarks/gpu_session.sh 3 OUT   4-bit speed beside torch's int4 product and cuBLAS in bf16
+#   benchmarks/gpu_session.sh 4 OUT   8-bit speed beside torch._scaled_mm, torch._int_mm and cuBLAS;
+#                                     quantizers beside a copy
 #
 # OUT is a folder for the results. Needs csrc/, quantkit/, benchmarks/, nvcc, cmake, ninja and a
 # CUDA build of torch in PYTHON (third argument, default python3); no network.
@@ -31,20 +33,27 @@ case "$stage" in
     build >"$out/build.log" 2>&1 || { tail -50 "$out/build.log"; exit 1; }
     "$python" -m benchmarks.gpu_w4a16 probes build/gpu/libprobes.so | tee "$out/probes.txt"
     "$python" -m benchmarks.gpu_w4a16 check | tee "$out/check.txt"
+    "$python" -m benchmarks.gpu_w8 check | tee "$out/check_w8.txt"
     ;;
   2)
     for tool in memcheck racecheck synccheck; do
-      compute-sanitizer --tool "$tool" --error-exitcode 1 \
-        "$python" -m benchmarks.gpu_w4a16 check --small >"$out/$tool.txt" 2>&1 ||
-        { tail -40 "$out/$tool.txt"; exit 1; }
-      echo "$tool: $(tail -1 "$out/$tool.txt")"
+      for module in gpu_w4a16 gpu_w8; do
+        log="$out/$tool-$module.txt"
+        compute-sanitizer --tool "$tool" --error-exitcode 1 \
+          "$python" -m "benchmarks.$module" check --small >"$log" 2>&1 ||
+          { tail -40 "$log"; exit 1; }
+        echo "$tool $module: $(tail -1 "$log")"
+      done
     done
     ;;
   3)
     "$python" -m benchmarks.gpu_w4a16 bench --json "$out/w4a16.json" | tee "$out/w4a16.txt"
     ;;
+  4)
+    "$python" -m benchmarks.gpu_w8 bench --json "$out/w8.json" | tee "$out/w8.txt"
+    ;;
   *)
-    echo "stage $stage is unknown; use 1, 2 or 3" >&2
+    echo "stage $stage is unknown; use 1 to 4" >&2
     exit 2
     ;;
 esac

@@ -8,15 +8,14 @@ from __future__ import annotations
 import argparse
 import ctypes
 import itertools
-import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_timing import Table, same_bits
 from quantkit import ops
 from quantkit.ops import reference
 
@@ -71,10 +70,6 @@ def random_layer(
         ops.new_w4a16_counters(n),
         group_size,
     )
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.int16), b.contiguous().view(torch.int16))
 
 
 def probes(library: str) -> None:
@@ -194,35 +189,6 @@ def check(small: bool) -> None:
     print(f"{cases} cases, reruns, another stream and a CUDA graph: all right")
 
 
-def copy_bandwidth() -> float:
-    """Bytes read and written a second by a copy of 2 GiB."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    times = [milliseconds(lambda: target.copy_(source), 1) for _ in range(20)]
-    return 2 * source.numel() / (sorted(times)[10] * 1e-3)
-
-
-def milliseconds(run: Callable[[], object], count: int) -> float:
-    """Of one of ``count`` equal parts of run."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / count
-
-
-def captured(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
-
-
 def contenders(n: int, k: int, m: int, copies: int) -> dict[str, tuple[int, list]]:
     """For each name the bytes of one weight and a call for each of its copies."""
     x = torch.randn(m, k, device="cuda").bfloat16()
@@ -244,32 +210,11 @@ def contenders(n: int, k: int, m: int, copies: int) -> dict[str, tuple[int, list
 
 def bench(path: str | None) -> None:
     """Interleaved CUDA graphs over weights that exceed twice the L2 cache."""
-    properties = torch.cuda.get_device_properties(0)
-    roof = copy_bandwidth()
-    l2 = properties.L2_cache_size
-    print(f"{properties.name}, copy {roof / 1e12:.2f} TB/s, L2 {l2 / 2**20:.0f} MiB, group {GROUP}")
-    print(f"{'layer':8} {'M':>3} {'kernel':12} {'median':>9} {'p10':>8} {'p90':>8}  of copy")
-    rows = []
+    table = Table()
     for (name, (n, k)), m in itertools.product(SHAPES.items(), (1, 2, 4, 8, 16, 32, 64, 128, 512)):
-        copies = max(4, -(-2 * l2 // (n * k // 2)) + 1)
-        graphs = {
-            who: (size, len(calls), captured(calls))
-            for who, (size, calls) in contenders(n, k, m, copies).items()
-        }
-        times: dict[str, list[float]] = {who: [] for who in graphs}
-        for _ in range(25):
-            for who, (_, count, graph) in graphs.items():
-                times[who].append(milliseconds(graph.replay, count) * 1e3)
-        for who, (size, _, _) in graphs.items():
-            ordered = sorted(times[who][3:])
-            median, low, high = (ordered[int(q * (len(ordered) - 1))] for q in (0.5, 0.1, 0.9))
-            share = size / (median * 1e-6) / roof
-            print(f"{name:8} {m:3} {who:12} {median:7.2f}us {low:8.2f} {high:8.2f} {share:7.1%}")
-            row = {"layer": name, "n": n, "k": k, "m": m, "kernel": who, "share_of_copy": share}
-            rows.append(row | {"median_us": median, "p10_us": low, "p90_us": high, "bytes": size})
-    if path is not None:
-        document = {"gpu": properties.name, "copy_bytes_s": roof, "group": GROUP, "rows": rows}
-        Path(path).write_text(json.dumps(document, indent=1))
+        copies = table.copies(n * k // 2)
+        table.race({"layer": name, "n": n, "k": k, "m": m}, contenders(n, k, m, copies))
+    table.write(path, group=GROUP)
 
 
 def main() -> None:

@@ -1,8 +1,5 @@
 // The CUDA operators, through LibTorch's stable ABI. Loaded only where torch sees a GPU.
-#include <cuda_runtime_api.h>
-#include <dlfcn.h>
-
-#include "check.h"
+#include "cuda.h"
 
 namespace quantkit::binding {
 namespace {
@@ -11,62 +8,6 @@ namespace {
 // it the weight is dequantized once and torch's matrix product takes over. There the dequantized
 // weight is rounded to the dtype of x, which the kernel's fp32 arithmetic does not do.
 constexpr int64_t kKernelRows = 64;
-
-// torch exports the current stream only from its CUDA build, so the symbol is looked up at run
-// time: this library then links, and its kernels compile, against any torch.
-void* current_stream(int32_t device) {
-  using GetStream = AOTITorchError (*)(int32_t, void**);
-  static const auto get = [] {
-    void* symbol = dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
-    if (symbol == nullptr) {
-      if (void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD)) {
-        symbol = dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream");
-      }
-    }
-    return reinterpret_cast<GetStream>(symbol);
-  }();
-  void* stream = nullptr;
-  if (get == nullptr || get(device, &stream) != 0) {
-    throw std::runtime_error(
-        "quantkit: this torch has no CUDA stream to run on; install a CUDA build of torch");
-  }
-  return stream;
-}
-
-struct Gpu {
-  int multiprocessors = 0, major = 0;  // compute capability
-};
-
-Gpu gpu(int device) {
-  Gpu g;
-  cudaDeviceGetAttribute(&g.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&g.major, cudaDevAttrComputeCapabilityMajor, device);
-  return g;
-}
-
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    cudaGetDevice(&before_);
-    if (before_ != device) cudaSetDevice(device);
-    device_ = device;
-  }
-  ~DeviceGuard() {
-    if (before_ != device_) cudaSetDevice(before_);
-  }
-
- private:
-  int before_ = 0, device_ = 0;
-};
-
-void check_launch(const char* op, int status) {
-  if (status == QK_OK) return;
-  if (status == QK_UNSUPPORTED) {
-    fail(op, "this dtype has no CUDA kernel; use float16 or bfloat16 activations");
-  }
-  const cudaError_t error = cudaPeekAtLastError();
-  fail(op, "the kernel was not launched (status ", status, ", ", cudaGetErrorString(error), ")");
-}
 
 Tensor dequantized(const char* op, qk_weight_only_args args, const Tensor& like) {
   Tensor weight = empty({args.n, args.k}, scalar_type_of(args.x_dtype), like);
@@ -115,30 +56,11 @@ Tensor w8_linear(Tensor x, Tensor codes, Tensor scale, std::optional<Tensor> zer
   return run(op, call, x);
 }
 
-// A table of w4a16_linear: [ceil(n / 64), groups, 64].
-void check_w4a16_table(const char* op, const char* what, const Tensor& t, const Tensor& x,
-                       ScalarType dtype, int64_t n, int64_t groups) {
-  require(t.scalar_type() == dtype, op, what, " has dtype ", name_of(t.scalar_type()), ", must be ",
-          name_of(dtype), "; convert it before pack_w4a16_table");
-  require(t.dim() == 3 && t.size(0) == (n + 63) / 64 && t.size(1) == groups && t.size(2) == 64 &&
-              t.is_contiguous(),
-          op, what, " has shape ", shape_of(t), ", must be contiguous [", (n + 63) / 64, ", ",
-          groups, ", 64] for N = ", n, "; make it with quantkit.ops.pack_w4a16_table");
-  require_same_device(op, what, t, x);
-}
-
-// The kernels read tables and codes by 16 bytes; a view may start anywhere.
-void require_aligned(const char* op, const char* what, const void* p) {
-  require(reinterpret_cast<uintptr_t>(p) % 16 == 0, op, what,
-          " does not start at a multiple of 16 bytes; pass a tensor of its own, not a view");
-}
-
 Tensor w4a16_linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero,
                     std::optional<Tensor> bias, Tensor counters, int64_t n, int64_t group_size) {
   const char* op = "w4a16_linear";
   const Rows rows = rows_of(op, "x", x);
   require(rows.k > 0 && n > 0, op, "K = ", rows.k, " and N = ", n, " must be positive");
-  const int64_t blocks = (n + 63) / 64, slabs = (rows.k + 63) / 64;
   qk_w4a16_args a{};
   a.x = rows.data;
   a.ldx = rows.stride;
@@ -151,15 +73,7 @@ Tensor w4a16_linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor>
           "group_size ", group_size, " is not a multiple of 32; use w4_linear");
   a.group_size = group_size == -1 || group_size > rows.k ? rows.k : group_size;
   a.groups = (rows.k + a.group_size - 1) / a.group_size;
-  require(packed.scalar_type() == ScalarType::Byte && packed.dim() == 3 &&
-              packed.size(0) == blocks && packed.size(1) == slabs && packed.size(2) == 2048 &&
-              packed.is_contiguous(),
-          op, "packed weight has shape ", shape_of(packed), ", must be contiguous uint8 [", blocks,
-          ", ", slabs, ", 2048] for N = ", n, " and K = ", rows.k,
-          "; make it with quantkit.ops.pack_w4a16");
-  require_same_device(op, "packed weight", packed, x);
-  a.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
-  require_aligned(op, "packed weight", a.packed);
+  a.packed = check_fragments(op, packed, x, n, rows.k, 2048, "pack_w4a16");
   check_w4a16_table(op, "scale", scale, x, x.scalar_type(), n, a.groups);
   a.scale = scale.const_data_ptr();
   require_aligned(op, "scale", a.scale);
@@ -176,29 +90,12 @@ Tensor w4a16_linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor>
             ", must be that of x, ", name_of(x.scalar_type()));
     a.bias = dense_bias->const_data_ptr();
   }
-  const int64_t needed = qk_cuda_w4a16_counters(a.m, n);
-  require(counters.scalar_type() == ScalarType::Int && counters.is_contiguous() &&
-              counters.numel() >= needed,
-          op, "counters have shape ", shape_of(counters), ", must be at least ", needed,
-          " contiguous int32 zeros; make them with quantkit.ops.new_w4a16_counters");
-  require_same_device(op, "counters", counters, x);
-  a.counters = static_cast<uint32_t*>(counters.mutable_data_ptr());
+  a.counters = check_counters(op, counters, x, a.m, n);
 
-  const int32_t device = x.get_device_index();
-  const DeviceGuard guard(device);
-  const Gpu on = gpu(device);
-  a.multiprocessors = on.multiprocessors;
-  a.overlap = on.major >= 9;
   Tensor y = empty(with_last(x, n), x.scalar_type(), x);
   a.y = y.mutable_data_ptr();
   a.ldy = n;
-  // Freed when this returns, in stream order: the caching allocator reuses it behind the kernel.
-  std::optional<Tensor> partials;
-  if (const int64_t count = qk_cuda_w4a16_partials(a.m, n, a.k, a.multiprocessors)) {
-    partials = empty({count}, ScalarType::Float, x);
-    a.partials = static_cast<float*>(partials->mutable_data_ptr());
-  }
-  check_launch(op, qk_cuda_w4a16_linear(&a, current_stream(device)));
+  launch_linear(op, a, x, qk_cuda_w4a16_linear);
   return y;
 }
 

@@ -50,14 +50,11 @@ int qk_cuda_w4a16_linear(const qk_w4a16_args* args, void* stream) {
 }
 
 int64_t qk_cuda_w4a16_partials(int64_t m, int64_t n, int64_t k, int32_t multiprocessors) {
-  if (m > quantkit::cuda::w4a16::kSkinnyRows) return 0;
-  const int splits = quantkit::cuda::w4a16::divide(n, k, multiprocessors).splits;
-  return splits == 1 ? 0 : splits * m * n;
+  return quantkit::cuda::frame::partials_needed(m, n, k, multiprocessors);
 }
 
 int64_t qk_cuda_w4a16_counters(int64_t m, int64_t n) {
-  if (m > quantkit::cuda::w4a16::kSkinnyRows) return 0;
-  return (n + 15) / 16 * ((m + 7) / 8);  // the most blocks that any division makes
+  return quantkit::cuda::frame::counters_needed(m, n);
 }
 
 int32_t qk_cuda_abi_version(void) { return QK_ABI_VERSION; }

@@ -103,9 +103,21 @@ struct Pair<bf16> {
   }
 };
 
+// The product, rounded, even where a sum follows: compilers make one fma of the two otherwise.
+__device__ __forceinline__ float multiply_then_round(float a, float b) { return __fmul_rn(a, b); }
+
 // Two e4m3 codes to a pair of f16, exactly; and back with saturation to 448.
 __device__ __forceinline__ uint32_t e4m3x2_to_f16x2(uint16_t codes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+  // Without the instruction, the bits move to where f16 has them, with an exponent 8 too low; what
+  // is 480 then was a NaN.
+  const uint32_t high = __byte_perm(codes, 0, 0x1404);
+  const __half2 value = __hmul2(bits_as<__half2>((high & 0x80008000u) | (high >> 1 & 0x3f803f80u)),
+                                __float2half2_rn(256.0f));
+  return bits_as<uint32_t>(value) | __hgt2_mask(__habs2(value), __float2half2_rn(464.0f));
+#else
   return bits_as<uint32_t>(__half2(__nv_cvt_fp8x2_to_halfraw2(codes, __NV_E4M3)));
+#endif
 }
 __device__ __forceinline__ uint16_t floats_to_e4m3x2(float low, float high) {
   return __nv_cvt_float2_to_fp8x2(float2{low, high}, __NV_SATFINITE, __NV_E4M3);
@@ -364,53 +376,3 @@ int launch(void (*kernel)(Parameters...), const Launch& at, const Arguments&... 
 }  // namespace quantkit::cuda
 
 #endif  // QK_HOST_TWIN
-
-namespace quantkit::cuda {
-
-// Eight 4-bit codes of a word to four pairs of (code - zero), exactly; pair j holds the codes at
-// bits 4j and 16 + 4j. Pairs 0 and 2 have one zero point and pairs 1 and 3 another: the two rows of
-// a lane's fragment of mma.m16n8k16. A code becomes mantissa bits of 1024 + code (f16) or
-// 128 + code (bf16), from which the same number of its zero point is subtracted. zeros takes the two
-// zero points, 0 to 15, from bytes kByte and kByte + 1 of a word.
-//
-// Source: Kim et al., "Who Says Elephants Can't Run", arXiv 2211.10017, section 4; the bf16 form is
-// Marlin's (github.com/IST-DASLab/marlin).
-struct Int4Zeros {
-  uint32_t even, odd;
-};
-template <class T>
-struct Int4;
-template <>
-struct Int4<f16> {
-  template <int kByte>
-  __device__ __forceinline__ static Int4Zeros zeros(uint32_t bytes) {
-    // Pairs 1 and 3 lie four bits higher, as 1024 + 16 code: (1024 + 16 code) / 16 - 64 - zero.
-    return {permute_bytes(bytes, 0x64646464u, 0x4040u + kByte * 0x0101u),
-            permute_bytes(bytes << 4, 0xd4d4d4d4u, 0x4040u + (kByte + 1) * 0x0101u)};
-  }
-  __device__ __forceinline__ static void decode(uint32_t word, Int4Zeros zero, uint32_t (&out)[4]) {
-    constexpr uint32_t kSixteenth = 0x2c002c00u;
-    const uint32_t next = word >> 8;
-    out[0] = Pair<f16>::sub(lop3<0xea>(word, 0x000f000fu, 0x64006400u), zero.even);
-    out[1] = Pair<f16>::fma(lop3<0xea>(word, 0x00f000f0u, 0x64006400u), kSixteenth, zero.odd);
-    out[2] = Pair<f16>::sub(lop3<0xea>(next, 0x000f000fu, 0x64006400u), zero.even);
-    out[3] = Pair<f16>::fma(lop3<0xea>(next, 0x00f000f0u, 0x64006400u), kSixteenth, zero.odd);
-  }
-};
-template <>
-struct Int4<bf16> {
-  template <int kByte>
-  __device__ __forceinline__ static Int4Zeros zeros(uint32_t bytes) {
-    return {permute_bytes(bytes, 0x43434343u, 0x4040u + kByte * 0x0101u),
-            permute_bytes(bytes, 0x43434343u, 0x4040u + (kByte + 1) * 0x0101u)};
-  }
-  __device__ __forceinline__ static void decode(uint32_t word, Int4Zeros zero, uint32_t (&out)[4]) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      out[j] = Pair<bf16>::sub(lop3<0xea>(word >> (4 * j), 0x000f000fu, 0x43004300u),
-                               j % 2 == 0 ? zero.even : zero.odd);
-    }
-  }
-};
-
-}  // namespace quantkit::cuda

@@ -21,8 +21,11 @@ if(nvcc_help MATCHES "--compress-mode")  # CUDA 12.8 and newer
   list(APPEND gencode --compress-mode=size)
 endif()
 
+file(GLOB cuda_headers CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/cuda/*.cuh"
+     "${CMAKE_CURRENT_SOURCE_DIR}/include/quantkit/*.h")
 set(cuda_objects "")
-foreach(source api w4_linear w8_linear w4a16_bf16 w4a16_f16)
+foreach(source api row_quantize w4_linear w8_linear w4a16_bf16 w4a16_f16 w8_api w8a16_bf16
+        w8a16_f16)
   set(object "${CMAKE_CURRENT_BINARY_DIR}/cuda_${source}.o")
   add_custom_command(
     OUTPUT "${object}"
@@ -30,8 +33,7 @@ foreach(source api w4_linear w8_linear w4a16_bf16 w4a16_f16)
             -O3 -std=c++17 ${gencode}
             -Xcompiler=-fPIC,-fvisibility=hidden
             -I "${CMAKE_CURRENT_SOURCE_DIR}/include"
-    DEPENDS cuda/${source}.cu cuda/w4a16.cuh cuda/w4a16_gemm.cuh cuda/weight_only.cuh cuda/ptx.cuh
-            include/quantkit/quantkit.h
+    DEPENDS cuda/${source}.cu ${cuda_headers}
     COMMENT "nvcc ${source}.cu (${QUANTKIT_CUDA_ARCHS})"
     VERBATIM)
   list(APPEND cuda_objects "${object}")
@@ -47,7 +49,8 @@ find_path(CUDA_INCLUDE cuda_runtime_api.h
         "${cuda_root}/targets/sbsa-linux/include"
   REQUIRED)
 
-add_library(quantkit_cuda SHARED bindings/cuda.cpp ${cuda_objects})
+add_library(quantkit_cuda SHARED bindings/cuda.cpp bindings/cuda_rows.cpp bindings/cuda_w8.cpp
+            ${cuda_objects})
 target_include_directories(quantkit_cuda PRIVATE include SYSTEM "${CUDA_INCLUDE}")
 target_link_libraries(quantkit_cuda PRIVATE torch_headers "${TORCH_DIR}/lib/libtorch_cpu.so"
                       "${CUDART_STATIC}" Threads::Threads ${CMAKE_DL_LIBS} rt)

@@ -1,10 +1,8 @@
 // The W4A16 kernels for bfloat16 activations.
-#include "w4a16_gemm.cuh"
+#include "w4a16.cuh"
 
 namespace quantkit::cuda::w4a16 {
 
-int linear_bf16(const qk_w4a16_args& a, cudaStream_t stream) {
-  return a.m <= kSkinnyRows ? skinny<bf16>(a, stream) : gemm<bf16>(a, stream);
-}
+int linear_bf16(const qk_w4a16_args& a, cudaStream_t stream) { return linear<bf16>(a, stream); }
 
 }  // namespace quantkit::cuda::w4a16

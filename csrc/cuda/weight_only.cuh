@@ -14,7 +14,7 @@
 // added in a fixed tree. A row of y has the same bits whatever the other rows are.
 #pragma once
 
-#include "ptx.cuh"
+#include "vectors.cuh"
 
 namespace quantkit::cuda {
 
@@ -67,12 +67,6 @@ __device__ inline SharedArray<float> shared_lut(SharedMemory& memory, const floa
   if (lut != nullptr && thread < 16) copy.store(thread, load_global(lut + thread));
   barrier();
   return copy;
-}
-
-__device__ inline float load_bias(const void* bias, int dtype, int64_t i) {
-  if (dtype == QK_F32) return load_global(static_cast<const float*>(bias) + i);
-  if (dtype == QK_F16) return to_float(load_global(static_cast<const f16*>(bias) + i));
-  return to_float(load_global(static_cast<const bf16*>(bias) + i));
 }
 
 // As in cpu/layout.h: chunk c of a block is at base + c * step.
@@ -205,7 +199,7 @@ __global__ void __launch_bounds__(kThreads)
     float y = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) y += partial.load((w * MT + m) * kBlockRows + r);
-    if (a.bias != nullptr) y += load_bias(a.bias, a.bias_dtype, row);
+    if (a.bias != nullptr) y += load_as_float(a.bias, a.bias_dtype, row);
     store_global(static_cast<T*>(a.y) + (first_m + m) * a.ldy + row, from_float<T>(y));
   }
 }

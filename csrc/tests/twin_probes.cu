@@ -1,7 +1,7 @@
 // Small kernels that show what one instruction of ptx.cuh does, or break one rule of the machine in
 // host/machine.h. tests/ops/test_twin.py runs them; compiled by nvcc, the first group checks the
 // twin against a GPU.
-#include "../cuda/ptx.cuh"
+#include "../cuda/decode.cuh"
 
 namespace quantkit::cuda {
 namespace {

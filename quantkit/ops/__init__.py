@@ -15,7 +15,7 @@ Files: ``schema`` signatures, ``native`` functions, ``reference`` oracle, ``fake
 torch.compile, ``library`` loading, ``memory`` huge pages, ``status`` what is built and in use.
 ``solvers``, ``reference_solvers`` and ``fake_solvers`` are the same for the operators of
 calibration; ``parts``, ``reference_parts`` and ``fake_parts`` for those between the linear layers
-of a decoder.
+of a decoder; ``gpu``, ``reference_gpu`` and ``fake_gpu`` for those that only a GPU has.
 """
 
 from __future__ import annotations
@@ -28,9 +28,25 @@ from torch import Tensor
 
 from quantkit.errors import UsageError
 from quantkit.ops import fake as _fake  # noqa: F401  registers the fake implementations
+from quantkit.ops import fake_gpu as _fake_gpu  # noqa: F401
 from quantkit.ops import fake_parts as _fake_parts  # noqa: F401
 from quantkit.ops import fake_solvers as _fake_solvers  # noqa: F401
-from quantkit.ops import native, parts, reference, reference_parts, reference_solvers, solvers
+from quantkit.ops import (
+    gpu,
+    native,
+    parts,
+    reference,
+    reference_gpu,
+    reference_parts,
+    reference_solvers,
+    solvers,
+)
+from quantkit.ops.gpu import (
+    add_rms_norm_quantize,
+    gated_activation_quantize,
+    w8a8_mma_linear,
+    w8a16_linear,
+)
 from quantkit.ops.memory import consolidate
 from quantkit.ops.native import (
     dequantize_w4,
@@ -68,6 +84,7 @@ from quantkit.ops.reference import (
     unpack_w4a16,
     unpack_w8,
 )
+from quantkit.ops.reference_gpu import pack_w8_mma, unpack_w8_mma
 from quantkit.ops.reference_parts import read_kv_pages
 from quantkit.ops.schema import KIND_FP8, KIND_INT8, PAGE_TOKENS, SCHEMAS
 from quantkit.ops.solvers import (
@@ -98,6 +115,7 @@ __all__ = [
     "PAGE_TOKENS",
     "Backend",
     "add_rms_norm",
+    "add_rms_norm_quantize",
     "available_isas",
     "consolidate",
     "dequantize_w4",
@@ -105,6 +123,7 @@ __all__ = [
     "embed",
     "float_linear",
     "gated_activation",
+    "gated_activation_quantize",
     "get_backend",
     "get_isa",
     "get_num_threads",
@@ -120,6 +139,7 @@ __all__ = [
     "pack_w4a16",
     "pack_w4a16_table",
     "pack_w8",
+    "pack_w8_mma",
     "paged_attention",
     "quantize_fp8_per_block",
     "quantize_fp8_per_token",
@@ -138,10 +158,13 @@ __all__ = [
     "unpack_w4",
     "unpack_w4a16",
     "unpack_w8",
+    "unpack_w8_mma",
     "w4_linear",
     "w4a16_linear",
     "w8_linear",
     "w8a8_linear",
+    "w8a8_mma_linear",
+    "w8a16_linear",
 ]
 
 
@@ -169,8 +192,10 @@ class Backend:
 
 
 _BACKENDS = {
-    "native": Backend("native", (native, solvers, parts)),
-    "reference": Backend("reference", (reference, reference_solvers, reference_parts)),
+    "native": Backend("native", (native, solvers, parts, gpu)),
+    "reference": Backend(
+        "reference", (reference, reference_solvers, reference_parts, reference_gpu)
+    ),
 }
 
 

@@ -304,12 +304,12 @@ def quantize_int8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     the dtype's epsilon where it is 0; codes = round_half_even(clamp(x / scale, -128, 127)).
 
     Args:
-        x: float32, float16 or bfloat16 [..., K].
+        x: float32, float16 or bfloat16 [..., K]; on a GPU no float32, and K at most 49152.
 
     Returns:
         int8 [..., K] and the scale [..., 1] in the dtype of x. A row with a NaN has a NaN scale.
     """
-    require_cpu_kernel("quantize_int8_per_token", x)
+    require_for(x)
     return _ops.quantize_int8_per_token.default(x)
 
 
@@ -336,27 +336,29 @@ def quantize_int8_static(x: Tensor, scale: Tensor) -> Tensor:
 
     The division is done in the dtype that torch promotes x and scale to.
     """
-    require_cpu_kernel("quantize_int8_static", x)
+    require_for(x)
     return _ops.quantize_int8_static.default(x, scale)
 
 
 def quantize_fp8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`quantize_int8_per_token`, to float8_e4m3fn with scale = absmax / 448."""
-    require_cpu_kernel("quantize_fp8_per_token", x)
+    require_for(x)
     return _ops.quantize_fp8_per_token.default(x)
 
 
 def quantize_fp8_per_block(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
     """As :func:`quantize_fp8_per_token` with one scale for each ``block`` columns of a token.
 
+    A GPU has blocks of 128.
+
     Returns:
         float8_e4m3fn [..., K] and the scale [..., ceil(K/block)]; the last block may be short.
     """
-    require_cpu_kernel("quantize_fp8_per_block", x)
+    require_for(x)
     return _ops.quantize_fp8_per_block.default(x, block)
 
 
 def quantize_fp8_static(x: Tensor, scale: Tensor) -> Tensor:
     """float8_e4m3fn codes [..., K] with a given scale of one value."""
-    require_cpu_kernel("quantize_fp8_static", x)
+    require_for(x)
     return _ops.quantize_fp8_static.default(x, scale)

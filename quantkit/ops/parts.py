@@ -1,4 +1,4 @@
-"""The parts of a decoder's forward pass as Python functions: CPU kernels.
+"""The parts of a decoder's forward pass as Python functions: CPU kernels, norms and gates on a GPU.
 
 Every function raises ``KernelMissingError`` when the CPU library is not built and ``RuntimeError``
 with the value, the rule and the remedy when an argument is wrong. Rows are read in their dtype,
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from quantkit.ops import schema
-from quantkit.ops.library import require_cpu_kernel
+from quantkit.ops.library import require_cpu_kernel, require_for
 
 _ops = torch.ops.quantkit
 
@@ -41,12 +41,12 @@ def add_rms_norm(
         branch: float32, float16 or bfloat16, like residual, or None for the norm alone.
         weight: float32 [N].
         epsilon: added to the mean square.
-        out_dtype: torch.float32, torch.float16 or torch.bfloat16.
+        out_dtype: torch.float32, torch.float16 or torch.bfloat16; on a GPU no float32.
 
     Returns:
         [..., N].
     """
-    require_cpu_kernel("add_rms_norm", residual)
+    require_for(residual)
     code = schema.dtype_code(out_dtype)
     return _ops.add_rms_norm.default(residual, branch, weight, epsilon, code)
 
@@ -61,7 +61,7 @@ def gated_activation(gate_up: Tensor, kind: int | str) -> Tensor:
     Returns:
         [..., N] in the dtype of gate_up.
     """
-    require_cpu_kernel("gated_activation", gate_up)
+    require_for(gate_up)
     return _ops.gated_activation.default(gate_up, schema.gate_code(kind))
 
 

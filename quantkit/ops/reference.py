@@ -109,7 +109,10 @@ def unpack_w4a16(packed: Tensor, n: int, k: int) -> Tensor:
 
 
 def pack_w4a16_table(table: Tensor) -> Tensor:
-    """A table [N, groups] of scales (float16, bfloat16) or zeros (uint8) for :func:`w4a16_linear`.
+    """A table [N, groups] of scales or zeros for the linear layers on tensor cores.
+
+    float16 or bfloat16 scales and uint8 zeros for :func:`w4a16_linear`, scales for
+    :func:`quantkit.ops.w8a16_linear`, float32 scales for :func:`quantkit.ops.w8a8_mma_linear`.
 
     Returns:
         [ceil(N/64), groups, 64] in the dtype of table, padded with 0: the rows of four tiles in
@@ -128,7 +131,7 @@ def unpack_w4a16_table(packed: Tensor, n: int) -> Tensor:
 
 
 def new_w4a16_counters(n: int, device: torch.device | str = "cuda") -> Tensor:
-    """Counters that :func:`w4a16_linear` needs for a layer of N rows, and leaves as they were.
+    """Counters that the linear layers on tensor cores need for N rows, and leave as they were.
 
     Calls that may run at the same time need counters of their own.
 

@@ -47,6 +47,14 @@ SCHEMAS = {
         "(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, Tensor(a!) counters,"
         " int n, int group_size) -> Tensor"
     ),
+    "w8a16_linear": (
+        "(Tensor x, Tensor packed, Tensor scale, Tensor? bias, Tensor(a!) counters, int n,"
+        " int kind, int group_size) -> Tensor"
+    ),
+    "w8a8_mma_linear": (
+        "(Tensor xq, Tensor x_scale, Tensor packed, Tensor scale, Tensor? bias,"
+        " Tensor(a!) counters, int n, int group_size, int out_dtype) -> Tensor"
+    ),
     "dequantize_w4": (
         "(Tensor packed, Tensor scale, Tensor? zero, Tensor lut, int n, int k, int group_size,"
         " int out_dtype) -> Tensor"
@@ -65,7 +73,14 @@ SCHEMAS = {
         "(Tensor(a!) residual, Tensor? branch, Tensor weight, float epsilon, int out_dtype)"
         " -> Tensor"
     ),
+    "add_rms_norm_quantize": (
+        "(Tensor(a!) residual, Tensor? branch, Tensor weight, float epsilon, int dtype, int kind,"
+        " int group) -> (Tensor, Tensor)"
+    ),
     "gated_activation": "(Tensor gate_up, int kind) -> Tensor",
+    "gated_activation_quantize": (
+        "(Tensor gate_up, int gate, int kind, int group) -> (Tensor, Tensor)"
+    ),
     "embed": "(Tensor tokens, Tensor table, float scale) -> Tensor",
     "rope_store_kv": (
         "(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin, Tensor starts,"
@@ -88,7 +103,15 @@ SCHEMAS = {
 }
 
 # Operators that only the CUDA library has.
-CUDA_ONLY = frozenset({"w4a16_linear"})
+CUDA_ONLY = frozenset(
+    {
+        "w4a16_linear",
+        "w8a16_linear",
+        "w8a8_mma_linear",
+        "add_rms_norm_quantize",
+        "gated_activation_quantize",
+    }
+)
 
 _library = torch.library.Library("quantkit", "FRAGMENT")
 for _name, _signature in SCHEMAS.items():

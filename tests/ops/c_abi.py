@@ -65,6 +65,102 @@ class W4A16Args(ctypes.Structure):
     )
 
 
+class W8A16Args(ctypes.Structure):
+    _fields_ = (
+        ("x", POINTER),
+        ("ldx", I64),
+        ("dtype", I32),
+        ("format", I32),
+        ("m", I64),
+        ("n", I64),
+        ("k", I64),
+        ("group_size", I64),
+        ("groups", I64),
+        ("packed", POINTER),
+        ("scale", POINTER),
+        ("bias", POINTER),
+        ("y", POINTER),
+        ("ldy", I64),
+        ("partials", POINTER),
+        ("counters", POINTER),
+        ("multiprocessors", I32),
+        ("overlap", I32),
+    )
+
+
+class W8A8Args(ctypes.Structure):
+    _fields_ = (
+        ("x", POINTER),
+        ("ldx", I64),
+        ("format", I32),
+        ("m", I64),
+        ("n", I64),
+        ("k", I64),
+        ("group_size", I64),
+        ("groups", I64),
+        ("packed", POINTER),
+        ("x_scale", POINTER),
+        ("x_scale_dtype", I32),
+        ("x_scale_stride", I64),
+        ("scale", POINTER),
+        ("bias", POINTER),
+        ("bias_dtype", I32),
+        ("y_dtype", I32),
+        ("y", POINTER),
+        ("ldy", I64),
+        ("partials", POINTER),
+        ("counters", POINTER),
+        ("multiprocessors", I32),
+        ("overlap", I32),
+    )
+
+
+class QuantizeArgs(ctypes.Structure):
+    _fields_ = (
+        ("x", POINTER),
+        ("ldx", I64),
+        ("x_dtype", I32),
+        ("format", I32),
+        ("m", I64),
+        ("k", I64),
+        ("group_size", I64),
+        ("arith_dtype", I32),
+        ("scale_given", I32),
+        ("scale", POINTER),
+        ("q", POINTER),
+    )
+
+
+class AddRmsNormArgs(ctypes.Structure):
+    _fields_ = (
+        ("m", I64),
+        ("n", I64),
+        ("residual", POINTER),
+        ("ld_residual", I64),
+        ("branch", POINTER),
+        ("ld_branch", I64),
+        ("branch_dtype", I32),
+        ("weight", POINTER),
+        ("epsilon", ctypes.c_float),
+        ("y_dtype", I32),
+        ("y", POINTER),
+        ("ldy", I64),
+    )
+
+
+class GateArgs(ctypes.Structure):
+    _fields_ = (
+        ("kind", I32),
+        ("m", I64),
+        ("n", I64),
+        ("x", POINTER),
+        ("ldx", I64),
+        ("dtype", I32),
+        ("y", POINTER),
+        ("ldy", I64),
+    )
+
+
 class Int8LinearArgs(ctypes.Structure):
     _fields_ = (
         ("xq", POINTER),

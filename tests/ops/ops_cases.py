@@ -1,4 +1,4 @@
-"""Random layers of every weight-only format, and the error measures of the kernel tests."""
+"""Random layers of every weight-only format, activations, and the error measures of the tests."""
 
 from __future__ import annotations
 
@@ -104,3 +104,17 @@ def allowed_error(layer: Layer, x: Tensor, exact: Tensor) -> float:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def activations(dtype: torch.dtype, seed: int, k: int = 200) -> Tensor:
+    """Rows of many magnitudes, with ties, zeros, an all-zero row and a subnormal one."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 12, k, generator=generator)
+    x = x * torch.logspace(-6, 4, 24).reshape(2, 12, 1)
+    x[0, 0] = 0
+    x[0, 1] = torch.randint(-255, 256, (k,), generator=generator) / 2
+    x[0, 1, 0] = 127.5
+    x[0, 2] = 1e-40
+    x[0, 3, ::2] = -0.0
+    x[0, 4, 0] = 3e4
+    return x.to(dtype)

@@ -9,7 +9,7 @@ from compressed_tensors.quantization.lifecycle.forward import quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops_cases import same_bits
+from ops_cases import activations, same_bits
 
 from quantkit import ops
 from quantkit.ops import reference
@@ -28,20 +28,6 @@ def peer_dynamic(x: torch.Tensor, kind: str, group_size: int | None = None):
     args = QuantizationArgs(**ARGS[kind], strategy=strategy, group_size=group_size, dynamic=True)
     scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Identity())
     return quantize(x, scale, zero, args, dtype=CODE_DTYPES[kind]), scale
-
-
-def activations(dtype: torch.dtype, seed: int, k: int = 200) -> torch.Tensor:
-    """Rows of many magnitudes, with ties, zeros, an all-zero row and a subnormal one."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(2, 12, k, generator=generator)
-    x = x * torch.logspace(-6, 4, 24).reshape(2, 12, 1)
-    x[0, 0] = 0
-    x[0, 1] = torch.randint(-255, 256, (k,), generator=generator) / 2
-    x[0, 1, 0] = 127.5
-    x[0, 2] = 1e-40
-    x[0, 3, ::2] = -0.0
-    x[0, 4, 0] = 3e4
-    return x.to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -16,6 +16,10 @@ from quantkit.errors import KernelMissingError, UsageError
 from quantkit.ops import library, reference, schema
 
 
+class Dtype(int):
+    """The code of a dtype, where the Python function takes the dtype itself."""
+
+
 def example_arguments() -> dict[str, tuple]:
     w4 = random_layer("int4", 20, 64, 32, zero=True, bias=True)
     w8 = random_layer("int8", 20, 64, 32, zero=True)
@@ -61,6 +65,27 @@ def example_arguments() -> dict[str, tuple]:
             20,
             32,
         ),
+        "w8a16_linear": (
+            x.bfloat16(),
+            ops.pack_w8_mma(w8.codes),
+            ops.pack_w4a16_table(w8.scale.bfloat16()),
+            None,
+            ops.new_w4a16_counters(20, "cpu"),
+            20,
+            1,
+            32,
+        ),
+        "w8a8_mma_linear": (
+            xq,
+            torch.ones(3, 1),
+            ops.pack_w8_mma(w8.codes),
+            torch.ones(20),
+            None,
+            ops.new_w4a16_counters(20, "cpu"),
+            20,
+            -1,
+            Dtype(2),
+        ),
         "dequantize_w4": (w4.packed, w4.scale, w4.zero, w4.lut, 20, 64, 32, 2),
         "dequantize_w8": (w8.packed, w8.scale, w8.zero, 20, 64, 1, 32, 0),
         "quantize_int8_per_token": (x,),
@@ -70,7 +95,9 @@ def example_arguments() -> dict[str, tuple]:
         "quantize_fp8_per_block": (x, 32),
         "quantize_fp8_static": (x, torch.ones(1)),
         "add_rms_norm": (x.clone(), x.bfloat16(), torch.ones(64), 1e-6, 2),
+        "add_rms_norm_quantize": (x.clone(), x.bfloat16(), torch.ones(64), 1e-6, Dtype(2), 2, -1),
         "gated_activation": (x, 1),
+        "gated_activation_quantize": (x.half(), 0, 1, -1),
         "embed": (torch.tensor([[1, 2, 0]]), x, 2.0),
         "rope_store_kv": (
             torch.randn(3, 96),
@@ -108,12 +135,15 @@ def test_opcheck(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(schema.CUDA_ONLY))
 def test_an_operator_without_a_cpu_kernel(name: str) -> None:
     arguments = example_arguments()[name]
+    public = [schema.CODE_DTYPES[a] if isinstance(a, Dtype) else a for a in arguments]
     with pytest.raises(KernelMissingError, match=f"{name} has no CPU kernel"):
-        getattr(ops, name)(*arguments)
-    expected = getattr(reference, name)(*arguments)
+        getattr(ops, name)(*public)
+    expected = getattr(ops.get_backend("reference"), name)(*public)
     meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
-    shape = getattr(torch.ops.quantkit, name).default(*meta)
-    assert (shape.shape, shape.dtype) == (expected.shape, expected.dtype)
+    shapes = getattr(torch.ops.quantkit, name).default(*meta)
+    assert torch.utils._pytree.tree_map(lambda t: (t.shape, t.dtype), shapes) == (
+        torch.utils._pytree.tree_map(lambda t: (t.shape, t.dtype), expected)
+    )
 
 
 @pytest.mark.parametrize("name", schema.SCHEMAS)

@@ -19,10 +19,14 @@ BUILD = ROOT / "build" / "twin"
 SOURCES = (
     "cuda/host/machine.cpp",
     "cuda/api.cu",
+    "cuda/row_quantize.cu",
     "cuda/w4_linear.cu",
     "cuda/w8_linear.cu",
     "cuda/w4a16_bf16.cu",
     "cuda/w4a16_f16.cu",
+    "cuda/w8_api.cu",
+    "cuda/w8a16_bf16.cu",
+    "cuda/w8a16_f16.cu",
     "tests/twin_probes.cu",
 )
 # Kernel templates compile several times as fast as at -O2, and run small shapes in no time.

@@ -44,6 +44,11 @@ struct Pair {
   static float2 to_floats(uint32_t v) { return {to_float(low(v)), to_float(high(v))}; }
 };
 
+inline float multiply_then_round(float a, float b) {
+  const volatile float product = a * b;
+  return product;
+}
+
 inline uint32_t e4m3x2_to_f16x2(uint16_t codes) {
   return Pair<f16>::from_floats(twin::e4m3_to_float(static_cast<uint8_t>(codes)),
                                 twin::e4m3_to_float(static_cast<uint8_t>(codes >> 8)));

@@ -1,0 +1,85 @@
+// The C ABI of the CUDA kernels around and below the linear layers of quantkit.h. Same conventions;
+// stream is a cudaStream_t.
+#pragma once
+
+#include "quantkit/decoder.h"
+#include "quantkit/quantkit.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// As qk_quantize, for float16 and bfloat16 rows of at most 49,152 columns; group_size is at least k,
+// or 128 with QK_F8.
+QK_EXPORT int qk_cuda_quantize(const qk_quantize_args* args, void* stream);
+
+// As qk_add_rms_norm and qk_gated_activation, for a float16 or bfloat16 y; norms of at most 24,576
+// columns, gates of at most 49,152. With codes, y is not written but quantized: its values, rounded
+// to y's dtype, are the x of qk_quantize (x, ldx, m and k of codes are not read, x_dtype is that of
+// y), without a round trip through memory.
+QK_EXPORT int qk_cuda_add_rms_norm(const qk_add_rms_norm_args* args, const qk_quantize_args* codes,
+                                   void* stream);
+QK_EXPORT int qk_cuda_gated_activation(const qk_gate_args* args, const qk_quantize_args* codes,
+                                       void* stream);
+
+// Eight-bit weights on the tensor cores, in one layout for 16-bit and for 8-bit activations. Rows of
+// the weight go in blocks of 64, padded, and columns in slabs of 64, padded with code 0:
+// packed: [ceil(n / 64)][ceil(k / 64)][4 tiles of 16 rows][2 halves][32 lanes][4 words]. With
+//         g = lane / 4 and t = lane % 4, byte i of word r is
+//           row 16 tile + g + 8 (r % 2),  column 32 half + 8t + 4 (r / 2) + i.
+//
+//   y[m,n] = sum_g scale[n,g] * sum_{k in g} decode(code[n,k]) * x[m,k]  + bias[n]
+typedef struct qk_w8a16_args {
+  const void* x;          // [m, k], rows ldx elements apart
+  int64_t ldx;
+  int32_t dtype;          // QK_F16 or QK_BF16, of x, scale, bias and y
+  int32_t format;         // QK_I8 or QK_F8
+  int64_t m, n, k;
+  int64_t group_size;     // a multiple of 32, or >= k
+  int64_t groups;         // ceil(k / group_size)
+  const uint8_t* packed;  // 16-byte aligned, as scale
+  const void* scale;      // as in qk_w4a16_args
+  const void* bias;       // [n] or NULL
+  void* y;                // [m, n], rows ldy elements apart
+  int64_t ldy;
+  float* partials;        // qk_cuda_w4a16_partials values; uninitialized
+  uint32_t* counters;     // qk_cuda_w4a16_counters values; zero before and after every call
+  int32_t multiprocessors;
+  int32_t overlap;
+} qk_w8a16_args;
+
+// The same layout with activations of the weight's format:
+//
+//   y[m,n] = sum_g scale[n,g] * x_scale[m,g] * sum_{k in g} code[n,k] * x[m,k]  + bias[n]
+//
+// QK_I8: one group; k is at most 131071, and sums are exact. The result has the bits of
+// qk_int8_linear: float(sum) * (x_scale * scale) + bias, each rounded to fp32.
+typedef struct qk_w8a8_args {
+  const void* x;          // [m, k] codes, rows ldx bytes apart
+  int64_t ldx;
+  int32_t format;         // QK_I8 or QK_F8, of x and of the weight
+  int64_t m, n, k;
+  int64_t group_size;     // >= k, or a multiple of 64 for QK_F8
+  int64_t groups;         // ceil(k / group_size)
+  const uint8_t* packed;  // 16-byte aligned
+  const void* x_scale;    // [m, groups], rows x_scale_stride elements apart
+  int32_t x_scale_dtype;
+  int64_t x_scale_stride; // 0: one row for all
+  const float* scale;     // [n], or [ceil(n / 64)][groups][8 g][4 tiles][2] for more than one group
+  const void* bias;       // [n] or NULL
+  int32_t bias_dtype;
+  int32_t y_dtype;
+  void* y;                // [m, n], rows ldy elements apart
+  int64_t ldy;
+  float* partials;        // as above; 32-bit words
+  uint32_t* counters;
+  int32_t multiprocessors;
+  int32_t overlap;
+} qk_w8a8_args;
+
+QK_EXPORT int qk_cuda_w8a16_linear(const qk_w8a16_args* args, void* stream);
+QK_EXPORT int qk_cuda_w8a8_linear(const qk_w8a8_args* args, void* stream);
+
+#ifdef __cplusplus
+}
+#endif

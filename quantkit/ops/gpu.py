@@ -1,0 +1,146 @@
+"""Operators that only a GPU has, as Python functions; :mod:`quantkit.ops.native` has the rules.
+
+Each raises ``KernelMissingError`` for tensors that are not on a GPU: ``get_backend("reference")``
+has the same functions for any device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantkit.ops import schema
+from quantkit.ops.library import require_cuda_kernel
+
+_ops = torch.ops.quantkit
+
+
+def add_rms_norm_quantize(
+    residual: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    epsilon: float,
+    dtype: torch.dtype,
+    kind: int | str,
+    group: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """:func:`add_rms_norm` and a quantizer in one pass over memory.
+
+    Equal to ``quantize(add_rms_norm(residual, branch, weight, epsilon, dtype))`` to the bit.
+
+    Args:
+        residual: float32 [..., N], contiguous, N at most 24576; written unless branch is None.
+        branch: float32, float16 or bfloat16, like residual, or None for the norm alone.
+        weight: float32 [N].
+        epsilon: added to the mean square.
+        dtype: torch.float16 or torch.bfloat16: what the norm is rounded to, and the arithmetic of
+            the quantizer.
+        kind: "int8" or "fp8".
+        group: -1 for one scale a token, or 128 columns a scale ("fp8" only).
+
+    Returns:
+        int8 or float8_e4m3fn [..., N], and the scale in ``dtype``, [..., 1] or [..., ceil(N/128)].
+    """
+    require_cuda_kernel("add_rms_norm_quantize", residual)
+    codes = (schema.dtype_code(dtype), schema.kind_code(kind), group)
+    return _ops.add_rms_norm_quantize.default(residual, branch, weight, epsilon, *codes)
+
+
+def gated_activation_quantize(
+    gate_up: Tensor, gate: int | str, kind: int | str, group: int = -1
+) -> tuple[Tensor, Tensor]:
+    """:func:`gated_activation` and a quantizer in one pass over memory.
+
+    Equal to ``quantize(gated_activation(gate_up, gate))`` to the bit.
+
+    Args:
+        gate_up: float16 or bfloat16 [..., 2·N]: all of gate, then all of up; N at most 49152.
+        gate: "silu" or "gelu_tanh".
+        kind: "int8" or "fp8".
+        group: -1 for one scale a token, or 128 columns a scale ("fp8" only).
+
+    Returns:
+        int8 or float8_e4m3fn [..., N], and the scale in the dtype of gate_up, [..., 1] or
+        [..., ceil(N/128)].
+    """
+    require_cuda_kernel("gated_activation_quantize", gate_up)
+    codes = (schema.kind_code(kind), group)
+    return _ops.gated_activation_quantize.default(gate_up, schema.gate_code(gate), *codes)
+
+
+def w8a16_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    counters: Tensor,
+    n: int,
+    kind: int | str,
+    group_size: int,
+) -> Tensor:
+    """A linear layer with 8-bit weights and 16-bit activations on the tensor cores::
+
+        y[m, n] = sum_g scale[n, g] * sum_{k in g} code[n, k] * x[m, k] + bias[n]
+
+    Products of 16-bit floats, summed in fp32 in an order that depends on N, K and the GPU alone.
+
+    Args:
+        x: float16 or bfloat16 [..., K].
+        packed: uint8 [ceil(N/64), ceil(K/64), 4096] from :func:`quantkit.ops.pack_w8_mma`.
+        scale: [ceil(N/64), ceil(K/group_size), 64] in the dtype of x, from
+            :func:`quantkit.ops.pack_w4a16_table`.
+        bias: [N] in the dtype of x, or None.
+        counters: int32 from :func:`quantkit.ops.new_w4a16_counters`; zero again on return.
+        n: N, rows of the weight.
+        kind: "int8" or "fp8" (float8_e4m3fn).
+        group_size: columns that share a scale: a multiple of 32, or K or -1 for one group a row.
+
+    Returns:
+        [..., N] in the dtype of x. A row has the same bits whatever the other rows are, among calls
+        with up to 32 rows and among calls with more.
+    """
+    require_cuda_kernel("w8a16_linear", x)
+    code = schema.kind_code(kind)
+    return _ops.w8a16_linear.default(x, packed, scale, bias, counters, n, code, group_size)
+
+
+def w8a8_mma_linear(
+    xq: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    counters: Tensor,
+    n: int,
+    group_size: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """A linear layer with 8-bit weights and activations on the tensor cores::
+
+        y[m, n] = sum_g scale[n, g] * x_scale[m, g] * sum_{k in g} code[n, k] * xq[m, k] + bias[n]
+
+    INT8 sums are exact in int32, and the result has the bits of :func:`w8a8_linear`. FP8 products
+    are exact and summed in fp32, in an order that depends on N, K and the GPU alone.
+
+    Args:
+        xq: int8 or float8_e4m3fn [..., K], of the weight's type; int8 has K at most 131071.
+        x_scale: float32, float16 or bfloat16, contiguous: one value a row of xq for each group of
+            columns, [..., ceil(K/group_size)]; or one for all where there is one group.
+        packed: uint8 [ceil(N/64), ceil(K/64), 4096] from :func:`quantkit.ops.pack_w8_mma`.
+        scale: float32 [N] or [N, 1] for one group, else [ceil(N/64), ceil(K/group_size), 64] from
+            :func:`quantkit.ops.pack_w4a16_table`.
+        bias: float32, float16 or bfloat16 [N], or None.
+        counters: int32 from :func:`quantkit.ops.new_w4a16_counters`; zero again on return.
+        n: N, rows of the weight.
+        group_size: K or -1 for one group a row; float8_e4m3fn also takes multiples of 64.
+        out_dtype: torch.float32, torch.float16 or torch.bfloat16.
+
+    Returns:
+        [..., N]. A row has the same bits whatever the other rows are, among calls with up to 32
+        rows and among calls with more.
+    """
+    require_cuda_kernel("w8a8_mma_linear", xq)
+    code = schema.dtype_code(out_dtype)
+    return _ops.w8a8_mma_linear.default(
+        xq, x_scale, packed, scale, bias, counters, n, group_size, code
+    )
