@@ -4,9 +4,10 @@
 // Ladder, built but not timed on a GPU yet (benchmarks/gpu_session.sh):
 //   1. fp32 on the CUDA cores, for up to 16 rows of x: weight_only.cuh.
 //   2. The frame of w4a16.cuh with 32 bytes of codes a lane, tile and slab (this file). CUDA 13.0,
-//      sm_80 and sm_90a, bf16: LDG.E.NA.128.CONSTANT for the codes, LDG.E.128 for x, no spills, few
-//      rows 88 to 128 registers, many rows 156 to 255. 128 rows of x a block with two groups a slab
-//      spilled on sm_80: not instantiated. Four tiles a warp would leave no slab in flight.
+//      sm_80, 86, 89 and 90a: LDG.E.NA.128.CONSTANT for the codes, LDG.E.128 for x, few rows 86 to
+//      128 registers, many rows 156 to 254, no spills but 64 bytes of stack in one kernel: FP8
+//      codes, fp16, 128 rows, on sm_90a. 128 rows of x a block with two groups a slab spilled on
+//      sm_80: not instantiated. Four tiles a warp would leave no slab in flight.
 //
 // Sums: as in w4a16.cuh.
 #pragma once
