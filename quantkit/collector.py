@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from quantkit import numerics
 from quantkit.algorithms import SOLVERS, Stats
-from quantkit.observers import HessianAccumulator, Observer, make_observer
+from quantkit.input_range import InputRange, choose_range, sample_tokens
+from quantkit.observers import Candidates, HessianAccumulator
 from quantkit.plan import PlannedLayer
 from quantkit.quantize import QuantizedLayer, quantize_group
 from quantkit.recipe import Step
@@ -32,22 +33,20 @@ class Collector:
 
     def __init__(self, members: Sequence[PlannedLayer], observer: Step) -> None:
         self.members = members
-        self.range: Observer | None = None
         self.sample: Tensor | None = None
         self.tokens = 0
-        columns = members[0].shape[1]
-        #: By the dynamic spec that quantizes the input; None for the input as it is.
-        self.hessians = {
-            _dynamic(layer): HessianAccumulator(columns)
-            for layer in members
-            if SOLVERS[layer.solver].needs_hessian
-        }
-        #: Likewise, where a solver compares its input with the unquantized model's.
-        self.drifts = {
-            _dynamic(layer): torch.zeros(columns, columns) for layer in members if layer.needs_drift
-        }
+        #: By the spec that quantizes the input; None for the input as it is.
+        self.moments = {layer.scheme.input: _Moments(layer.shape[1]) for layer in members}
+        for layer in members:
+            moments = self.moments[layer.scheme.input]
+            moments.needs_hessian |= SOLVERS[layer.solver].needs_hessian
+            moments.needs_drift |= layer.needs_drift
+        self.candidates: Candidates | None = None
         if any(layer.scheme.needs_static_input for layer in members):
-            self.range = make_observer(observer.name, observer.options)
+            self.candidates = Candidates.of(observer.name, observer.options)
+        #: A static scale is known only behind the last batch: then these are gone through again.
+        #: They cost nothing, as the paused passes hold them in any case.
+        self.held: list[tuple[Tensor, Tensor | None]] = []
 
     def update(self, x: Tensor, unquantized: Tensor | None = None) -> None:
         """Take in one batch ``[..., K]``.
@@ -60,16 +59,12 @@ class Collector:
         if self.sample is None and len(x):
             self.sample = x[:SAMPLE_TOKENS].clone()
         self.tokens += len(x)
-        for spec, hessian in self.hessians.items():
-            # Rounding is judged on what the layer will really multiply with.
-            hessian.update(_as_multiplied(x, spec))
-        for spec, drift in self.drifts.items():
-            assert unquantized is not None
-            real = _as_multiplied(x, spec).float()
-            apart = unquantized.reshape(x.shape).float() - real
-            drift.addmm_(apart.t().to(drift.device), real.to(drift.device))
-        if self.range is not None:
-            self.range.update(x)
+        for spec, moments in self.moments.items():
+            if spec is None or spec.dynamic:
+                moments.update(_as_multiplied(x, spec), unquantized)
+        if self.candidates is not None:
+            self.candidates.update(x)
+            self.held.append((x, unquantized))
 
     def solve(self, linears: Mapping[str, nn.Linear]) -> dict[str, QuantizedLayer]:
         """Quantize the group. See `quantkit.quantize.quantize_group`.
@@ -82,27 +77,58 @@ class Collector:
             alike.setdefault(layer.scheme.input, []).append(layer)
         solved: dict[str, QuantizedLayer] = {}
         for spec, layers in alike.items():
-            hessian = self.hessians.get(_dynamic(layers[0]))
-            drift = self.drifts.get(_dynamic(layers[0]))
-            stats = Stats(
-                None if hessian is None else hessian.value(),
-                self.tokens,
-                None if drift is None else drift / max(self.tokens, 1),
-            )
-            input_range = None
-            if self.range is not None and spec is not None and not spec.dynamic:
-                input_range = self.range.range(spec)
             weights = {layer.name: linears[layer.name].weight for layer in layers}
-            solved |= quantize_group(layers, weights, stats, input_range, self.sample)
+            moments = self.moments[spec]
+            found = None
+            if spec is not None and not spec.dynamic:
+                found = self._range(spec, list(weights.values()))
+                scale = found.scale(spec, next(iter(weights.values())).dtype)
+                for x, unquantized in self.held:
+                    moments.update(_as_multiplied(x, spec, scale), unquantized)
+            stats = Stats(moments.hessian_value(), self.tokens, moments.drift_value())
+            solved |= quantize_group(layers, weights, stats, found, self.sample)
         return solved
 
+    def _range(self, spec: QuantSpec, weights: Sequence[Tensor]) -> InputRange:
+        assert self.candidates is not None
+        ranges = self.candidates.ranges(spec)
+        sample = sample_tokens([x for x, _ in self.held])
+        return choose_range(ranges, sample, weights, spec)
 
-def _as_multiplied(x: Tensor, spec: QuantSpec | None) -> Tensor:
-    return x if spec is None else numerics.fake_quantize_input(x, spec)
+
+class _Moments:
+    """Second moments of what some layers multiply with."""
+
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
+        self.needs_hessian = self.needs_drift = False
+        self.tokens = 0
+        self.hessian: HessianAccumulator | None = None
+        self.drift: Tensor | None = None
+
+    def update(self, x: Tensor, unquantized: Tensor | None) -> None:
+        """Add tokens ``[tokens, K]``: rounding is judged on what a layer really multiplies with."""
+        self.tokens += len(x)
+        if self.needs_hessian:
+            if self.hessian is None:
+                self.hessian = HessianAccumulator(self.columns)
+            self.hessian.update(x)
+        if self.needs_drift:
+            assert unquantized is not None
+            if self.drift is None:
+                self.drift = torch.zeros(self.columns, self.columns)
+            real = x.float()
+            apart = unquantized.reshape(x.shape).float() - real
+            self.drift.addmm_(apart.t().to(self.drift.device), real.to(self.drift.device))
+
+    def hessian_value(self) -> Tensor | None:
+        return None if self.hessian is None else self.hessian.value()
+
+    def drift_value(self) -> Tensor | None:
+        return None if self.drift is None else self.drift / max(self.tokens, 1)
 
 
-def _dynamic(layer: PlannedLayer) -> QuantSpec | None:
-    """The spec of a layer's dynamic activations. A static scale is not known before the last
-    batch, so static activations are observed as they are."""
-    spec = layer.scheme.input
-    return spec if spec is not None and spec.dynamic else None
+def _as_multiplied(x: Tensor, spec: QuantSpec | None, scale: Tensor | None = None) -> Tensor:
+    if spec is None:
+        return x
+    return numerics.fake_quantize_input(x, spec, None if scale is None else scale.to(x.device))

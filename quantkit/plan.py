@@ -15,6 +15,7 @@ from quantkit import model as models
 from quantkit.algorithms import RESCALERS, SOLVERS, Rescaler, Solver
 from quantkit.errors import UsageError
 from quantkit.folding import Fold, find_folds
+from quantkit.observers import Candidates
 from quantkit.recipe import Recipe, Step
 from quantkit.schemes import Granularity, Scheme
 
@@ -201,6 +202,8 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
         )
     if not layers:
         raise UsageError("the recipe keeps every layer: nothing to quantize")
+    # Refused before any work, not at the first static layer.
+    Candidates.of(recipe.calibrate.observer.name, recipe.calibrate.observer.options)
     folds, unscaled = _plan_folds(model, layers)
     scaled = {name: fold.steps for fold in folds for name in fold.consumers}
     layers = [replace(layer, rescalers=scaled.get(layer.name, ())) for layer in layers]

@@ -18,6 +18,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.input_range import InputRange
 from quantkit.numerics import QTensor
 from quantkit.plan import PlannedLayer
 from quantkit.quantize import QuantizedLayer
@@ -88,6 +90,8 @@ class WorkFolder:
             if layer.input_scale is not None:
                 tensors[f"{name}:input_scale"] = layer.input_scale
             facts[name] = {"weight_error": layer.weight_error, "output_error": layer.output_error}
+            if layer.input_range is not None:
+                facts[name]["input_range"] = asdict(layer.input_range)
         stem = self._stem(index)
         _write_tensors(tensors, stem.with_suffix(".safetensors"))
         write_json(stem.with_suffix(".json"), facts)
@@ -120,7 +124,7 @@ class WorkFolder:
             name: QuantizedLayer(
                 QTensor.from_tensors(parts[name], layer.scheme.weight),
                 parts[name].get("input_scale"),
-                **facts[name],
+                **{**facts[name], "input_range": _input_range(facts[name])},
             )
             for name, layer in planned.items()
         }
@@ -140,6 +144,11 @@ class WorkFolder:
 
     def _stem(self, index: int) -> Path:
         return self.path / "blocks" / f"{index:04d}"
+
+
+def _input_range(facts: Mapping[str, Any]) -> InputRange | None:
+    found = facts.get("input_range")
+    return None if found is None else InputRange(**found)
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

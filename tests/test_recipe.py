@@ -9,7 +9,7 @@ import pytest
 
 from quantkit.algorithms import KNOWN
 from quantkit.errors import UsageError
-from quantkit.observers import OBSERVER_OPTIONS, make_observer
+from quantkit.observers import OBSERVER_OPTIONS, Candidates
 from quantkit.recipe import (
     KV_CACHES,
     Calibration,
@@ -315,7 +315,7 @@ def test_installed_recipes_load_by_name(name: str) -> None:
     assert (recipe.calibrate.samples, recipe.calibrate.seq_len) == (128, 512)
     assert recipe.suites == ("support_intent",)
     assert set(recipe.gate) == {"kl.mean", "support_intent.acc", "size.ratio"}
-    make_observer(recipe.calibrate.observer.name, recipe.calibrate.observer.options)
+    Candidates.of(recipe.calibrate.observer.name, recipe.calibrate.observer.options)
 
 
 def test_every_scheme_family_has_a_recipe() -> None:

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,7 @@ def write_checkpoint(
                     ),
                     "weight_error": layers[layer.name].weight_error,
                     "output_error": layers[layer.name].output_error,
+                    **_range_facts(layers[layer.name]),
                 }
                 for layer in plan.layers
             },
@@ -121,6 +123,11 @@ def write_checkpoint(
         }
         write_manifest(folder, manifest)
     return manifest
+
+
+def _range_facts(layer: QuantizedLayer) -> dict[str, Any]:
+    """The range behind a static input scale, and the errors of all that were tried."""
+    return {} if layer.input_range is None else {"input_range": asdict(layer.input_range)}
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -20,6 +20,22 @@ _SIBLINGS = (".rejected", ".run")
 
 
 @dataclass(frozen=True)
+class InputRange:
+    """The range behind a static activation scale.
+
+    Attributes:
+        observer: label of the observer that found it.
+        low, high: in units of the input.
+        errors: label → output error of every candidate.
+    """
+
+    observer: str
+    low: float
+    high: float
+    errors: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Layer:
     """One quantized layer of the manifest.
 
@@ -32,6 +48,7 @@ class Layer:
         bits: stored bits per weight, scales included.
         weight_error: ‖W − Ŵ‖ / ‖W‖.
         output_error: the same of the layer's outputs on calibration data, if there was any.
+        input_range: of a static activation scale, or None.
     """
 
     name: str
@@ -44,6 +61,7 @@ class Layer:
     bits: float
     weight_error: float | None
     output_error: float | None
+    input_range: InputRange | None = None
 
 
 @dataclass(frozen=True)
@@ -204,12 +222,20 @@ def _layers(table: Mapping[str, Any]) -> tuple[Layer, ...]:
                 bits=_number(facts["bits"]),
                 weight_error=_optional(facts.get("weight_error")),
                 output_error=_optional(facts.get("output_error")),
+                input_range=_input_range(facts.get("input_range")),
             )
         )
     outside = max((x.block for x in layers if x.block is not None), default=0) + 1
     return tuple(
         sorted(layers, key=lambda x: (outside if x.block is None else x.block, kind_key(x.kind)))
     )
+
+
+def _input_range(facts: Mapping[str, Any] | None) -> InputRange | None:
+    if facts is None:
+        return None
+    errors = {str(label): _number(error) for label, error in facts["errors"].items()}
+    return InputRange(str(facts["observer"]), _number(facts["low"]), _number(facts["high"]), errors)
 
 
 def split_name(name: str) -> tuple[int | None, str]:
