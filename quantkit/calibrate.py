@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from quantkit.algorithms import Stats
 from quantkit.collector import Collector
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.folding import apply_scales
+from quantkit.kv_cache import BlockCache, CacheEntry, CacheRange, quantized_caches
 from quantkit.paused import Spine, head_input, run_paused, trace_groups
 from quantkit.plan import Plan, PlannedLayer
 from quantkit.progress import Progress, silent
@@ -90,7 +91,7 @@ def calibrate(
     with torch.no_grad():
         loop = _Loop(source, plan, spine, cut_batches(ids), observer, blocks, release, progress)
         layers, probe = loop.run()
-    return Calibrated(layers, probe, loop.solve_seconds)
+    return Calibrated(layers, probe, loop.solve_seconds, loop.caches)
 
 
 def cut_batches(ids: Tensor | None) -> list[Tensor]:
@@ -124,11 +125,13 @@ class Calibrated:
         probe: for checking a reload.
         solve_seconds: time in solvers; the rest of the loop's time is forward passes and
             statistics.
+        caches: ranges of keys and values by attention module, where they are quantized.
     """
 
     layers: dict[str, QuantizedLayer]
     probe: Probe
     solve_seconds: float
+    caches: Mapping[str, CacheRange] = field(default_factory=dict)
 
 
 class _Loop:
@@ -160,6 +163,8 @@ class _Loop:
         self.solve_seconds = 0.0
         # Hidden states of the unquantized model, where a solver compares with them.
         self.exact: list[Tensor] = []
+        self.attentions = {name: source.model.get_submodule(name) for name in plan.caches}
+        self.caches: dict[str, CacheRange] = {}
 
     def run(self) -> tuple[dict[str, QuantizedLayer], Probe]:
         results: dict[str, QuantizedLayer] = {}
@@ -174,9 +179,14 @@ class _Loop:
             if saved is not None:
                 self.exact = [run() for run in self.spine.calls(index, self.exact)]
                 self._install(saved)
+                if self.plan.kv is not None:
+                    self.caches |= self.work.load_caches(index, self.plan.kv)
                 hidden = self._propagate(index, layers, saved, hidden)
             elif hidden:
                 block, hidden = self._solve_block(index, layers, hidden)
+                if self.plan.kv is not None:
+                    found = {name: self.caches[name] for name in self.plan.caches_in(index)}
+                    self.work.save_caches(index, found)
                 saved = self.work.save(index, block, layers)
             else:
                 saved = self.work.save(index, self._solve_without_data(layers), layers)
@@ -240,8 +250,13 @@ class _Loop:
         by_leader = {group[0]: group for group in groups}
         collectors: dict[str, Collector] = {}
         results: dict[str, QuantizedLayer] = {}
+        cache = BlockCache(self.plan.caches_in(index), self.plan.kv, self.observer)
 
         def observe(index: int, leader: str, x: Tensor) -> None:
+            if leader in cache.sides:
+                if index % streams == streams - 1:
+                    cache.observe(leader, x)
+                return
             batch = index // streams
             if index % streams != streams - 1:
                 exact_inputs[batch, leader] = x
@@ -258,6 +273,9 @@ class _Loop:
             collectors[leader].update(x, exact)
 
         def solve(leader: str) -> None:
+            if leader in cache.sides:
+                cache.solve(leader, self.model.dtype)
+                return
             began = time.monotonic()
             solved = collectors.pop(leader).solve(self.linears)
             self.solve_seconds += time.monotonic() - began
@@ -280,10 +298,15 @@ class _Loop:
         if self.exact:
             exact = [unquantized(run) for run in self.spine.calls(index, self.exact)]
             runs = [run for pair in zip(exact, runs, strict=True) for run in pair]
-        leaders = [(group[0], self.linears[group[0]]) for group in groups]
+        leaders = [*cache.sides.items(), *((g[0], self.linears[g[0]]) for g in groups)]
         planned = {name: self.linears[name] for name in (layers if self.exact else ())}
-        with quantized_inputs(self.linears, layers, results), original_weights(planned):
+        with (
+            quantized_inputs(self.linears, layers, results),
+            original_weights(planned),
+            quantized_caches(self.attentions, cache.entries),
+        ):
             run_paused(runs, leaders, observe, solve, finished)
+        self.caches |= cache.found()
         return results, [out for out in outputs if out is not None]
 
     def _propagate(
@@ -294,7 +317,13 @@ class _Loop:
         hidden: list[Tensor],
     ) -> list[Tensor]:
         outputs = []
-        with quantized_inputs(self.linears, layers, saved):
+        dtype = self.model.dtype
+        ranges = {name: self.caches[name] for name in self.plan.caches_in(index)}
+        entries = {name: CacheEntry(x.spec, x.scales(dtype)) for name, x in ranges.items()}
+        with (
+            quantized_inputs(self.linears, layers, saved),
+            quantized_caches(self.attentions, entries),
+        ):
             for run in self.spine.calls(index, hidden):
                 outputs.append(run())
                 self._advance(f"block {index + 1}/{self.plan.blocks} (resumed)")

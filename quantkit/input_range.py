@@ -11,9 +11,11 @@ from torch import Tensor
 from quantkit import numerics
 from quantkit.schemes import QuantSpec
 
-#: Tokens that errors are measured on: the largest ones, each counted once, and as many of the
-#: others, spread evenly, each standing for its share of them.
+#: Most tokens that errors are measured on: of the largest ones, and of the others, spread evenly.
 LARGEST, SPREAD = 32, 256
+
+#: A token is one of the largest if its largest magnitude is at least this share of all tokens'.
+NEAR_LARGEST = 0.25
 
 
 @dataclass(frozen=True)
@@ -39,35 +41,30 @@ class InputRange:
 
 @dataclass(frozen=True)
 class TokenSample:
-    """Tokens of one input: ``x [T, K]`` in the model's dtype, and how many calibration tokens
-    each stands for, fp32 ``[T]``."""
+    """Tokens of one input, in the model's dtype: the ``largest`` ones ``[A, K]``, A ≥ 1, and
+    ``others`` ``[B, K]``."""
 
-    x: Tensor
-    counts: Tensor
+    largest: Tensor
+    others: Tensor
 
 
 def sample_tokens(
     inputs: Sequence[Tensor], largest: int = LARGEST, spread: int = SPREAD
 ) -> TokenSample:
-    """A stratified sample of an input's tokens.
-
-    Which range is right depends on a few tokens with huge values, such as a text's first, as
-    much as on all the others together; a plain sample would miss them, or count them too often.
+    """The tokens of an input that a range must serve: some with the largest values, and others.
 
     Args:
         inputs: the batches, ``[tokens, K]`` each.
-        largest: tokens of the largest magnitude that are taken.
-        spread: how many of the others.
+        largest: how many of the largest ones are taken, at most.
+        spread: how many of the others, at most.
     """
     magnitudes = torch.cat([x.abs().amax(-1).float() for x in inputs])
     order = torch.argsort(magnitudes, descending=True, stable=True)
-    top, rest = order[:largest], order[largest:].sort().values
+    near = int((magnitudes >= NEAR_LARGEST * magnitudes.max()).sum())
+    rest = order[near:].sort().values
     if len(rest) > spread:
         rest = rest[torch.arange(spread, device=rest.device) * len(rest) // spread]
-    others = len(magnitudes) - len(top)
-    counts = torch.ones(len(top) + len(rest))
-    counts[len(top) :] = others / max(len(rest), 1)
-    return TokenSample(_gather(inputs, torch.cat([top, rest])), counts)
+    return TokenSample(_gather(inputs, order[: min(near, largest)]), _gather(inputs, rest))
 
 
 def output_errors(
@@ -78,10 +75,12 @@ def output_errors(
 ) -> list[float]:
     """What quantizing an input at each of these scales costs the layers that read it.
 
-    For inputs x with outputs y = x Wᵀ and what quantized inputs make of them, ŷ: the mean over
-    tokens of ‖ŷ − y‖² / ‖y‖², at most 1 a token. Relative, because what follows norms the
-    residual stream: a token of huge values is no more important than another. Capped, because
-    a token that is lost is lost.
+    For inputs x with outputs y = x Wᵀ and what quantized inputs make of them, ŷ, a token's error
+    is ‖ŷ − y‖² / ‖y‖², at most 1: relative, because a norm follows in the residual stream. The
+    result is the larger of two means, over the largest tokens and over the others. Tokens with
+    huge values are few, a text's first among them, but they are the attention sinks that all
+    others read (Sun et al., "Massive Activations in Large Language Models", arXiv 2402.17762):
+    a mean over all tokens would give them up first.
 
     Args:
         scales: ``[1]`` each, the model's dtype.
@@ -90,14 +89,15 @@ def output_errors(
         spec: of the quantized input.
     """
     energy = _output_energy(weights)
-    exact = energy(sample.x.float())
-    counts = sample.counts.to(exact.device) / sample.counts.sum().to(exact.device)
-    found = []
-    for scale in scales:
-        rounded = numerics.fake_quantize_input(sample.x, spec, scale)
-        error = energy(rounded.float() - sample.x.float())
-        relative = torch.where(error > 0, error / exact, 0.0).clamp(max=1.0)
-        found.append(float((relative.double() * counts.double()).sum()))
+    found = [0.0] * len(scales)
+    for x in (sample.largest, sample.others):
+        exact = energy(x.float())
+        for i, scale in enumerate(scales):
+            rounded = numerics.fake_quantize_input(x, spec, scale)
+            error = energy(rounded.float() - x.float())
+            relative = torch.where(error > 0, error / exact, 0.0).clamp(max=1.0)
+            if len(x):
+                found[i] = max(found[i], float(relative.double().mean()))
     return found
 
 
@@ -116,7 +116,9 @@ def choose_range(
     found = {
         label: InputRange(label, float(low), float(high)) for label, (low, high) in ranges.items()
     }
-    scales = [each.scale(spec, weights[0].dtype).to(sample.x.device) for each in found.values()]
+    scales = [
+        each.scale(spec, weights[0].dtype).to(sample.largest.device) for each in found.values()
+    ]
     measured = output_errors(scales, sample, weights, spec)
     errors = dict(zip(found, measured, strict=True))
     best = found[min(errors, key=errors.__getitem__)]

@@ -67,7 +67,9 @@ def _execute(prepared: Prepared, reporter: Reporter) -> Outcomes:
     seconds["calibrate"] = round(time.monotonic() - began - calibrated.solve_seconds, 3)
     began = time.monotonic()
     try:
-        manifest = write_checkpoint(staging, source, plan, calibrated.layers, _provenance(prepared))
+        manifest = write_checkpoint(
+            staging, source, plan, calibrated.layers, _provenance(prepared), calibrated.caches
+        )
         outcomes = _judge(prepared, staging, manifest, calibrated.probe, seconds, began, reporter)
     except BaseException:
         # What failed a check is worth nothing; the finished blocks stay, for --resume.

@@ -5,6 +5,7 @@
     WORK/state.json               digests of what the run was begun with
     WORK/blocks/0007.scales       what block 7's producers were divided by, if they were
                                   (safetensors)
+    WORK/blocks/0007.cache.json   the ranges of its keys and values, if they are quantized
     WORK/blocks/0007.safetensors  codes, scales and zero points of block 7's layers
     WORK/blocks/0007.json         their errors; written last, so its presence means that the
                                   block is whole
@@ -27,10 +28,12 @@ from torch import Tensor
 
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.input_range import InputRange
+from quantkit.kv_cache import CacheRange
 from quantkit.numerics import QTensor
 from quantkit.plan import PlannedLayer
 from quantkit.quantize import QuantizedLayer
 from quantkit.results import read_json, write_json
+from quantkit.schemes import QuantSpec
 
 #: Block index under which layers outside of the decoder (the head) are stored.
 HEAD = -1
@@ -127,6 +130,22 @@ class WorkFolder:
                 **{**facts[name], "input_range": _input_range(facts[name])},
             )
             for name, layer in planned.items()
+        }
+
+    def save_caches(self, index: int, caches: Mapping[str, CacheRange]) -> None:
+        """Write the ranges of a block's keys and values, by the attention module's name."""
+        facts = {
+            name: {"keys": asdict(found.keys), "values": asdict(found.values)}
+            for name, found in caches.items()
+        }
+        write_json(self._stem(index).with_suffix(".cache.json"), facts)
+
+    def load_caches(self, index: int, spec: QuantSpec) -> dict[str, CacheRange]:
+        """What `save_caches` wrote before the block was finished."""
+        facts = read_json(self._stem(index).with_suffix(".cache.json"))
+        return {
+            name: CacheRange(spec, InputRange(**x["keys"]), InputRange(**x["values"]))
+            for name, x in facts.items()
         }
 
     def save_scales(self, index: int, scales: Mapping[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ LAYERS = (
     {"numerics", "packing", "ops"},
     {"observers", "algorithms", "layers"},
     {
-        "input_range",
+        *("input_range", "kv_cache"),
         *("data", "model", "folding", "plan", "paused", "quantize", "reference", "collector"),
         *("rescale", "work", "calibrate"),
         "checkpoint",

@@ -170,7 +170,10 @@ MISTAKES = [
         "scheme: w8a8\nrules:\n  - {match: a, scheme: keep, algorithm: rtn}",
         "r.yaml:3 scheme: keep takes no algorithm; drop the key",
     ),
-    ("scheme: w8a8\nkv_cache: int8", "r.yaml:2 kv_cache: 'int8' is not supported; known: fp8"),
+    (
+        "scheme: w8a8\nkv_cache: int4",
+        "r.yaml:2 kv_cache: 'int4' is not supported; known: fp8, int8",
+    ),
     (
         "scheme: w8a8\ncalibrate: {samples: many}",
         "r.yaml:2 samples: 'many' is not a whole number",

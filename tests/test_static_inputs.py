@@ -55,7 +55,7 @@ def test_a_run_records_which_observer_won(
         assert layers[block + group[0]]["input_range"] == layers[block + group[1]]["input_range"]
     capfd.readouterr()
     assert run(["inspect", str(out)]) == 0
-    assert "static input" in capfd.readouterr().out
+    assert "static range of" in capfd.readouterr().out
     page = tmp_path / "report.html"
     assert run(["report", str(out), "-o", str(page)]) == 0
     assert "Ranges of 8 inputs" in page.read_text()

@@ -54,7 +54,7 @@ def _show(manifest: dict[str, Any]) -> None:
             _percent(layer["output_error"]),
         )
     console.print(table)
-    _show_ranges(console, manifest["layers"])
+    _show_ranges(console, manifest)
     recipe = manifest.get("recipe", {})
     typer.echo(f"kept              {', '.join(manifest['kept']) or 'none'}")
     typer.echo(
@@ -80,16 +80,20 @@ def _show(manifest: dict[str, Any]) -> None:
     typer.echo(f"verdict           {verdict['outcome'] if verdict else 'not gated'}")
 
 
-def _show_ranges(console: Console, layers: dict[str, Any]) -> None:
-    """The range of each static input, the observer it is from, and the error it was chosen by."""
+def _show_ranges(console: Console, manifest: dict[str, Any]) -> None:
+    """The range of each static input, and of keys and values; the observer it is from, and the
+    error it was chosen by."""
     from rich.table import Table
 
+    layers, caches = manifest["layers"], manifest.get("kv_cache", {}).get("ranges", {})
     static = {name: x["input_range"] for name, x in layers.items() if "input_range" in x}
+    for name, sides in caches.items():
+        static |= {f"{name}.k_scale": sides["keys"], f"{name}.v_scale": sides["values"]}
     if not static:
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("static input of", "observer"):
-        table.add_column(title)
+    table.add_column("static range of", no_wrap=True)
+    table.add_column("observer")
     for title in ("low", "high", "error", "worst candidate"):
         table.add_column(title, justify="right")
     for name, found in static.items():

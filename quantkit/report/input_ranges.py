@@ -10,7 +10,9 @@ from quantkit.report.run_folder import InputRange, Layer
 from quantkit.report.words import percent
 
 
-def input_ranges(found: Sequence[Layer]) -> dict[str, Any] | None:
+def input_ranges(
+    found: Sequence[Layer], caches: Sequence[tuple[str, InputRange]] = ()
+) -> dict[str, Any] | None:
     """The template's ``input_ranges``: a row an input, or None without static scales."""
     # Layers of a block that read one input have one range.
     shared: list[tuple[list[str], InputRange]] = []
@@ -25,6 +27,7 @@ def input_ranges(found: Sequence[Layer]) -> dict[str, Any] | None:
         else:
             at[key] = len(shared)
             shared.append(([layer.name], chosen))
+    shared += [([name], chosen) for name, chosen in caches]
     if not shared:
         return None
     counts = Counter(chosen.observer for _, chosen in shared)

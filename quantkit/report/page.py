@@ -38,7 +38,7 @@ def render(run: Run) -> str:
         key_numbers=sections.key_numbers(run),
         gates=sections.gates(run.verdict),
         layers=layers(run.layers),
-        input_ranges=input_ranges(run.layers),
+        input_ranges=input_ranges(run.layers, run.caches),
         text=sections.text(run.candidate),
         tasks=sections.tasks(run),
         flips=sections.flips(run.flips),

@@ -87,7 +87,10 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a run left. ``verdict`` and both results are None when it was not gated."""
+    """Everything a run left. ``verdict`` and both results are None when it was not gated.
+
+    ``caches`` are the ranges of quantized keys and values by the name of their scale.
+    """
 
     model: str
     output: str
@@ -112,6 +115,7 @@ class Run:
     candidate: Results | None = None
     baseline: Results | None = None
     flips: tuple[Flip, ...] = ()
+    caches: tuple[tuple[str, InputRange], ...] = ()
 
 
 def find_run(path: str | Path) -> Path:
@@ -193,6 +197,7 @@ def _facts(document: Any) -> dict[str, Any]:
         "source_bytes": _count(manifest["source_bytes"]),
         "bits_per_weight": _number(manifest["bits_per_weight"]),
         "layers": _layers(manifest["layers"]),
+        "caches": _caches(manifest.get("kv_cache")),
         "kept": tuple(str(name) for name in manifest.get("kept", ())),
         "calibration": _calibration(manifest.get("data")),
         "seconds": {str(k): _number(v) for k, v in document.get("seconds", {}).items()},
@@ -229,6 +234,17 @@ def _layers(table: Mapping[str, Any]) -> tuple[Layer, ...]:
     return tuple(
         sorted(layers, key=lambda x: (outside if x.block is None else x.block, kind_key(x.kind)))
     )
+
+
+def _caches(facts: Mapping[str, Any] | None) -> tuple[tuple[str, InputRange], ...]:
+    """In the model's order (JSON sorts block 10 before block 2)."""
+    found = []
+    for name, sides in (facts or {"ranges": {}})["ranges"].items():
+        for scale, side in (("k_scale", "keys"), ("v_scale", "values")):
+            chosen = _input_range(sides[side])
+            assert chosen is not None
+            found.append((f"{name}.{scale}", chosen))
+    return tuple(sorted(found, key=lambda x: (split_name(x[0])[0] or 0, x[0])))
 
 
 def _input_range(facts: Mapping[str, Any] | None) -> InputRange | None:
