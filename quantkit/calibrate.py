@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from quantkit.distill import Distilled, Teacher, distill
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.fisher import squared_gradients, token_weights
 from quantkit.folding import apply_scales
+from quantkit.kv_cache import BlockCache, CacheEntry, CacheRange, quantized_caches
 from quantkit.paused import Spine, head_input, run_paused, trace_groups
 from quantkit.plan import Plan, PlannedLayer
 from quantkit.progress import Progress, silent
@@ -92,7 +94,7 @@ def calibrate(
     with torch.no_grad():
         loop = _Loop(source, plan, spine, cut_batches(ids), observer, blocks, release, progress)
         layers, probe, distilled = loop.run()
-    return Calibrated(layers, probe, loop.solve_seconds, distilled)
+    return Calibrated(layers, probe, loop.solve_seconds, distilled, loop.caches)
 
 
 def cut_batches(ids: Tensor | None) -> list[Tensor]:
@@ -127,12 +129,14 @@ class Calibrated:
         solve_seconds: time in solvers; the rest of the loop's time is forward passes and
             statistics.
         distilled: what training the whole model came to, where the recipe asks for it.
+        caches: ranges of keys and values by attention module, where they are quantized.
     """
 
     layers: dict[str, QuantizedLayer]
     probe: Probe
     solve_seconds: float
     distilled: Distilled | None = None
+    caches: Mapping[str, CacheRange] = field(default_factory=dict)
 
 
 class _Loop:
@@ -169,6 +173,8 @@ class _Loop:
         self.exact: list[Tensor] = []
         # What tokens count in a layer's Hessian, where its solver does not take them alike.
         self.weights: Mapping[str, Tensor] = EQUAL
+        self.attentions = {name: source.model.get_submodule(name) for name in plan.caches}
+        self.caches: dict[str, CacheRange] = {}
 
     def run(self) -> tuple[dict[str, QuantizedLayer], Probe, Distilled | None]:
         results: dict[str, QuantizedLayer] = {}
@@ -186,9 +192,14 @@ class _Loop:
             if saved is not None:
                 self.exact = [run() for run in self.spine.calls(index, self.exact)]
                 self._install(saved)
+                if self.plan.kv is not None:
+                    self.caches |= self.work.load_caches(index, self.plan.kv)
                 hidden = self._propagate(index, layers, saved, hidden)
             elif hidden:
                 block, hidden = self._solve_block(index, layers, hidden)
+                if self.plan.kv is not None:
+                    found = {name: self.caches[name] for name in self.plan.caches_in(index)}
+                    self.work.save_caches(index, found)
                 saved = self.work.save(index, block, layers)
             else:
                 saved = self.work.save(index, self._solve_without_data(layers), layers)
@@ -220,7 +231,7 @@ class _Loop:
             generator = torch.Generator().manual_seed(0)
             ids = torch.randint(0, vocabulary, (1, 64), generator=generator)
         planned = {layer.name: layer for layer in self.plan.layers}
-        with quantized_inputs(self.linears, planned, results):
+        with quantized_inputs(self.linears, planned, results), self._quantized_caches():
             return Probe(ids, head_input(self.model, ids))
 
     def _token_weights(self) -> dict[str, Tensor]:
@@ -244,7 +255,18 @@ class _Loop:
 
     def _distill(self, results: Mapping[str, QuantizedLayer], teacher: Teacher) -> Distilled:
         ids = torch.cat(list(self.batches))
-        return distill(self.model, self.plan, results, ids, teacher, self.work, self._advance)
+        with self._quantized_caches():
+            return distill(self.model, self.plan, results, ids, teacher, self.work, self._advance)
+
+    def _quantized_caches(self, index: int | None = None) -> AbstractContextManager[None]:
+        """While active, keys and values are rounded by the ranges that were found: one block's, or
+        all."""
+        names = self.plan.caches if index is None else self.plan.caches_in(index)
+        entries = {
+            name: CacheEntry(self.caches[name].spec, self.caches[name].scales(self.model.dtype))
+            for name in names
+        }
+        return quantized_caches(self.attentions, entries)
 
     def _rescale(
         self, index: int, layers: Mapping[str, PlannedLayer], hidden: list[Tensor]
@@ -281,8 +303,13 @@ class _Loop:
         by_leader = {group[0]: group for group in groups}
         collectors: dict[str, Collector] = {}
         results: dict[str, QuantizedLayer] = {}
+        cache = BlockCache(self.plan.caches_in(index), self.plan.kv, self.observer)
 
         def observe(index: int, leader: str, x: Tensor) -> None:
+            if leader in cache.sides:
+                if index % streams == streams - 1:
+                    cache.observe(leader, x)
+                return
             batch = index // streams
             if index % streams != streams - 1:
                 exact_inputs[batch, leader] = x
@@ -299,6 +326,9 @@ class _Loop:
             collectors[leader].update(x, exact)
 
         def solve(leader: str) -> None:
+            if leader in cache.sides:
+                cache.solve(leader, self.model.dtype)
+                return
             began = time.monotonic()
             solved = collectors.pop(leader).solve(self.linears)
             self.solve_seconds += time.monotonic() - began
@@ -321,10 +351,15 @@ class _Loop:
         if self.exact:
             exact = [unquantized(run) for run in self.spine.calls(index, self.exact)]
             runs = [run for pair in zip(exact, runs, strict=True) for run in pair]
-        leaders = [(group[0], self.linears[group[0]]) for group in groups]
+        leaders = [*cache.sides.items(), *((g[0], self.linears[g[0]]) for g in groups)]
         planned = {name: self.linears[name] for name in (layers if self.exact else ())}
-        with quantized_inputs(self.linears, layers, results), original_weights(planned):
+        with (
+            quantized_inputs(self.linears, layers, results),
+            original_weights(planned),
+            quantized_caches(self.attentions, cache.entries),
+        ):
             run_paused(runs, leaders, observe, solve, finished)
+        self.caches |= cache.found()
         return results, [out for out in outputs if out is not None]
 
     def _propagate(
@@ -335,7 +370,7 @@ class _Loop:
         hidden: list[Tensor],
     ) -> list[Tensor]:
         outputs = []
-        with quantized_inputs(self.linears, layers, saved):
+        with quantized_inputs(self.linears, layers, saved), self._quantized_caches(index):
             for run in self.spine.calls(index, hidden):
                 outputs.append(run())
                 self._advance(f"block {index + 1}/{self.plan.blocks} (resumed)")

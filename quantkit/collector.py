@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from quantkit import numerics
 from quantkit.algorithms import SOLVERS, Stats
-from quantkit.observers import HessianAccumulator, Observer, make_observer
+from quantkit.input_range import InputRange, choose_range, sample_tokens
+from quantkit.observers import Candidates, HessianAccumulator
 from quantkit.plan import PlannedLayer
 from quantkit.quantize import QuantizedLayer, quantize_group
 from quantkit.recipe import Step
@@ -21,6 +22,10 @@ SAMPLE_TOKENS = 256
 
 #: Every token counts as much as any other.
 EQUAL: Mapping[str, Tensor] = MappingProxyType({})
+
+#: Whose statistics these are: the spec that quantizes the input (None for the input as it is), and
+#: the layer, where its tokens have weights of their own.
+_Key = tuple[QuantSpec | None, str | None]
 
 
 class Collector:
@@ -44,23 +49,22 @@ class Collector:
     ) -> None:
         self.members = members
         self.weights = weights
-        self.range: Observer | None = None
         self.sample: Tensor | None = None
         self.tokens = 0
-        columns = members[0].shape[1]
-        #: By the dynamic spec that quantizes the input (None for the input as it is), and by the
-        #: layer whose tokens are weighted.
-        self.hessians = {
-            self._key(layer): HessianAccumulator(columns)
-            for layer in members
-            if SOLVERS[layer.solver].needs_hessian
-        }
-        #: Likewise, where a solver compares its input with the unquantized model's.
-        self.drifts = {
-            _dynamic(layer): torch.zeros(columns, columns) for layer in members if layer.needs_drift
-        }
+        self.moments: dict[_Key, _Moments] = {}
+        for layer in members:
+            key = self._key(layer)
+            if key not in self.moments:
+                self.moments[key] = _Moments(layer.shape[1], weights.get(layer.name))
+            moments = self.moments[key]
+            moments.needs_hessian |= SOLVERS[layer.solver].needs_hessian
+            moments.needs_drift |= layer.needs_drift
+        self.candidates: Candidates | None = None
         if any(layer.scheme.needs_static_input for layer in members):
-            self.range = make_observer(observer.name, observer.options)
+            self.candidates = Candidates.of(observer.name, observer.options)
+        #: A static scale is known only behind the last batch: then these are gone through again.
+        #: They cost nothing, as the paused passes hold them in any case.
+        self.held: list[tuple[Tensor, Tensor | None]] = []
 
     def update(self, x: Tensor, unquantized: Tensor | None = None) -> None:
         """Take in one batch ``[..., K]``.
@@ -72,21 +76,13 @@ class Collector:
         x = x.reshape(-1, x.shape[-1])
         if self.sample is None and len(x):
             self.sample = x[:SAMPLE_TOKENS].clone()
-        for (spec, name), hessian in self.hessians.items():
-            # Rounding is judged on what the layer will really multiply with.
-            real = _as_multiplied(x, spec)
-            if name is not None:
-                weights = self.weights[name][self.tokens : self.tokens + len(x)]
-                real = real * weights.sqrt().to(real)[:, None]
-            hessian.update(real)
         self.tokens += len(x)
-        for spec, drift in self.drifts.items():
-            assert unquantized is not None
-            real = _as_multiplied(x, spec).float()
-            apart = unquantized.reshape(x.shape).float() - real
-            drift.addmm_(apart.t().to(drift.device), real.to(drift.device))
-        if self.range is not None:
-            self.range.update(x)
+        for (spec, _), moments in self.moments.items():
+            if spec is None or spec.dynamic:
+                moments.update(_as_multiplied(x, spec), unquantized)
+        if self.candidates is not None:
+            self.candidates.update(x)
+            self.held.append((x, unquantized))
 
     def solve(self, linears: Mapping[str, nn.Linear]) -> dict[str, QuantizedLayer]:
         """Quantize the group. See `quantkit.quantize.quantize_group`.
@@ -94,35 +90,81 @@ class Collector:
         Args:
             linears: the model's layers by name.
         """
-        alike: dict[tuple[QuantSpec | None, str | None], list[PlannedLayer]] = {}
+        static = {
+            layer.scheme.input: self._range(layer.scheme.input, linears)
+            for layer in self.members
+            if layer.scheme.input is not None and not layer.scheme.input.dynamic
+        }
+        alike: dict[_Key, list[PlannedLayer]] = {}
         for layer in self.members:
-            alike.setdefault((layer.scheme.input, self._key(layer)[1]), []).append(layer)
+            alike.setdefault(self._key(layer), []).append(layer)
         solved: dict[str, QuantizedLayer] = {}
-        for (spec, _), layers in alike.items():
-            hessian = self.hessians.get(self._key(layers[0]))
-            drift = self.drifts.get(_dynamic(layers[0]))
-            stats = Stats(
-                None if hessian is None else hessian.value(),
-                self.tokens,
-                None if drift is None else drift / max(self.tokens, 1),
-            )
-            input_range = None
-            if self.range is not None and spec is not None and not spec.dynamic:
-                input_range = self.range.range(spec)
+        for (spec, name), layers in alike.items():
             weights = {layer.name: linears[layer.name].weight for layer in layers}
-            solved |= quantize_group(layers, weights, stats, input_range, self.sample)
+            moments = self.moments[spec, name]
+            found = None if spec is None else static.get(spec)
+            if spec is not None and found is not None:
+                scale = found.scale(spec, next(iter(weights.values())).dtype)
+                for x, unquantized in self.held:
+                    moments.update(_as_multiplied(x, spec, scale), unquantized)
+            stats = Stats(moments.hessian_value(), self.tokens, moments.drift_value())
+            solved |= quantize_group(layers, weights, stats, found, self.sample)
         return solved
 
-    def _key(self, layer: PlannedLayer) -> tuple[QuantSpec | None, str | None]:
-        return _dynamic(layer), layer.name if layer.name in self.weights else None
+    def _key(self, layer: PlannedLayer) -> _Key:
+        return layer.scheme.input, layer.name if layer.name in self.weights else None
+
+    def _range(self, spec: QuantSpec, linears: Mapping[str, nn.Linear]) -> InputRange:
+        """One range for all layers of this spec: they share the input, and so its scale."""
+        assert self.candidates is not None
+        weights = [linears[x.name].weight for x in self.members if x.scheme.input == spec]
+        sample = sample_tokens([x for x, _ in self.held])
+        return choose_range(self.candidates.ranges(spec), sample, weights, spec)
 
 
-def _as_multiplied(x: Tensor, spec: QuantSpec | None) -> Tensor:
-    return x if spec is None else numerics.fake_quantize_input(x, spec)
+class _Moments:
+    """Second moments of what some layers multiply with.
+
+    Args:
+        columns: K.
+        weights: what each token counts in the Hessian, fp32 ``[tokens]``; None for all alike.
+    """
+
+    def __init__(self, columns: int, weights: Tensor | None) -> None:
+        self.columns = columns
+        self.weights = weights
+        self.needs_hessian = self.needs_drift = False
+        self.tokens = 0
+        self.hessian: HessianAccumulator | None = None
+        self.drift: Tensor | None = None
+
+    def update(self, x: Tensor, unquantized: Tensor | None) -> None:
+        """Add tokens ``[tokens, K]``: rounding is judged on what a layer really multiplies with."""
+        if self.needs_hessian:
+            if self.hessian is None:
+                self.hessian = HessianAccumulator(self.columns)
+            if self.weights is None:
+                self.hessian.update(x)
+            else:
+                counts = self.weights[self.tokens : self.tokens + len(x)]
+                self.hessian.update(x * counts.sqrt().to(x)[:, None])
+        self.tokens += len(x)
+        if self.needs_drift:
+            assert unquantized is not None
+            if self.drift is None:
+                self.drift = torch.zeros(self.columns, self.columns)
+            real = x.float()
+            apart = unquantized.reshape(x.shape).float() - real
+            self.drift.addmm_(apart.t().to(self.drift.device), real.to(self.drift.device))
+
+    def hessian_value(self) -> Tensor | None:
+        return None if self.hessian is None else self.hessian.value()
+
+    def drift_value(self) -> Tensor | None:
+        return None if self.drift is None else self.drift / max(self.tokens, 1)
 
 
-def _dynamic(layer: PlannedLayer) -> QuantSpec | None:
-    """The spec of a layer's dynamic activations. A static scale is not known before the last
-    batch, so static activations are observed as they are."""
-    spec = layer.scheme.input
-    return spec if spec is not None and spec.dynamic else None
+def _as_multiplied(x: Tensor, spec: QuantSpec | None, scale: Tensor | None = None) -> Tensor:
+    if spec is None:
+        return x
+    return numerics.fake_quantize_input(x, spec, None if scale is None else scale.to(x.device))

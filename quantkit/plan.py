@@ -15,8 +15,10 @@ from quantkit import model as models
 from quantkit.algorithms import REFINERS, RESCALERS, SOLVERS, Refiner, Rescaler, Solver
 from quantkit.errors import UsageError
 from quantkit.folding import Fold, find_folds
+from quantkit.kv_cache import SIDES, find_attentions
+from quantkit.observers import Candidates
 from quantkit.recipe import Recipe, Step
-from quantkit.schemes import Granularity, ScaleFormat, Scheme
+from quantkit.schemes import Granularity, QuantSpec, ScaleFormat, Scheme
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,6 +93,8 @@ class Plan:
         folds: where rescalers scale, in order.
         unscaled: label → reason, for whatever the recipe would have scaled and cannot.
         distill: how the scales of the layers that ask for it are trained.
+        kv: how keys and values are quantized, or None.
+        caches: the attention modules whose keys and values are, in order.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -106,6 +110,8 @@ class Plan:
     folds: tuple[PlannedFold, ...] = ()
     unscaled: Mapping[str, str] = field(default_factory=dict)
     distill: Step | None = None
+    kv: QuantSpec | None = None
+    caches: tuple[str, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -115,7 +121,7 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        return bool(self.folds or self.distill) or any(
+        return bool(self.folds or self.distill or self.caches) or any(
             SOLVERS[layer.solver].needs_hessian or layer.scheme.needs_static_input
             for layer in self.layers
         )
@@ -133,6 +139,10 @@ class Plan:
     def in_block(self, block: int | None) -> dict[str, PlannedLayer]:
         """The planned layers of one block (None: outside of all blocks), by name."""
         return {layer.name: layer for layer in self.layers if layer.block == block}
+
+    def caches_in(self, block: int) -> list[str]:
+        """The attention modules of one block whose keys and values are quantized."""
+        return [self.caches[block]] if self.caches else []
 
     def folds_in(self, block: int) -> list[PlannedFold]:
         """The scalings of one block, in order."""
@@ -168,6 +178,8 @@ class Plan:
             }
             if self.distill
             else None,
+            "kv_cache": None if self.kv is None else self.kv.label(),
+            "caches": list(self.caches),
             "kept": list(self.kept),
             "blocks": self.blocks,
             "source_bytes": self.source_bytes,
@@ -192,12 +204,8 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
         UsageError: a group that does not divide a layer, a pattern that matches nothing, an
             algorithm chain that cannot run, or nothing to quantize.
     """
-    if recipe.kv_cache is not None:
-        raise UsageError(
-            "kv_cache: checkpoints with KV-cache scales are not written by this version",
-            remedy="drop the key",
-        )
     prefix, blocks = models.find_blocks(model)
+    caches = () if recipe.kv_cache is None else _caches(model, prefix, len(blocks))
     head = models.head_name(model)
     linears = models.linear_layers(model)
     unmatched = recipe.unmatched(linears)
@@ -227,6 +235,8 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
         )
     if not layers:
         raise UsageError("the recipe keeps every layer: nothing to quantize")
+    # Refused before any work, not at the first static layer.
+    Candidates.of(recipe.calibrate.observer.name, recipe.calibrate.observer.options)
     folds, unscaled = _plan_folds(model, layers)
     scaled = {name: fold.steps for fold in folds for name in fold.consumers}
     layers = [replace(layer, rescalers=scaled.get(layer.name, ())) for layer in layers]
@@ -239,6 +249,7 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
     if unties:
         original -= next(x.weights * element for x in layers if x.name == head)
     size = source_bytes - original + sum(math.ceil(layer_bits(x, element * 8) / 8) for x in layers)
+    size += len(caches) * len(SIDES) * element
     # Hidden states in and out of a block, and the widest input that is paused inside it.
     activation = samples * seq_len * element * (2 * hidden + width)
     if any(layer.needs_drift for layer in layers):
@@ -257,6 +268,8 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
         folds=folds,
         unscaled=unscaled,
         distill=_the_refiner(refiners),
+        kv=recipe.kv_cache,
+        caches=caches,
     )
 
 
@@ -266,6 +279,22 @@ def layer_bits(layer: PlannedLayer, model_dtype_bits: int = 16) -> int:
     if layer.scheme.needs_static_input:
         bits += model_dtype_bits
     return bits
+
+
+def _caches(model: PreTrainedModel, prefix: str, blocks: int) -> tuple[str, ...]:
+    """The attention modules of the decoder.
+
+    Raises:
+        UsageError: there is not exactly one in each block.
+    """
+    found = tuple(find_attentions(model, prefix))
+    if [_block_of(name, prefix) for name in found] != list(range(blocks)):
+        raise UsageError(
+            f"kv_cache: {len(found)} modules with a key-value cache were found in {blocks} blocks, "
+            "and each block needs one",
+            remedy="drop the key",
+        )
+    return found
 
 
 def _block_of(name: str, prefix: str) -> int | None:

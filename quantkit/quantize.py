@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quantkit import numerics
 from quantkit.algorithms import SOLVERS, Stats
 from quantkit.errors import QuantkitError
+from quantkit.input_range import InputRange
 from quantkit.numerics import QTensor
 from quantkit.plan import PlannedLayer
 from quantkit.schemes import Granularity, QuantSpec, ScaleFormat
@@ -25,6 +26,7 @@ class QuantizedLayer:
     Attributes:
         qtensor: its weight.
         input_scale: ``[1]``, for static activations.
+        input_range: where that scale comes from.
         weight_error: ‖W − Ŵ‖ / ‖W‖ (Frobenius).
         output_error: ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖ on a sample of its calibration input (after
             activation quantization, where the scheme has one); None without data.
@@ -34,13 +36,14 @@ class QuantizedLayer:
     input_scale: Tensor | None
     weight_error: float
     output_error: float | None
+    input_range: InputRange | None = None
 
 
 def quantize_group(
     layers: Sequence[PlannedLayer],
     weights: Mapping[str, Tensor],
     stats: Stats,
-    input_range: tuple[Tensor, Tensor] | None,
+    input_range: InputRange | None,
     sample: Tensor | None,
 ) -> dict[str, QuantizedLayer]:
     """Solve layers that share one input.
@@ -52,7 +55,7 @@ def quantize_group(
         layers: what is planned for each.
         weights: ``[N, K]`` each, the model's dtype.
         stats: of the common input.
-        input_range: observed (min, max), for static activation scales.
+        input_range: of static activations.
         sample: inputs ``[tokens, K]`` for measuring the error, or None.
 
     Raises:
@@ -90,9 +93,10 @@ def quantize_group(
                     f"{layer.name}: static activations need calibration data",
                     remedy="give --data FILE, or use a dynamic scheme",
                 )
-            low, high = (v.to(weights[layer.name].dtype) for v in input_range)
-            scale = numerics.compute_scales(low, high, spec)[0].reshape(1)
-        result[layer.name] = _measure(solved[layer.name], weights[layer.name], spec, scale, sample)
+            scale = input_range.scale(spec, weights[layer.name].dtype)
+        measured = _measure(solved[layer.name], weights[layer.name], spec, scale, sample)
+        static = scale is not None
+        result[layer.name] = replace(measured, input_range=input_range if static else None)
     return result
 
 

@@ -47,7 +47,10 @@ from quantkit.schemes import SCHEMES, DType, Granularity, QuantSpec, Scheme, par
 from quantkit.strict_yaml import Node, compose, nearest
 
 #: Values of ``kv_cache``: one static scale per layer for keys and one for values.
-KV_CACHES: dict[str, QuantSpec] = {"fp8": QuantSpec(8, DType.FLOAT, Granularity.TENSOR)}
+KV_CACHES: dict[str, QuantSpec] = {
+    "fp8": QuantSpec(8, DType.FLOAT, Granularity.TENSOR),
+    "int8": QuantSpec(8, granularity=Granularity.TENSOR),
+}
 
 _RECIPE_KEYS = (
     "model", "scheme", "algorithm", "keep", "rules", "kv_cache", "calibrate", "suites", "gate",

@@ -31,6 +31,11 @@ def unquantized(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return marked
 
 
+def in_unquantized_pass() -> bool:
+    """Whether this code runs inside of a pass made by `unquantized`."""
+    return _UNQUANTIZED.get()
+
+
 @contextmanager
 def original_weights(linears: Mapping[str, nn.Linear]) -> Iterator[None]:
     """While active, passes made by `unquantized` use these layers' weights of this moment.

@@ -70,7 +70,9 @@ def _execute(prepared: Prepared, reporter: Reporter) -> Outcomes:
         facts = _provenance(prepared)
         if calibrated.distilled is not None:
             facts["distill"] = calibrated.distilled.to_json()
-        manifest = write_checkpoint(staging, source, plan, calibrated.layers, facts)
+        manifest = write_checkpoint(
+            staging, source, plan, calibrated.layers, facts, calibrated.caches
+        )
         outcomes = _judge(prepared, staging, manifest, calibrated, seconds, began, reporter)
     except BaseException:
         # What failed a check is worth nothing; the finished blocks stay, for --resume.

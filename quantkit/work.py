@@ -8,6 +8,7 @@
     WORK/distill.safetensors      the state of its training
     WORK/blocks/0007.scales       what block 7's producers were divided by, if they were
                                   (safetensors)
+    WORK/blocks/0007.cache.json   the ranges of its keys and values, if they are quantized
     WORK/blocks/0007.safetensors  codes, scales and zero points of block 7's layers
     WORK/blocks/0007.json         their errors; written last, so its presence means that the
                                   block is whole
@@ -21,6 +22,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.input_range import InputRange
+from quantkit.kv_cache import CacheRange
 from quantkit.numerics import QTensor
 from quantkit.plan import PlannedLayer
 from quantkit.quantize import QuantizedLayer
 from quantkit.results import read_json, write_json
+from quantkit.schemes import QuantSpec
 
 #: Block index under which layers outside of the decoder (the head) are stored.
 HEAD = -1
@@ -91,6 +96,8 @@ class WorkFolder:
             if layer.input_scale is not None:
                 tensors[f"{name}:input_scale"] = layer.input_scale
             facts[name] = {"weight_error": layer.weight_error, "output_error": layer.output_error}
+            if layer.input_range is not None:
+                facts[name]["input_range"] = asdict(layer.input_range)
         stem = self._stem(index)
         _write_tensors(tensors, stem.with_suffix(".safetensors"))
         write_json(stem.with_suffix(".json"), facts)
@@ -123,9 +130,25 @@ class WorkFolder:
             name: QuantizedLayer(
                 QTensor.from_tensors(parts[name], layer.scheme.weight),
                 parts[name].get("input_scale"),
-                **facts[name],
+                **{**facts[name], "input_range": _input_range(facts[name])},
             )
             for name, layer in planned.items()
+        }
+
+    def save_caches(self, index: int, caches: Mapping[str, CacheRange]) -> None:
+        """Write the ranges of a block's keys and values, by the attention module's name."""
+        facts = {
+            name: {"keys": asdict(found.keys), "values": asdict(found.values)}
+            for name, found in caches.items()
+        }
+        write_json(self._stem(index).with_suffix(".cache.json"), facts)
+
+    def load_caches(self, index: int, spec: QuantSpec) -> dict[str, CacheRange]:
+        """What `save_caches` wrote before the block was finished."""
+        facts = read_json(self._stem(index).with_suffix(".cache.json"))
+        return {
+            name: CacheRange(spec, InputRange(**x["keys"]), InputRange(**x["values"]))
+            for name, x in facts.items()
         }
 
     def save_scales(self, index: int, scales: Mapping[str, Tensor]) -> None:
@@ -152,6 +175,11 @@ class WorkFolder:
 
     def _stem(self, index: int) -> Path:
         return self.path / "blocks" / f"{index:04d}"
+
+
+def _input_range(facts: Mapping[str, Any]) -> InputRange | None:
+    found = facts.get("input_range")
+    return None if found is None else InputRange(**found)
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -18,6 +18,7 @@ LAYERS = (
     {"numerics", "packing", "ops"},
     {"observers", "algorithms", "layers"},
     {
+        *("input_range", "kv_cache"),
         *("data", "model", "folding", "plan", "paused", "quantize", "reference", "collector"),
         *("rescale", "work", "calibrate", "fisher", "distill"),
         "checkpoint",

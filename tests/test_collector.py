@@ -90,9 +90,10 @@ def test_the_schemes_of_this_group_tell_statistics_apart() -> None:
         collector = Collector([by_name[name]], Step("mse"))
         for x in inputs():
             collector.update(x)
-        assert collector.range is not None
+        assert collector.candidates is not None
         spec = by_name[name].scheme.input
         assert spec is not None
-        ranges.append(torch.stack(collector.range.range(spec)))
+        [found] = collector.candidates.ranges(spec).values()
+        ranges.append(torch.stack(found))
     for a, b in itertools.combinations(ranges, 2):
         assert not torch.equal(a, b)

@@ -9,7 +9,7 @@ import pytest
 
 from quantkit.algorithms import KNOWN
 from quantkit.errors import UsageError
-from quantkit.observers import OBSERVER_OPTIONS, make_observer
+from quantkit.observers import OBSERVER_OPTIONS, Candidates
 from quantkit.recipe import (
     KV_CACHES,
     Calibration,
@@ -170,7 +170,10 @@ MISTAKES = [
         "scheme: w8a8\nrules:\n  - {match: a, scheme: keep, algorithm: rtn}",
         "r.yaml:3 scheme: keep takes no algorithm; drop the key",
     ),
-    ("scheme: w8a8\nkv_cache: int8", "r.yaml:2 kv_cache: 'int8' is not supported; known: fp8"),
+    (
+        "scheme: w8a8\nkv_cache: int4",
+        "r.yaml:2 kv_cache: 'int4' is not supported; known: fp8, int8",
+    ),
     (
         "scheme: w8a8\ncalibrate: {samples: many}",
         "r.yaml:2 samples: 'many' is not a whole number",
@@ -315,7 +318,7 @@ def test_installed_recipes_load_by_name(name: str) -> None:
     assert (recipe.calibrate.samples, recipe.calibrate.seq_len) == (128, 512)
     assert recipe.suites == ("support_intent",)
     assert set(recipe.gate) == {"kl.mean", "support_intent.acc", "size.ratio"}
-    make_observer(recipe.calibrate.observer.name, recipe.calibrate.observer.options)
+    Candidates.of(recipe.calibrate.observer.name, recipe.calibrate.observer.options)
 
 
 def test_every_scheme_family_has_a_recipe() -> None:

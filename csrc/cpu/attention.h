@@ -318,9 +318,11 @@ inline void scatter(const T* from, uint8_t* key_page, uint8_t* value_page, int64
   }
 }
 
-// Writes one token's key or value of one head. `scale` is where its scale goes (8-bit types).
+// Writes one token's key or value of one head. `scale` is where its scale goes (8-bit types); it is
+// `given` unless that is 0. A key that is not finite keeps a scale that is not: saturated to a
+// calibrated range it would pass for a number.
 inline void write_page(const float* x, int64_t head_dim, int32_t dtype, int64_t slot, bool value,
-                       uint8_t* page, float* scale) {
+                       float given, uint8_t* page, float* scale) {
   uint8_t bytes[512];
   uint16_t half[512];
   switch (dtype) {
@@ -328,11 +330,15 @@ inline void write_page(const float* x, int64_t head_dim, int32_t dtype, int64_t 
     case QK_KV_BF16:
       bf16_words_row(x, head_dim, half);
       return scatter(half, page, page, slot, head_dim, value);
-    case QK_KV_INT8:
-      int8_row(x, head_dim, head_dim, 0.0f, reinterpret_cast<int8_t*>(bytes), scale);
+    case QK_KV_INT8: {
+      const bool ours = given != 0.0f && __builtin_isfinite(absmax(x, head_dim));
+      int8_row(x, head_dim, head_dim, ours ? given : 0.0f,
+               reinterpret_cast<int8_t*>(bytes), scale);
       break;
+    }
     default: {
-      *scale = absmax(x, head_dim) / 448.0f;
+      const float most = absmax(x, head_dim);
+      *scale = given != 0.0f && __builtin_isfinite(most) ? given : most / 448.0f;
       if (*scale == 0.0f) *scale = 1.0f;  // the division may have underflowed
       float scaled[512];
       for (int64_t i = 0; i < head_dim; ++i) scaled[i] = x[i] / *scale;

@@ -131,7 +131,7 @@ struct AttentionKernel {
   void (*merge_state)(float* state, float top, float total, const float* sum, int64_t head_dim);
   void (*finish_state)(const float* state, int64_t head_dim, float* out);
   void (*write_page)(const float* x, int64_t head_dim, int32_t dtype, int64_t slot, bool value,
-                     uint8_t* page, float* scale);
+                     float given, uint8_t* page, float* scale);
 };
 
 struct KernelTable {

@@ -29,12 +29,14 @@ KvPages::KvPages(const qk_kv_cache& cache, int64_t layer, int64_t kv_heads, int6
   const int64_t halves = layer * cache.pages * kv_heads * 2;
   data = static_cast<uint8_t*>(cache.data) + halves * page_bytes;
   scales = dtype < QK_KV_INT8 ? nullptr : cache.scale + halves * QK_PAGE_TOKENS;
+  fixed = cache.fixed == nullptr ? nullptr : cache.fixed + layer * 2;
 }
 
 int check_cache(const qk_kv_cache& cache) {
   if (cache.dtype < QK_KV_F32 || cache.dtype > QK_KV_FP8) return QK_UNSUPPORTED;
   if (cache.data == nullptr) return QK_INVALID_ARGUMENT;
   if (cache.dtype >= QK_KV_INT8 && cache.scale == nullptr) return QK_INVALID_ARGUMENT;
+  if (cache.dtype < QK_KV_INT8 && cache.fixed != nullptr) return QK_INVALID_ARGUMENT;
   return QK_OK;
 }
 
@@ -64,10 +66,10 @@ void store_token(const AttentionKernel& kernel, const KvPages& kv, int64_t page,
       for (int64_t i = 0; i < kv.head_dim; ++i) key[i] = NAN;
       value = zeros;
     }
-    kernel.write_page(key, kv.head_dim, kv.dtype, slot, false, kv.half(page, h, false),
-                      kv.scale(page, h, false, slot));
-    kernel.write_page(value, kv.head_dim, kv.dtype, slot, true, kv.half(page, h, true),
-                      kv.scale(page, h, true, slot));
+    kernel.write_page(key, kv.head_dim, kv.dtype, slot, false, kv.given(false),
+                      kv.half(page, h, false), kv.scale(page, h, false, slot));
+    kernel.write_page(value, kv.head_dim, kv.dtype, slot, true, kv.given(true),
+                      kv.half(page, h, true), kv.scale(page, h, true, slot));
   }
 }
 

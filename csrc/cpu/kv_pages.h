@@ -10,7 +10,8 @@ struct KvPages {
   int64_t kv_heads, head_dim;
   int64_t page_bytes;
   uint8_t* data;
-  float* scales;  // NULL unless the cache holds 8-bit codes
+  float* scales;       // NULL unless the cache holds 8-bit codes
+  const float* fixed;  // [2: key, value] calibrated scales, or NULL: each token has its own
 
   KvPages(const qk_kv_cache& cache, int64_t layer, int64_t kv_heads, int64_t head_dim);
 
@@ -23,6 +24,8 @@ struct KvPages {
     return scales == nullptr ? nullptr
                              : scales + place(page, head, value) * QK_PAGE_TOKENS + slot;
   }
+  // The scale that every token gets; 0: its own.
+  float given(bool value) const { return fixed == nullptr ? 0.0f : fixed[value ? 1 : 0]; }
 
  private:
   int64_t place(int64_t page, int64_t head, bool value) const {

@@ -358,7 +358,7 @@ struct Pages {
     } else if (coin()) {
       scale.assign(1, NAN);  // not to be read
     }
-    cache = {dtype, pool, data.data(), scale.empty() ? nullptr : scale.data()};
+    cache = {dtype, pool, data.data(), scale.empty() ? nullptr : scale.data(), nullptr};
   }
 };
 

@@ -15,6 +15,7 @@ from compressed_tensors.quantization import (
 from compressed_tensors.utils.match import match_name
 
 from quantkit.errors import UsageError
+from quantkit.recipe import KV_CACHES
 from quantkit.schemes import SCHEMES, DType, Granularity, QuantSpec, ScaleFormat, Scheme
 
 _SCALE_DTYPES = {
@@ -151,6 +152,27 @@ def read_config(raw: Mapping[str, Any], linears: Sequence[str]) -> dict[str, Sch
             if any(t == "Linear" or match_name(name, t) for t in group.targets):
                 schemes.setdefault(name, scheme)
     return schemes
+
+
+def read_cache_spec(raw: Mapping[str, Any]) -> QuantSpec | None:
+    """How a checkpoint's keys and values are quantized, or None.
+
+    Args:
+        raw: config.json's ``quantization_config``.
+
+    Raises:
+        UsageError: a format that quantkit does not run.
+    """
+    if not raw.get("kv_cache_scheme"):
+        return None
+    given = {k: v for k, v in raw["kv_cache_scheme"].items() if v is not None}
+    spec = from_args(QuantizationArgs(**given))
+    if spec not in KV_CACHES.values():
+        raise UsageError(
+            f"kv_cache_scheme {spec.label()!r}: not one that quantkit runs",
+            remedy=f"known: {', '.join(x.label() for x in KV_CACHES.values())}",
+        )
+    return spec
 
 
 def _named(weight: QuantSpec, inputs: QuantSpec | None) -> Scheme:

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from quantkit import model as models
 from quantkit.checkpoint.config import build_config
 from quantkit.checkpoint.tensors import to_disk
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.kv_cache import CacheRange
 from quantkit.plan import Plan
 from quantkit.quantize import QuantizedLayer
 
@@ -38,6 +40,7 @@ def write_checkpoint(
     plan: Plan,
     layers: Mapping[str, QuantizedLayer],
     provenance: Mapping[str, Any],
+    caches: Mapping[str, CacheRange] | None = None,
 ) -> dict[str, Any]:
     """Write weights, config, tokenizer and manifest into a new folder.
 
@@ -49,6 +52,7 @@ def write_checkpoint(
         plan: what was planned.
         layers: every planned layer's result.
         provenance: what goes into the manifest beside the files: recipe, data hash, seeds.
+        caches: the ranges of keys and values by attention module, where they are quantized.
 
     Returns:
         the manifest.
@@ -60,7 +64,15 @@ def write_checkpoint(
     missing = [layer.name for layer in plan.layers if layer.name not in layers]
     if missing:
         raise QuantkitError(f"{missing[0]}: planned, but not quantized ({len(missing)} layers)")
+    caches = caches or {}
+    if set(caches) != set(plan.caches):
+        raise QuantkitError(
+            f"{len(caches)} key-value caches have scales, {len(plan.caches)} planned"
+        )
     tensors = _state(source.model, plan, layers)
+    for name, found in caches.items():
+        scales = found.scales(source.model.dtype)
+        tensors.update({f"{name}.{side}": scale for side, scale in scales.items()})
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     _check_size(size, plan, len(tensors))
     with guarded_disk(folder):
@@ -70,6 +82,7 @@ def write_checkpoint(
         config["quantization_config"] = build_config(
             {layer.name: layer.scheme for layer in plan.layers},
             list(models.linear_layers(source.model)),
+            plan.kv,
         )
         config["tie_word_embeddings"] = models.is_tied(source.model)
         config["dtype"] = str(source.model.dtype).removeprefix("torch.")
@@ -113,14 +126,31 @@ def write_checkpoint(
                     ),
                     "weight_error": layers[layer.name].weight_error,
                     "output_error": layers[layer.name].output_error,
+                    **_range_facts(layers[layer.name]),
                 }
                 for layer in plan.layers
             },
+            **_cache_facts(plan, caches),
             "kept": list(plan.kept),
             "files": models.hash_folder(folder),
         }
         write_manifest(folder, manifest)
     return manifest
+
+
+def _range_facts(layer: QuantizedLayer) -> dict[str, Any]:
+    """The range behind a static input scale, and the errors of all that were tried."""
+    return {} if layer.input_range is None else {"input_range": asdict(layer.input_range)}
+
+
+def _cache_facts(plan: Plan, caches: Mapping[str, CacheRange]) -> dict[str, Any]:
+    if plan.kv is None:
+        return {}
+    ranges = {
+        name: {"keys": asdict(found.keys), "values": asdict(found.values)}
+        for name, found in caches.items()
+    }
+    return {"kv_cache": {"format": plan.kv.label(), "ranges": ranges}}
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def command(
@@ -51,6 +54,7 @@ def _show(manifest: dict[str, Any]) -> None:
             _percent(layer["output_error"]),
         )
     console.print(table)
+    _show_ranges(console, manifest)
     recipe = manifest.get("recipe", {})
     typer.echo(f"kept              {', '.join(manifest['kept']) or 'none'}")
     typer.echo(
@@ -74,6 +78,35 @@ def _show(manifest: dict[str, Any]) -> None:
             )
     verdict = manifest.get("verdict")
     typer.echo(f"verdict           {verdict['outcome'] if verdict else 'not gated'}")
+
+
+def _show_ranges(console: Console, manifest: dict[str, Any]) -> None:
+    """The range of each static input, and of keys and values; the observer it is from, and the
+    error it was chosen by."""
+    from rich.table import Table
+
+    layers, caches = manifest["layers"], manifest.get("kv_cache", {}).get("ranges", {})
+    static = {name: x["input_range"] for name, x in layers.items() if "input_range" in x}
+    for name, sides in caches.items():
+        static |= {f"{name}.k_scale": sides["keys"], f"{name}.v_scale": sides["values"]}
+    if not static:
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("static range of", no_wrap=True)
+    table.add_column("observer")
+    for title in ("low", "high", "error", "worst candidate"):
+        table.add_column(title, justify="right")
+    for name, found in static.items():
+        errors = found["errors"]
+        table.add_row(
+            name,
+            found["observer"],
+            f"{found['low']:.4g}",
+            f"{found['high']:.4g}",
+            _percent(errors.get(found["observer"])),
+            _percent(max(errors.values(), default=None)) if len(errors) > 1 else "–",
+        )
+    console.print(table)
 
 
 def _percent(value: float | None) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from quantkit import ops
 from quantkit.layers import QuantLinear
-from quantkit.ops.decoder import Layer, Linear, NativeDecoder, PageStore, Shape
+from quantkit.ops.decoder import CacheScales, Layer, Linear, NativeDecoder, PageStore, Shape
 from quantkit.schemes import DType, Granularity, QuantSpec
 
 #: Columns that share an int8 activation scale where a weight's group is longer.
@@ -207,7 +207,9 @@ def why_not(model: Any) -> str | None:
     return None
 
 
-def build_decoder(model: Any, *, activations: str = "auto") -> Decoder:
+def build_decoder(
+    model: Any, *, activations: str = "auto", cache_scales: CacheScales | None = None
+) -> Decoder:
     """Make a native decoder of a transformers model for which `why_not` is None.
 
     The weights move: quantized layers go on sharing them, while the model's other linear layers
@@ -218,6 +220,7 @@ def build_decoder(model: Any, *, activations: str = "auto") -> Decoder:
             ``nn.Linear``. bf16 models multiply floats in bf16, others in fp32.
         activations: of weight-only schemes: "int8" rounds them to int8 with a scale for each
             group of columns, "float" leaves them as they are, "auto" is int8 for bf16 models.
+        cache_scales: of the checkpoint's keys and values, if it has some.
     """
     config = model.config
     family = FAMILIES[config.model_type]
@@ -246,8 +249,12 @@ def build_decoder(model: Any, *, activations: str = "auto") -> Decoder:
         embedding,
         _norm(base.norm, family),
         linears[model.get_output_embeddings()],
+        cache_scales,
     )
-    return Decoder(native, linears.numerics())
+    numerics = linears.numerics()
+    if cache_scales is not None:
+        numerics += f"+kv-{cache_scales.dtype}-static"
+    return Decoder(native, numerics)
 
 
 def _moved(*arguments: Any, **options: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +15,17 @@ from torch import Tensor, nn
 
 from quantkit import model as models
 from quantkit import ops
-from quantkit.checkpoint.config import read_config
+from quantkit.checkpoint.config import read_cache_spec, read_config
 from quantkit.checkpoint.tensors import from_disk
 from quantkit.checkpoint.write import MANIFEST
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.kv_cache import SIDES, CacheEntry, find_attentions, install_entry
 from quantkit.layers import QuantLinear
 from quantkit.models.decoder import build_decoder, why_not
 from quantkit.models.runtime import Runtime
+from quantkit.ops.decoder import CacheScales
 from quantkit.results import read_json
-from quantkit.schemes import Scheme
+from quantkit.schemes import DType, QuantSpec, Scheme
 
 #: How a model computes; what came of it is part of every results file's fingerprint.
 KERNELS: Mapping[str, str] = MappingProxyType(
@@ -71,7 +74,9 @@ def load_runtime(
     if reason is not None:
         return _in_modules(runtime, reason)
     decoder = build_decoder(
-        runtime.model, activations="float" if kernels == "native-float" else "auto"
+        runtime.model,
+        activations="float" if kernels == "native-float" else "auto",
+        cache_scales=_cache_scales(runtime),
     )
     # All parallel work is the decoder's: its own pool has the shorter barrier.
     ops.set_thread_pool("own")
@@ -135,7 +140,14 @@ def _load_quantized(
     schemes = read_config(raw, list(models.linear_layers(model)))
     if not schemes:
         raise QuantkitError(f"{folder}: the quantization_config matches no layer of the model")
-    size, bits = _fill(model, folder, schemes, kernels, wanted)
+    cache_spec = read_cache_spec(raw)
+    attentions = find_attentions(model, models.find_blocks(model)[0]) if cache_spec else {}
+    size, bits, scales = _fill(model, folder, schemes, attentions, kernels, wanted)
+    caches = {}
+    for name, found in scales.items():
+        assert cache_spec is not None
+        caches[name] = CacheEntry(cache_spec, found)
+        install_entry(attentions[name], caches[name])
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     with models.quiet_transformers():
@@ -148,6 +160,8 @@ def _load_quantized(
     loaded = models.SourceModel(model, tokenizer, str(folder), folder, files)
     kinds = sorted({m.kind for m in model.modules() if isinstance(m, QuantLinear)})
     numerics = f"{kernels}/{'+'.join(kinds)}" if kernels == "native" else kernels
+    if cache_spec is not None:
+        numerics += f"+kv-{_cache_dtype(cache_spec)}-static"
     return Runtime(
         model=model,
         tokenizer=tokenizer,
@@ -156,23 +170,45 @@ def _load_quantized(
         size_bytes=size,
         bits_per_weight=bits,
         manifest=manifest,
+        caches=caches,
     )
+
+
+def _cache_dtype(spec: QuantSpec) -> str:
+    """A key of `quantkit.ops.decoder.KV_DTYPES`."""
+    return "fp8" if spec.dtype is DType.FLOAT else "int8"
+
+
+def _cache_scales(runtime: Runtime) -> CacheScales | None:
+    """The calibrated scales of keys and values as the native decoder takes them."""
+    if not runtime.caches:
+        return None
+    entries = list(runtime.caches.values())
+    sides = [[entry.keys.scale, entry.values.scale] for entry in entries]
+    fixed = torch.tensor([[float(x) for x in pair if x is not None] for pair in sides])
+    return CacheScales(_cache_dtype(entries[0].keys.spec), fixed)
 
 
 def _fill(
     model: nn.Module,
     folder: Path,
     schemes: Mapping[str, Scheme],
+    attentions: Mapping[str, nn.Module],
     kernels: str,
     dtype: torch.dtype,
-) -> tuple[int, float]:
-    """Replace layers and fill parameters; returns (bytes, bits a quantized weight)."""
+) -> tuple[int, float, dict[str, dict[str, Tensor]]]:
+    """Replace layers and fill parameters.
+
+    Returns:
+        bytes, bits a quantized weight, and the cache scales of each attention module.
+    """
     from safetensors import SafetensorError, safe_open
 
     linears = models.linear_layers(model)
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in schemes}
     plain = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     filled: set[str] = set()
+    scales: dict[str, dict[str, Tensor]] = {name: {} for name in attentions}
     size = 0
     for path in sorted(folder.glob("*.safetensors")):
         try:
@@ -183,6 +219,8 @@ def _fill(
                     module, _, leaf = key.rpartition(".")
                     if module in parts:
                         parts[module][leaf] = tensor
+                    elif module in scales and leaf in SIDES:
+                        scales[module][leaf] = _cache_scale(key, tensor)
                     elif key in plain:
                         _assign(
                             model, key, tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -197,6 +235,13 @@ def _fill(
                 f"{path}: truncated or not a safetensors file ({e})",
                 remedy="copy it again; `quantkit verify` compares hashes",
             ) from e
+    for name, found in scales.items():
+        for side in SIDES:
+            if side not in found:
+                raise QuantkitError(
+                    f"{name}.{side}: missing from the checkpoint",
+                    remedy="the file is incomplete; `quantkit verify` names all that is missing",
+                )
     stored = 0
     for name, scheme in schemes.items():
         linear = linears[name]
@@ -217,7 +262,21 @@ def _fill(
             remedy="`quantkit verify` compares it with its manifest",
         )
     weights = sum(linears[n].out_features * linears[n].in_features for n in schemes)
-    return size, stored / weights
+    return size, stored / weights, scales
+
+
+def _cache_scale(key: str, tensor: Tensor) -> Tensor:
+    """A calibrated scale ``[1]``.
+
+    Raises:
+        QuantkitError: it is not one positive number.
+    """
+    if tensor.numel() != 1 or not 0 < float(tensor) < math.inf:
+        raise QuantkitError(
+            f"{key}: {tensor.flatten()[:4].tolist()} is not one positive scale",
+            remedy="quantkit runs caches with one scale a layer: calibrate with kv_cache: fp8",
+        )
+    return tensor.reshape(1)
 
 
 def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from quantkit.kv_cache import CacheEntry
     from quantkit.models.decoder import Decoder
 
 
@@ -33,6 +34,7 @@ class Runtime:
         manifest: the checkpoint's ``quantkit.json``, empty for an original model.
         decoder: the model as one native call; None where transformers' modules run it.
         fallback: why there is no decoder, or None.
+        caches: by attention module, what rounds its keys and values; empty where nothing does.
     """
 
     model: PreTrainedModel
@@ -44,6 +46,7 @@ class Runtime:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     decoder: Decoder | None = None
     fallback: str | None = None
+    caches: Mapping[str, CacheEntry] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

@@ -15,19 +15,24 @@ gives, so statistics can be cut into batches, resumed, or gathered from several 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from quantkit.errors import UsageError
+from quantkit.observers.candidates import (
+    AUTO,
+    OBSERVER_OPTIONS,
+    OBSERVERS,
+    Candidates,
+    make_observer,
+)
 from quantkit.observers.channels import ChannelMagnitudes
 from quantkit.observers.extrema import MinMax, MovingAverage, Observer
 from quantkit.observers.hessian import HessianAccumulator
 from quantkit.observers.histogram import MSE, Entropy, Percentile
 
 __all__ = [
+    "AUTO",
     "MSE",
     "OBSERVERS",
     "OBSERVER_OPTIONS",
+    "Candidates",
     "ChannelMagnitudes",
     "Entropy",
     "HessianAccumulator",
@@ -37,28 +42,3 @@ __all__ = [
     "Percentile",
     "make_observer",
 ]
-
-#: To add an observer, write a class and add its row.
-OBSERVERS: dict[str, type[MinMax]] = {
-    "minmax": MinMax,
-    "moving_average": MovingAverage,
-    "percentile": Percentile,
-    "mse": MSE,
-    "entropy": Entropy,
-}
-
-#: Name → the options that it takes; what `recipe.load_recipe` checks against.
-OBSERVER_OPTIONS: dict[str, frozenset[str]] = {
-    name: frozenset(cls.OPTIONS) for name, cls in OBSERVERS.items()
-}
-
-
-def make_observer(name: str, options: Mapping[str, Any] | None = None) -> MinMax:
-    """A fresh observer by name.
-
-    Raises:
-        UsageError: unknown name or option, or a value out of range.
-    """
-    if name not in OBSERVERS:
-        raise UsageError(f"unknown observer {name!r}", remedy=f"known: {', '.join(OBSERVERS)}")
-    return OBSERVERS[name](**(options or {}))

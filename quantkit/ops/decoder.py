@@ -106,7 +106,13 @@ class _CConfig(ctypes.Structure):
 
 
 class _CCache(ctypes.Structure):
-    _fields_ = (("dtype", _i32), ("pages", _i64), ("data", _pointer), ("scale", _pointer))
+    _fields_ = (
+        ("dtype", _i32),
+        ("pages", _i64),
+        ("data", _pointer),
+        ("scale", _pointer),
+        ("fixed", _pointer),
+    )
 
 
 class _CBatch(ctypes.Structure):
@@ -203,6 +209,19 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class CacheScales:
+    """Calibrated scales of a key-value cache.
+
+    Attributes:
+        dtype: ``int8`` or ``fp8``.
+        fixed: fp32 ``[layers, 2]``, above zero: of each layer's keys and values.
+    """
+
+    dtype: str
+    fixed: Tensor
+
+
+@dataclass(frozen=True)
 class Shape:
     """Sizes and constants of a decoder; see ``qk_decoder_config``."""
 
@@ -232,6 +251,8 @@ class NativeDecoder:
         embedding: ``[vocab, hidden]``, fp32, fp16 or bf16.
         final_norm: fp32 ``[hidden]``.
         head: the output projection.
+        cache_scales: what caches round by unless another type is asked for; None for the type
+            of the precision.
 
     Attributes:
         weight_nbytes: packed weights, scales and zero points of all linear layers: what a decode
@@ -251,8 +272,10 @@ class NativeDecoder:
         embedding: Tensor,
         final_norm: Tensor,
         head: Linear,
+        cache_scales: CacheScales | None = None,
     ) -> None:
         self.shape = shape
+        self.cache_scales = cache_scales
         self.precision = precision
         inside = [linear for layer in layers for linear in layer.linears()]
         self.block_weights = sum(linear.n * linear.k for linear in inside)
@@ -379,9 +402,13 @@ class NativeDecoder:
         return {part: value * 1e-9 for part, value in zip(PARTS, values, strict=True)}
 
     def new_cache(self, pages: int, dtype: str = "auto") -> PageStore:
-        """An empty store of so many pages."""
+        """An empty store of so many pages: ``auto`` rounds by the model's own scales, if it has
+        some; a named 8-bit type gives each token its own."""
+        own = self.cache_scales if dtype == "auto" else None
         dtype = self._kv_dtype(dtype)
-        return PageStore(self.layers, pages, self.shape.kv_heads, self._page_bytes(dtype), dtype)
+        page_bytes = self._page_bytes(dtype)
+        fixed = None if own is None else own.fixed
+        return PageStore(self.layers, pages, self.shape.kv_heads, page_bytes, dtype, fixed)
 
     def token_nbytes(self, dtype: str = "auto") -> int:
         """Bytes of one token's keys and values over all layers."""
@@ -390,6 +417,8 @@ class NativeDecoder:
         return 2 * self.layers * self.shape.kv_heads * each
 
     def _kv_dtype(self, dtype: str) -> str:
+        if dtype == "auto" and self.cache_scales is not None:
+            return self.cache_scales.dtype
         if dtype == "auto":
             return "fp32" if self.precision == "fp32" else "bf16"
         return dtype
@@ -473,11 +502,24 @@ class PageStore:
         data: uint8 ``[layers, pages, kv_heads, 2, page bytes]``.
         scale: fp32 ``[layers, pages, kv_heads, 2, PAGE_TOKENS]`` of 8-bit caches, or None.
         dtype: a key of `KV_DTYPES`.
+        fixed: fp32 ``[layers, 2]``, calibrated scales of keys and values; None gives each token
+            its own.
     """
 
-    def __init__(self, layers: int, pages: int, kv_heads: int, page_bytes: int, dtype: str) -> None:
+    def __init__(
+        self,
+        layers: int,
+        pages: int,
+        kv_heads: int,
+        page_bytes: int,
+        dtype: str,
+        fixed: Tensor | None = None,
+    ) -> None:
         self.pages = pages
         self.dtype = dtype
+        if fixed is not None and fixed.shape != (layers, 2):
+            raise ValueError(f"cache scales {tuple(fixed.shape)} where {(layers, 2)} are needed")
+        self.fixed = None if fixed is None else fixed.float().contiguous()
         shape = (layers, pages, kv_heads, 2, page_bytes)
         self.data = empty_in_huge_pages(math.prod(shape)).view(shape)
         self.scale = (
@@ -490,6 +532,7 @@ class PageStore:
             pages=pages,
             data=self.data.data_ptr(),
             scale=None if self.scale is None else self.scale.data_ptr(),
+            fixed=None if self.fixed is None else self.fixed.data_ptr(),
         )
         self.pointer = ctypes.pointer(self._struct)
 

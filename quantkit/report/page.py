@@ -8,6 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from quantkit.report import sections
+from quantkit.report.input_ranges import input_ranges
 from quantkit.report.layers import layers
 from quantkit.report.run_folder import Run
 
@@ -37,6 +38,7 @@ def render(run: Run) -> str:
         key_numbers=sections.key_numbers(run),
         gates=sections.gates(run.verdict),
         layers=layers(run.layers),
+        input_ranges=input_ranges(run.layers, run.caches),
         text=sections.text(run.candidate),
         tasks=sections.tasks(run),
         flips=sections.flips(run.flips),

@@ -20,6 +20,22 @@ _SIBLINGS = (".rejected", ".run")
 
 
 @dataclass(frozen=True)
+class InputRange:
+    """The range behind a static activation scale.
+
+    Attributes:
+        observer: label of the observer that found it.
+        low, high: in units of the input.
+        errors: label → output error of every candidate.
+    """
+
+    observer: str
+    low: float
+    high: float
+    errors: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Layer:
     """One quantized layer of the manifest.
 
@@ -32,6 +48,7 @@ class Layer:
         bits: stored bits per weight, scales included.
         weight_error: ‖W − Ŵ‖ / ‖W‖.
         output_error: the same of the layer's outputs on calibration data, if there was any.
+        input_range: of a static activation scale, or None.
     """
 
     name: str
@@ -44,6 +61,7 @@ class Layer:
     bits: float
     weight_error: float | None
     output_error: float | None
+    input_range: InputRange | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +87,10 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a run left. ``verdict`` and both results are None when it was not gated."""
+    """Everything a run left. ``verdict`` and both results are None when it was not gated.
+
+    ``caches`` are the ranges of quantized keys and values by the name of their scale.
+    """
 
     model: str
     output: str
@@ -94,6 +115,7 @@ class Run:
     candidate: Results | None = None
     baseline: Results | None = None
     flips: tuple[Flip, ...] = ()
+    caches: tuple[tuple[str, InputRange], ...] = ()
 
 
 def find_run(path: str | Path) -> Path:
@@ -175,6 +197,7 @@ def _facts(document: Any) -> dict[str, Any]:
         "source_bytes": _count(manifest["source_bytes"]),
         "bits_per_weight": _number(manifest["bits_per_weight"]),
         "layers": _layers(manifest["layers"]),
+        "caches": _caches(manifest.get("kv_cache")),
         "kept": tuple(str(name) for name in manifest.get("kept", ())),
         "calibration": _calibration(manifest.get("data")),
         "seconds": {str(k): _number(v) for k, v in document.get("seconds", {}).items()},
@@ -204,12 +227,31 @@ def _layers(table: Mapping[str, Any]) -> tuple[Layer, ...]:
                 bits=_number(facts["bits"]),
                 weight_error=_optional(facts.get("weight_error")),
                 output_error=_optional(facts.get("output_error")),
+                input_range=_input_range(facts.get("input_range")),
             )
         )
     outside = max((x.block for x in layers if x.block is not None), default=0) + 1
     return tuple(
         sorted(layers, key=lambda x: (outside if x.block is None else x.block, kind_key(x.kind)))
     )
+
+
+def _caches(facts: Mapping[str, Any] | None) -> tuple[tuple[str, InputRange], ...]:
+    """In the model's order (JSON sorts block 10 before block 2)."""
+    found = []
+    for name, sides in (facts or {"ranges": {}})["ranges"].items():
+        for scale, side in (("k_scale", "keys"), ("v_scale", "values")):
+            chosen = _input_range(sides[side])
+            assert chosen is not None
+            found.append((f"{name}.{scale}", chosen))
+    return tuple(sorted(found, key=lambda x: (split_name(x[0])[0] or 0, x[0])))
+
+
+def _input_range(facts: Mapping[str, Any] | None) -> InputRange | None:
+    if facts is None:
+        return None
+    errors = {str(label): _number(error) for label, error in facts["errors"].items()}
+    return InputRange(str(facts["observer"]), _number(facts["low"]), _number(facts["high"]), errors)
 
 
 def split_name(name: str) -> tuple[int | None, str]:

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit import ops
+from quantkit.kv_cache import SIDES, CacheEntry, install_entry
 from quantkit.models.decoder import FAMILIES, Batch, Decoder, build_decoder, why_not
-from quantkit.ops.decoder import argmax
+from quantkit.ops.decoder import CacheScales, argmax
+from quantkit.recipe import KV_CACHES
 
 COMMON = {
     "vocab_size": 211,
@@ -181,6 +183,33 @@ def test_cache_types(kv: str, limit: float) -> None:
     assert relative(whole(build_decoder(model), ids, kv), wanted) < limit
 
 
+def fixed_scales(kv: str) -> CacheScales:
+    """Of 3 layers; the first layer's values saturate."""
+    step = 0.02 if kv == "int8" else 0.006
+    return CacheScales(kv, torch.tensor([[step, step / 20], [step, step], [2 * step, step]]))
+
+
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+def test_calibrated_cache_scales_round_as_the_modules_do(kv: str) -> None:
+    model, ids = make("llama", {}), tokens(100)
+    plain, scales = expected(model, ids), fixed_scales(kv)
+    for block, (keys, values) in zip(model.model.layers, scales.fixed, strict=True):
+        found = dict(zip(SIDES, (keys.reshape(1), values.reshape(1)), strict=True))
+        install_entry(block.self_attn, CacheEntry(KV_CACHES[kv], found))
+    wanted = expected(model, ids)
+    decoder = build_decoder(model, cache_scales=scales)
+    assert decoder.numerics.endswith(f"+kv-{kv}-static")
+    cache = decoder.new_cache(8)
+    got = run(decoder, [ids], [0], [[3, 1]], cache)
+    assert relative(wanted, plain) > 0.05
+    assert relative(got, wanted) < 0.01
+    assert cache.scale is not None
+    stored = cache.scale[:, 3].transpose(1, 2)  # [layers, 2, heads, tokens] of a full page
+    assert torch.equal(stored, scales.fixed[:, :, None, None].expand_as(stored))
+    own = run(decoder, [ids], [0], [[3, 1]], decoder.new_cache(8, kv))  # a scale for each token
+    assert relative(own, plain) < relative(got, plain)
+
+
 def test_long_context_is_divided_among_threads() -> None:
     """One token behind 500: its spans are separate units, merged in order."""
     model = make("llama", {})
@@ -215,11 +244,13 @@ def test_a_page_full_of_nan_does_not_leak() -> None:
     assert torch.equal(got, wanted)
 
 
-def test_a_nan_stays_with_its_sequence() -> None:
+@pytest.mark.parametrize("kv", [None, "int8", "fp8"])
+def test_a_nan_stays_with_its_sequence(kv: str | None) -> None:
+    """Calibrated scales saturate what they do not span, but never a NaN."""
     model = make("llama", {})
     with torch.no_grad():
         model.model.embed_tokens.weight[7] = float("nan")
-    decoder = build_decoder(model)
+    decoder = build_decoder(model, cache_scales=fixed_scales(kv) if kv else None)
     sick, well = [7, 8, 9], [8, 9, 10, 11]
     out = run(decoder, [sick, well], [0, 0], [[0], [1]], decoder.new_cache(2))
     assert not torch.isfinite(out[:3]).any()

@@ -13,6 +13,7 @@ import pytest
 from report_builders import make_results, manifest, write_run
 
 from quantkit.report import read_run, render
+from quantkit.report.run_folder import InputRange
 from quantkit.report.sections import MOST_FLIPS, SHORT_PROMPT
 from quantkit.results import Results
 
@@ -335,3 +336,17 @@ def test_phone_does_not_scroll_sideways(failed: Path, tmp_path: Path) -> None:
     width, viewport = map(int, found.groups())
     assert viewport == 390
     assert width <= viewport
+
+
+def test_static_input_ranges_are_shown_once_for_layers_that_share_one(failed: Path) -> None:
+    found = read_run(failed)
+    assert "Static input ranges" not in render(found)
+    chosen = InputRange("mse()", -3.0, 4.5, {"minmax()": 0.4, "mse()": 0.0123, "entropy()": 0.2})
+    layers = tuple(
+        replace(x, input_range=chosen) if x.block == 0 and x.kind in ("q_proj", "k_proj") else x
+        for x in found.layers
+    )
+    text = words(Page(render(replace(found, layers=layers))))
+    assert "Chosen observers: mse() 1×" in text
+    assert "model.layers.0.self_attn.q_proj, k_proj mse() -3 4.5 1.230 %" in text
+    assert "entropy() 20.000 %, minmax() 40.000 %" in text

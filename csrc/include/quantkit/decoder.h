@@ -97,6 +97,8 @@ typedef struct qk_decoder_config {
 //
 //   data   [layers][pages][kv_heads][2: key, value][page bytes]
 //   scale  [layers][pages][kv_heads][2][QK_PAGE_TOKENS] fp32 (int8 and fp8 only): one scale a token
+//   fixed  [layers][2: key, value] fp32 > 0, or NULL: calibrated scales that every token of a layer
+//          gets, in place of its own (int8 and fp8 only). What lies beyond them saturates.
 //
 // A key page is the packed layout of a weight [QK_PAGE_TOKENS, head_dim]; a value page that of
 // [head_dim, QK_PAGE_TOKENS], its blocks of 16 rows side by side: 16 rows x 4 bytes of codes along
@@ -110,6 +112,7 @@ typedef struct qk_kv_cache {
   int64_t pages;
   void* data;
   float* scale;
+  const float* fixed;
 } qk_kv_cache;
 
 typedef struct qk_batch {
