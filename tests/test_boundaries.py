@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "quantkit"
 LAYERS = (
     {"errors", "strict_yaml", "progress", "memory"},
     {"schemes", "recipe", "results"},
-    {"numerics", "packing", "ops"},
+    {"numerics", "packing", "hadamard", "ops"},
     {"observers", "algorithms", "layers"},
     {
         *("data", "model", "folding", "plan", "paused", "quantize", "reference", "collector"),
