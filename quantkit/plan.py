@@ -6,16 +6,17 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from quantkit import model as models
-from quantkit.algorithms import RESCALERS, SOLVERS, Rescaler, Solver
+from quantkit.algorithms import RESCALERS, ROTATE, SOLVERS, Rescaler, Solver
 from quantkit.errors import UsageError
 from quantkit.folding import Fold, find_folds
 from quantkit.recipe import Recipe, Step
+from quantkit.rotation import PlannedRotation, plan_rotation
 from quantkit.schemes import Granularity, Scheme
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class PlannedLayer:
         solver: name of the algorithm that rounds it.
         options: the solver's options, defaults filled in.
         rescalers: what scales its input before it is solved, in order; options filled in.
+        rotated: whether the model's rotation turns its weight.
     """
 
     name: str
@@ -43,6 +45,7 @@ class PlannedLayer:
     solver: str
     options: Mapping[str, Any] = field(default_factory=dict)
     rescalers: tuple[Step, ...] = ()
+    rotated: bool = False
 
     @property
     def weights(self) -> int:
@@ -56,7 +59,8 @@ class PlannedLayer:
     @property
     def steps(self) -> str:
         """Its algorithms in order, for people: ``smoothquant → gptq``."""
-        return " → ".join([*(step.name for step in self.rescalers), self.solver])
+        first = [ROTATE] if self.rotated else []
+        return " → ".join([*first, *(step.name for step in self.rescalers), self.solver])
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Plan:
         block_bytes: one block's weights.
         samples, seq_len: calibration tokens.
         unties_head: the head gets a tensor of its own.
+        rotation: what is rotated before anything else, or None.
         folds: where rescalers scale, in order.
         unscaled: label → reason, for whatever the recipe would have scaled and cannot.
     """
@@ -94,6 +99,7 @@ class Plan:
     samples: int
     seq_len: int
     unties_head: bool
+    rotation: PlannedRotation | None = None
     folds: tuple[PlannedFold, ...] = ()
     unscaled: Mapping[str, str] = field(default_factory=dict)
 
@@ -142,6 +148,7 @@ class Plan:
                 }
                 for layer in self.layers
             },
+            "rotation": asdict(self.rotation) if self.rotation else None,
             "folds": {
                 fold.label: [{"name": s.name, "options": dict(s.options)} for s in fold.steps]
                 for fold in self.folds
@@ -203,16 +210,28 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
         raise UsageError("the recipe keeps every layer: nothing to quantize")
     folds, unscaled = _plan_folds(model, layers)
     scaled = {name: fold.steps for fold in folds for name in fold.consumers}
-    layers = [replace(layer, rescalers=scaled.get(layer.name, ())) for layer in layers]
-    unties = any(layer.name == head for layer in layers) and models.is_tied(model)
+    rotation = plan_rotation(recipe, model, [layer.name for layer in layers])
+    layers = [
+        replace(
+            layer,
+            rescalers=scaled.get(layer.name, ()),
+            rotated=rotation is not None and rotation.turns(layer.name, model),
+        )
+        for layer in layers
+    ]
+    quantized_head = any(layer.name == head for layer in layers)
+    turned_head = rotation is not None and rotation.residual
+    unties = (quantized_head or turned_head) and models.is_tied(model)
     source_bytes = _weight_bytes(model)
     element = torch.finfo(next(model.parameters()).dtype).bits // 8
     width = max(layer.shape[1] for layer in layers)
     hidden = models.embedding_shape(model)[1]
     original = sum(layer.weights * element for layer in layers)
-    if unties:
+    if unties and quantized_head:
         original -= next(x.weights * element for x in layers if x.name == head)
     size = source_bytes - original + sum(math.ceil(layer_bits(x, element * 8) / 8) for x in layers)
+    if rotation is not None:
+        size += rotation.head_bytes
     # Hidden states in and out of a block, and the widest input that is paused inside it.
     activation = samples * seq_len * element * (2 * hidden + width)
     if any(layer.needs_drift for layer in layers):
@@ -228,6 +247,7 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
         samples=samples,
         seq_len=seq_len,
         unties_head=unties,
+        rotation=rotation,
         folds=folds,
         unscaled=unscaled,
     )
@@ -259,7 +279,9 @@ def _check_fits(name: str, shape: tuple[int, int], scheme: Scheme) -> None:
 
 def _algorithms(recipe: Recipe, name: str) -> tuple[tuple[Step, ...], Step]:
     """A layer's rescalers and solver, their options checked and filled in."""
-    steps = [_filled_in(step, name) for step in recipe.algorithm_for(name)]
+    # A rotation belongs to the whole model: `plan_rotation` reads it.
+    given = [step for step in recipe.algorithm_for(name) if step.name != ROTATE]
+    steps = [_filled_in(step, name) for step in given]
     solvers = [step for step in steps if step.name in SOLVERS]
     if len(solvers) != 1 or steps[-1] is not solvers[0]:
         raise UsageError(
@@ -274,7 +296,8 @@ def _filled_in(step: Step, name: str) -> Step:
     known: dict[str, Solver | Rescaler] = {**RESCALERS, **SOLVERS}
     if step.name not in known:
         raise UsageError(
-            f"{name}: unknown algorithm {step.name!r}", remedy=f"known: {', '.join(known)}"
+            f"{name}: unknown algorithm {step.name!r}",
+            remedy=f"known: {', '.join([ROTATE, *known])}",
         )
     defaults = known[step.name].options
     unknown = set(step.options) - set(defaults)

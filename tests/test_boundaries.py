@@ -19,7 +19,7 @@ LAYERS = (
     {"observers", "algorithms", "layers"},
     {
         *("data", "model", "folding", "plan", "paused", "quantize", "reference", "collector"),
-        *("rescale", "work", "calibrate"),
+        *("rescale", "rotation", "work", "calibrate"),
         "checkpoint",
     },
     {"models"},

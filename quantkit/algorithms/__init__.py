@@ -2,11 +2,11 @@
 
 A solver is ``(weight [N, K] fp32 or the model's dtype, stats, spec, options) → QTensor``.
 A rescaler is ``(scaling, options) → scales [P]``: what to divide each channel of an input by
-before the layers that read it are solved. A recipe's list is any number of rescalers, then one
-solver.
+before the layers that read it are solved. `rotate` turns the whole model before either. A recipe's
+list is at most that one, then any number of rescalers, then one solver.
 
-To add one: one file with an ``OPTIONS`` table and a function, and a row in `SOLVERS` or
-`RESCALERS`.
+To add a solver or rescaler: one file with an ``OPTIONS`` table and a function, and a row in
+`SOLVERS` or `RESCALERS`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quantkit.algorithms import awq, gptq, imatrix, rtn, smoothquant
+from quantkit.algorithms import awq, gptq, imatrix, rotate, rtn, smoothquant
 from quantkit.algorithms.scaling import Scaling
 from quantkit.numerics import QTensor
 from quantkit.schemes import QuantSpec
@@ -70,8 +70,12 @@ RESCALERS: dict[str, Rescaler] = {
     "awq": Rescaler(awq.scales, awq.OPTIONS, needs_hessian=True),
 }
 
+#: The name of the one algorithm that is neither: it belongs to no layer.
+ROTATE = "rotate"
+
 #: For recipe validation: algorithm → the options it knows.
 KNOWN: dict[str, frozenset[str]] = {
+    ROTATE: frozenset(rotate.OPTIONS),
     **{name: frozenset(solver.options) for name, solver in SOLVERS.items()},
     **{name: frozenset(rescaler.options) for name, rescaler in RESCALERS.items()},
 }

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,7 @@ def write_checkpoint(
             "size_bytes": size,
             "source_bytes": plan.source_bytes,
             "bits_per_weight": round(plan.bits_per_weight, 6),
+            "rotation": asdict(plan.rotation) if plan.rotation else None,
             "layers": {
                 layer.name: {
                     "scheme": layer.scheme.name,
