@@ -1,4 +1,4 @@
-"""The calibration loop: for each block, rescale → observe → solve → replace → propagate.
+"""The calibration loop: for each block, rotate → rescale → observe → solve → replace → propagate.
 
 Statistics live for one block. What persists, and what a resumed run starts from, are the
 finished blocks in the work folder (`quantkit.work`).
@@ -31,6 +31,7 @@ from quantkit.quantize import QuantizedLayer, quantize_group, quantized_inputs
 from quantkit.recipe import Step
 from quantkit.reference import original_weights, unquantized
 from quantkit.rescale import choose_scales
+from quantkit.rotation import rotate_block, rotate_ends
 from quantkit.work import HEAD, WorkFolder
 
 #: Tokens of one paused forward pass. Large enough for the matrix products to run at their
@@ -182,11 +183,15 @@ class _Loop:
         if self.plan.needs_fisher:
             self.weights = self._token_weights()
         teacher = self._teacher() if self.plan.distill else None
+        if self.plan.rotation is not None:
+            rotate_ends(self.model, self.plan.rotation)
         hidden = self.spine.embed(self.batches)
         self.exact = list(hidden) if self.plan.needs_drift else []
         for index in range(self.plan.blocks):
             layers = self.plan.in_block(index)
             models.bring_in(self.spine.blocks[index])
+            if self.plan.rotation is not None:
+                rotate_block(self.model, index, self.plan.rotation)
             self._rescale(index, layers, hidden)
             saved = self.work.load(index, layers)
             if saved is not None:

@@ -6,18 +6,27 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from quantkit import model as models
-from quantkit.algorithms import REFINERS, RESCALERS, SOLVERS, Refiner, Rescaler, Solver
+from quantkit.algorithms import (
+    REFINERS,
+    RESCALERS,
+    ROTATE,
+    SOLVERS,
+    Refiner,
+    Rescaler,
+    Solver,
+)
 from quantkit.errors import UsageError
 from quantkit.folding import Fold, find_folds
 from quantkit.kv_cache import SIDES, find_attentions
 from quantkit.observers import Candidates
 from quantkit.recipe import Recipe, Step
+from quantkit.rotation import PlannedRotation, plan_rotation
 from quantkit.schemes import Granularity, QuantSpec, ScaleFormat, Scheme
 
 if TYPE_CHECKING:
@@ -37,6 +46,7 @@ class PlannedLayer:
         options: the solver's options, defaults filled in.
         rescalers: what scales its input before it is solved, in order; options filled in.
         distilled: its scales are trained once every layer is solved.
+        rotated: whether the model's rotation turns its weight.
     """
 
     name: str
@@ -47,6 +57,7 @@ class PlannedLayer:
     options: Mapping[str, Any] = field(default_factory=dict)
     rescalers: tuple[Step, ...] = ()
     distilled: bool = False
+    rotated: bool = False
 
     @property
     def weights(self) -> int:
@@ -65,8 +76,9 @@ class PlannedLayer:
     @property
     def steps(self) -> str:
         """Its algorithms in order, for people: ``smoothquant → gptq``."""
-        refined = ["distill"] if self.distilled else []
-        return " → ".join([*(step.name for step in self.rescalers), self.solver, *refined])
+        first = [ROTATE] if self.rotated else []
+        last = ["distill"] if self.distilled else []
+        return " → ".join([*first, *(step.name for step in self.rescalers), self.solver, *last])
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,7 @@ class Plan:
         block_bytes: one block's weights.
         samples, seq_len: calibration tokens.
         unties_head: the head gets a tensor of its own.
+        rotation: what is rotated before anything else, or None.
         folds: where rescalers scale, in order.
         unscaled: label → reason, for whatever the recipe would have scaled and cannot.
         distill: how the scales of the layers that ask for it are trained.
@@ -107,6 +120,7 @@ class Plan:
     samples: int
     seq_len: int
     unties_head: bool
+    rotation: PlannedRotation | None = None
     folds: tuple[PlannedFold, ...] = ()
     unscaled: Mapping[str, str] = field(default_factory=dict)
     distill: Step | None = None
@@ -167,6 +181,7 @@ class Plan:
                 }
                 for layer in self.layers
             },
+            "rotation": asdict(self.rotation) if self.rotation else None,
             "folds": {
                 fold.label: [{"name": s.name, "options": dict(s.options)} for s in fold.steps]
                 for fold in self.folds
@@ -239,17 +254,29 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
     Candidates.of(recipe.calibrate.observer.name, recipe.calibrate.observer.options)
     folds, unscaled = _plan_folds(model, layers)
     scaled = {name: fold.steps for fold in folds for name in fold.consumers}
-    layers = [replace(layer, rescalers=scaled.get(layer.name, ())) for layer in layers]
-    unties = any(layer.name == head for layer in layers) and models.is_tied(model)
+    rotation = plan_rotation(recipe, model, [layer.name for layer in layers])
+    layers = [
+        replace(
+            layer,
+            rescalers=scaled.get(layer.name, ()),
+            rotated=rotation is not None and rotation.turns(layer.name, model),
+        )
+        for layer in layers
+    ]
+    quantized_head = any(layer.name == head for layer in layers)
+    turned_head = rotation is not None and rotation.residual
+    unties = (quantized_head or turned_head) and models.is_tied(model)
     source_bytes = _weight_bytes(model)
     element = torch.finfo(next(model.parameters()).dtype).bits // 8
     width = max(layer.shape[1] for layer in layers)
     hidden = models.embedding_shape(model)[1]
     original = sum(layer.weights * element for layer in layers)
-    if unties:
+    if unties and quantized_head:
         original -= next(x.weights * element for x in layers if x.name == head)
     size = source_bytes - original + sum(math.ceil(layer_bits(x, element * 8) / 8) for x in layers)
     size += len(caches) * len(SIDES) * element
+    if rotation is not None:
+        size += rotation.head_bytes
     # Hidden states in and out of a block, and the widest input that is paused inside it.
     activation = samples * seq_len * element * (2 * hidden + width)
     if any(layer.needs_drift for layer in layers):
@@ -265,6 +292,7 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
         samples=samples,
         seq_len=seq_len,
         unties_head=unties,
+        rotation=rotation,
         folds=folds,
         unscaled=unscaled,
         distill=_the_refiner(refiners),
@@ -315,7 +343,9 @@ def _check_fits(name: str, shape: tuple[int, int], scheme: Scheme) -> None:
 
 def _algorithms(recipe: Recipe, name: str) -> tuple[tuple[Step, ...], Step, Step | None]:
     """A layer's rescalers, solver and refiner, their options checked and filled in."""
-    steps = [_filled_in(step, name) for step in recipe.algorithm_for(name)]
+    # A rotation belongs to the whole model: `plan_rotation` reads it.
+    given = [step for step in recipe.algorithm_for(name) if step.name != ROTATE]
+    steps = [_filled_in(step, name) for step in given]
     stages = [_stage(step) for step in steps]
     if stages.count(1) != 1 or stages != sorted(stages) or stages.count(2) > 1:
         raise UsageError(
@@ -365,7 +395,8 @@ def _filled_in(step: Step, name: str) -> Step:
     known: dict[str, Solver | Rescaler | Refiner] = {**RESCALERS, **SOLVERS, **REFINERS}
     if step.name not in known:
         raise UsageError(
-            f"{name}: unknown algorithm {step.name!r}", remedy=f"known: {', '.join(known)}"
+            f"{name}: unknown algorithm {step.name!r}",
+            remedy=f"known: {', '.join([ROTATE, *known])}",
         )
     defaults = known[step.name].options
     unknown = set(step.options) - set(defaults)

@@ -15,12 +15,12 @@ PACKAGE = Path(__file__).parent.parent / "quantkit"
 LAYERS = (
     {"errors", "strict_yaml", "progress", "memory"},
     {"schemes", "recipe", "results"},
-    {"numerics", "packing", "ops"},
+    {"numerics", "packing", "hadamard", "ops"},
     {"observers", "algorithms", "layers"},
     {
         *("input_range", "kv_cache"),
         *("data", "model", "folding", "plan", "paused", "quantize", "reference", "collector"),
-        *("rescale", "work", "calibrate", "fisher", "distill"),
+        *("rescale", "rotation", "work", "calibrate", "fisher", "distill"),
         "checkpoint",
     },
     {"models"},

@@ -2,9 +2,9 @@
 
 A solver is ``(weight [N, K] fp32 or the model's dtype, stats, spec, options) → QTensor``.
 A rescaler is ``(scaling, options) → scales [P]``: what to divide each channel of an input by
-before the layers that read it are solved.
-A refiner trains on the whole model's error once every layer is solved.
-A recipe's list is any number of rescalers, then one solver, then at most one refiner.
+before the layers that read it are solved. `rotate` turns the whole model before either; a refiner
+trains on the whole model's error after both. A recipe's list is at most one `rotate`, any number of
+rescalers, one solver, at most one refiner.
 
 To add one: one file with an ``OPTIONS`` table and a function, and a row in `SOLVERS`, `RESCALERS`
 or `REFINERS`.
@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quantkit.algorithms import awq, distill, gptq, imatrix, rtn, smoothquant
+from quantkit.algorithms import awq, distill, gptq, imatrix, rotate, rtn, smoothquant
 from quantkit.algorithms.scaling import Scaling
 from quantkit.numerics import QTensor
 from quantkit.schemes import QuantSpec
@@ -81,8 +81,12 @@ class Refiner:
 
 REFINERS: dict[str, Refiner] = {"distill": Refiner(distill.OPTIONS)}
 
+#: The name of the one algorithm that is none of these: it belongs to no layer.
+ROTATE = "rotate"
+
 #: For recipe validation: algorithm → the options it knows.
 KNOWN: dict[str, frozenset[str]] = {
+    ROTATE: frozenset(rotate.OPTIONS),
     **{name: frozenset(solver.options) for name, solver in SOLVERS.items()},
     **{name: frozenset(rescaler.options) for name, rescaler in RESCALERS.items()},
     **{name: frozenset(refiner.options) for name, refiner in REFINERS.items()},

@@ -104,6 +104,7 @@ def write_checkpoint(
             "size_bytes": size,
             "source_bytes": plan.source_bytes,
             "bits_per_weight": round(plan.bits_per_weight, 6),
+            "rotation": asdict(plan.rotation) if plan.rotation else None,
             "layers": {
                 layer.name: {
                     "scheme": layer.scheme.name,

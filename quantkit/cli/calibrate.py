@@ -190,6 +190,14 @@ def _show_plan(prepared: Prepared) -> None:
     console.print(table)
     kept = ", ".join(plan.kept[:3]) + (f" and {len(plan.kept) - 3} more" if plan.kept[3:] else "")
     console.print(f"kept as they are   {kept or 'none'}")
+    if plan.rotation is not None:
+        what = ["the residual stream"] if plan.rotation.residual else []
+        what += ["the heads' values"] if plan.rotation.heads else []
+        untied = plan.rotation.head_bytes
+        console.print(
+            f"rotation           {' and '.join(what)}, folded into the weights"
+            + (f"; the head is untied: {untied / 1e6:.1f} MB more" if untied else "")
+        )
     if plan.folds:
         console.print(f"scalings           {len(plan.folds)} inputs, folded into their producers")
     for reason, labels in _by_reason(plan.unscaled).items():
