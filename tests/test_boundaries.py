@@ -14,12 +14,13 @@ PACKAGE = Path(__file__).parent.parent / "quantkit"
 #: Layers from the bottom up; a module imports its own layer and those below.
 LAYERS = (
     {"errors", "strict_yaml", "progress", "memory"},
-    {"schemes", "recipe", "results"},
+    {"schemes", "recipe", "results", "sensitivity", "allocate"},
     {"numerics", "packing", "ops"},
     {"observers", "algorithms", "layers"},
     {
         *("data", "model", "folding", "plan", "paused", "quantize", "reference", "collector"),
         *("rescale", "work", "calibrate"),
+        *("curvature", "ablation", "mixture", "measurement"),
         "checkpoint",
     },
     {"models"},
