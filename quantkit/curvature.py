@@ -35,8 +35,7 @@ solves on, and the second half is what is differentiated.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +45,7 @@ from quantkit import model as models
 from quantkit import numerics
 from quantkit.algorithms import SOLVERS, Stats
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.gradients import observed, recorded, weight_gradients
 from quantkit.observers import HessianAccumulator
 from quantkit.paused import Spine, trace_groups
 from quantkit.plan import PlannedLayer
@@ -226,7 +226,7 @@ class _Measurement:
         hessians = {
             group[0]: HessianAccumulator(self.linears[group[0]].in_features) for group in groups
         }
-        with _observed({name: self.linears[name] for name in hessians}, hessians):
+        with observed({name: self.linears[name] for name in hessians}, hessians):
             for call in self.spine.calls(index, hidden):
                 call()
                 self._advance(self._label(index))
@@ -277,12 +277,12 @@ class _Measurement:
         for i, x in enumerate(hidden):
             leaf = x.detach().requires_grad_()
             [call] = self.spine.calls(index, [leaf])
-            with _recorded(modules) as seen, torch.enable_grad():
+            with recorded(modules) as seen, torch.enable_grad():
                 out = call()
             outputs = [y for _, _, y in seen]
             front, *grads = torch.autograd.grad(out, [leaf, *outputs], upstream[i])
             downstream.append(front)
-            for name, gradient in _weight_gradients(seen, grads).items():
+            for name, gradient in weight_gradients(seen, grads).items():
                 held[name].append(gradient)
             if (i + 1) % HELD == 0 or i + 1 == len(hidden):
                 for name, gradients in held.items():
@@ -346,55 +346,6 @@ def _estimates(squares: Tensor, errors: Mapping[str, float], name: str) -> dict[
         scheme: Estimate(factor * output, error * output, float(squares[:, i].mean()))
         for i, (scheme, output) in enumerate(errors.items())
     }
-
-
-#: A layer's name, its input and its output, in the order in which they ran.
-_Calls = list[tuple[str, Tensor, Tensor]]
-
-
-@contextmanager
-def _recorded(modules: Mapping[str, nn.Module]) -> Iterator[_Calls]:
-    """While active, lists every run of these layers."""
-    seen: _Calls = []
-    hooks = [
-        module.register_forward_hook(
-            lambda _, inputs, out, name=name: seen.append((name, inputs[0].detach(), out))
-        )
-        for name, module in modules.items()
-    ]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _observed(
-    modules: Mapping[str, nn.Module], hessians: Mapping[str, HessianAccumulator]
-) -> Iterator[None]:
-    """While active, the inputs of these layers enter their Hessians."""
-    hooks = [
-        module.register_forward_pre_hook(
-            lambda _, inputs, name=name: hessians[name].update(inputs[0])
-        )
-        for name, module in modules.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _weight_gradients(seen: _Calls, grads: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Gᵀ X of each layer over all of a window's tokens, fp32 ``[N · K]``."""
-    found: dict[str, Tensor] = {}
-    for (name, x, _), grad in zip(seen, grads, strict=True):
-        wide = grad.reshape(-1, grad.shape[-1]).float()
-        product = (wide.T @ x.reshape(-1, x.shape[-1]).float()).flatten()
-        found[name] = found[name] + product if name in found else product
-    return found
 
 
 def _check(

@@ -20,7 +20,7 @@ LAYERS = (
     {
         *("data", "model", "folding", "plan", "paused", "quantize", "reference", "collector"),
         *("rescale", "work", "calibrate"),
-        *("curvature", "ablation", "mixture", "measurement"),
+        *("gradients", "curvature", "ablation", "mixture", "measurement"),
         "checkpoint",
     },
     {"models"},
