@@ -19,14 +19,15 @@ independently for each position make the gradients of different positions' losse
 so the square of their sum over a window has the sum of their squares as its mean: one backward pass
 a window serves all layers and schemes, and what earlier positions do to later ones is counted.
 
-One product a window is a noisy square. The schemes of a layer share the noise's remedy: their
-rounding errors point in unrelated directions, along which the curvature is about the same share
-c of the output error, so the estimate is
-
-    c · e,   e = tr(ΔW H ΔWᵀ),   c = mean over windows and schemes of ½ (Σ_t g_tᵀ ΔW x_t)² / T e
-
-with H the second moments of the inputs: each scheme's output error, in nats by a factor measured
-for the layer. `Estimate.direct` is what the scheme's own products say.
+One product a window is a noisy square. The rounding errors of a layer's schemes point in unrelated
+directions, along most of which the curvature is the same share of the output error
+e = tr(ΔW H ΔWᵀ), with H the second moments of the inputs. So log(estimate / e) of each scheme is
+drawn towards its mean over the layer's schemes, as far as the spread between schemes is what
+the spread between windows explains (empirical Bayes; the variance between schemes as DerSimonian
+and Laird, "Meta-analysis in clinical trials", 1986, estimate it). Where schemes really differ
+they stay apart: one input column of massive activations (Sun et al., arXiv 2402.17762) can make up
+nearly all of a layer's output error and hardly reach the logits. `Estimate.direct` is what the
+scheme's own products say.
 
 A solver fits its errors to the tokens that it saw, so the first half of the windows is what it
 solves on, and the second half is what is differentiated.
@@ -65,8 +66,7 @@ class Estimate:
     Attributes:
         kl: nats a token.
         error: its standard error over windows.
-        direct: the same from this scheme's products alone; noisier, and free of the assumption
-            that the layer's curvature is the same for all schemes.
+        direct: the same from this scheme's products alone; noisier.
     """
 
     kl: float
@@ -334,18 +334,38 @@ def _estimates(squares: Tensor, errors: Mapping[str, float], name: str) -> dict[
             f"{name}: the gradient holds NaN or infinite values",
             remedy="load the model in bfloat16 or float32, and check the checkpoint",
         )
-    scale = torch.tensor(list(errors.values()), dtype=torch.float64)
-    exact = scale <= 0  # weights that the scheme holds to the bit
-    share = (squares / scale.masked_fill(exact, 1.0))[:, ~exact].mean(1)  # [windows]
-    factor, error = 0.0, 0.0
-    if not bool(exact.all()):
-        factor = float(share.mean())
-        # A single window says nothing of its error.
-        error = float(share.std()) / math.sqrt(len(share)) if len(share) > 1 else factor
+    output = torch.tensor(list(errors.values()), dtype=torch.float64)
+    direct = squares.mean(0)
+    known = (output > 0) & (direct > 0)  # else the scheme holds the weights to the bit
+    kl, error = torch.zeros_like(direct), torch.zeros_like(direct)
+    if bool(known.any()):
+        kl[known], error[known] = _shrunk(squares[:, known], output[known])
     return {
-        scheme: Estimate(factor * output, error * output, float(squares[:, i].mean()))
-        for i, (scheme, output) in enumerate(errors.items())
+        scheme: Estimate(float(kl[i]), float(error[i]), float(direct[i]))
+        for i, scheme in enumerate(errors)
     }
+
+
+def _shrunk(squares: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """Estimates drawn towards one ratio to the output error, and their standard errors.
+
+    Args:
+        squares: fp64 ``[windows, schemes]``, of positive mean.
+        output: output errors fp64 ``[schemes]``, positive.
+    """
+    direct = squares.mean(0)
+    relative = squares / direct  # [windows, schemes], of mean 1
+    windows, schemes = squares.shape
+    if windows == 1 or schemes == 1:  # nothing to tell noise from difference by
+        spread = relative.std(0) / math.sqrt(windows) if windows > 1 else torch.ones_like(direct)
+        return direct, direct * spread
+    within = relative.var(0) / windows  # of log(direct), by the delta method
+    ratios = (direct / output).log()
+    between = (ratios.var() - within.mean()).clamp(min=0.0)
+    pull = within / (within + between)
+    kl = output * (pull * ratios.mean() + (1 - pull) * ratios).exp()
+    pooled = relative.mean(1).var() / windows
+    return kl, kl * (pull.square() * pooled + (1 - pull).square() * within).sqrt()
 
 
 def _check(

@@ -163,7 +163,8 @@ def _rules(sensitivity: Sensitivity, mixture: Mixture, default: str) -> list[str
                 continue
             names = [f"{prefix}.{i}.{leaf}" for i in indices for leaf in leaves]
             every = "|".join(map(str, sorted(indices)))
-            pattern = f"re:{re.escape(prefix)}\\.({every})\\.{_either(leaves)}"
+            every = f"({every})" if len(indices) > 1 else every
+            pattern = f"re:{re.escape(prefix)}\\.{every}\\.{_either(leaves)}"
             lines.append(f"  # {_kl(sensitivity, mixture, names)}")
             written = _flow(sensitivity.schemes[scheme])
             lines.append(f"  - {{match: '{pattern}', scheme: {written}}}")
@@ -177,8 +178,8 @@ def _kl(sensitivity: Sensitivity, mixture: Mixture, names: Iterable[str]) -> str
     bits = sum(layer.costs[scheme].bits for layer, scheme in layers)
     kl = sum(layer.costs[scheme].kl for layer, scheme in layers)
     return (
-        f"{len(layers)} layers, {weights / 1e6:.1f} M weights at {bits / weights:.3f} bits, "
-        f"predicted KL {kl:.4f}"
+        f"{len(layers)} layer{'s' if len(layers) > 1 else ''}, {weights / 1e6:.1f} M weights at "
+        f"{bits / weights:.3f} bits, predicted KL {kl:.4f}"
     )
 
 

@@ -32,7 +32,7 @@ class Cost:
         bits: stored, scales and zero points included.
         kl: nats a token if this layer alone is quantized, to second order.
         error: standard error of ``kl`` over windows.
-        direct: the estimate before the layer's schemes are pooled.
+        direct: the estimate from this scheme alone, before it is drawn towards the layer's others.
     """
 
     bits: int
