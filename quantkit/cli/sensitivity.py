@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +172,7 @@ def _page(sensitivity: Sensitivity, mixture: Mixture | None) -> Any:
         source=sensitivity.source,
         tokens=f"{sensitivity.samples} windows of {sensitivity.seq_len} tokens",
         solver=str(sensitivity.origin["solver"]),
-        schemes=tuple(sensitivity.schemes),
+        schemes=tuple(_by_bits(sensitivity)),
         rows=tuple(
             Row(
                 name,
@@ -198,14 +200,16 @@ def _print(sensitivity: Sensitivity, mixture: Mixture | None) -> None:
 
     from quantkit.mixture import uniform_mixtures
 
-    console = Console()
+    # A pipe has no width, and a folded name cannot be searched for.
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    schemes = _by_bits(sensitivity)
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("layer", overflow="fold")
-    for scheme in sensitivity.schemes:
+    for scheme in schemes:
         table.add_column(scheme.replace("a16", ""), justify="right")
     for name, layer in sensitivity.layers.items():
         cells = []
-        for scheme in sensitivity.schemes:
+        for scheme in schemes:
             cost = layer.costs.get(scheme)
             text = "–" if cost is None else f"{1e6 * cost.kl:.0f}"
             taken = mixture is not None and mixture.chosen[name] == scheme
@@ -226,6 +230,15 @@ def _print(sensitivity: Sensitivity, mixture: Mixture | None) -> None:
             f"{'checked':<18}{len(checks.single)} layers, rank correlation {checks.rank:.3f}; all "
             f"at once: predicted {checks.predicted:.4f}, measured {checks.measured:.4f}"
         )
+
+
+def _by_bits(sensitivity: Sensitivity) -> list[str]:
+    """Names of the schemes, the fewest bits on a layer first."""
+    least: dict[str, float] = {}
+    for layer in sensitivity.layers.values():
+        for scheme, cost in layer.costs.items():
+            least[scheme] = min(cost.bits / layer.weights, least.get(scheme, math.inf))
+    return sorted(least, key=lambda scheme: (least[scheme], scheme))
 
 
 def _median_error(sensitivity: Sensitivity) -> float:
