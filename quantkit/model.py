@@ -56,9 +56,7 @@ class SourceModel:
     @property
     def weight_hash(self) -> str:
         """One sha256 over the weight files and config."""
-        return combine_hashes(
-            {n: h for n, h in self.files.items() if n.endswith((".safetensors", "config.json"))}
-        )
+        return weight_hash(self.files)
 
 
 def load_source(
@@ -374,6 +372,13 @@ def combine_hashes(hashes: dict[str, str]) -> str:
     """One sha256 over names and hashes, in name order."""
     text = "".join(f"{name} {digest}\n" for name, digest in sorted(hashes.items()))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def weight_hash(files: dict[str, str]) -> str:
+    """One sha256 over the weight files and config among the hashes of `hash_folder`."""
+    return combine_hashes(
+        {n: h for n, h in files.items() if n.endswith((".safetensors", "config.json"))}
+    )
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

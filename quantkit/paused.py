@@ -115,6 +115,23 @@ class Spine:
             with self._replaced_blocks(skip):
                 yield head_input(self.model, ids)
 
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """The model's logits ``[B, T, vocab]`` from the hidden states behind the last block.
+
+        Differentiable in ``hidden`` where autograd is enabled.
+
+        Args:
+            ids: token ids int64 ``[B, T]``; only their shape matters.
+            hidden: ``[B, T, hidden]``.
+        """
+
+        def skip(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return (hidden,) if self._returns_tuple else hidden
+
+        with self._replaced_blocks(skip):
+            logits: Tensor = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits
+        return logits
+
     def _forward(self, ids: Tensor) -> None:
         try:
             with torch.no_grad():

@@ -14,13 +14,14 @@ PACKAGE = Path(__file__).parent.parent / "quantkit"
 #: Layers from the bottom up; a module imports its own layer and those below.
 LAYERS = (
     {"errors", "strict_yaml", "progress", "memory"},
-    {"schemes", "recipe", "results"},
+    {"schemes", "recipe", "results", "sensitivity", "allocate"},
     {"numerics", "packing", "hadamard", "ops"},
     {"observers", "algorithms", "layers"},
     {
         *("input_range", "kv_cache"),
         *("data", "model", "folding", "plan", "paused", "quantize", "reference", "collector"),
         *("rescale", "rotation", "work", "calibrate", "fisher", "distill"),
+        *("gradients", "curvature", "ablation", "mixture", "measurement"),
         "checkpoint",
     },
     {"models"},

@@ -13,10 +13,95 @@ if TYPE_CHECKING:
 
 
 def command(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint folder.")],
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CKPT", help="A checkpoint folder; with --sensitivity, an original MODEL."
+        ),
+    ] = None,
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option(
+            "--sensitivity",
+            help="Show this sensitivity file instead; measured first if it is not there.",
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="Text to measure it on, as of calibrate. Repeatable."),
+    ] = None,
+    schemes: Annotated[
+        str | None,
+        typer.Option("--schemes", help="Weight-only schemes with commas: w4a16-g64,w5a16-g64."),
+    ] = None,
+    algorithm: Annotated[
+        str, typer.Option("--algorithm", help="The solver whose rounding is judged.")
+    ] = "gptq",
+    samples: Annotated[int, typer.Option("--samples", min=2, help="Windows.")] = 256,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens of a window.")] = 128,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Draws windows and labels.")] = 0,
+    checks: Annotated[
+        int,
+        typer.Option("--checks", min=0, help="Measure so many layers, to judge the estimate by."),
+    ] = 0,
+    bits: Annotated[
+        float | None,
+        typer.Option("--bits", min=0, help="Choose schemes within so many bits a weight."),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", "-r", help="Write what was chosen as a recipe.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Write layers and frontier as an HTML page.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Show each layer's scheme, bits and error, the size against theory, and the provenance."""
+    """Show each layer's scheme, bits and error, the size against theory, and the provenance.
+
+    With --sensitivity: the KL that each layer would cost under each scheme, and the best mixture
+    of schemes within a budget of bits.
+    """
+    from quantkit.errors import UsageError
+
+    if sensitivity is not None:
+        from quantkit.cli.sensitivity import Request, show
+
+        if threads:
+            import torch
+
+            torch.set_num_threads(threads)
+        show(
+            Request(
+                file=sensitivity,
+                model=checkpoint,
+                data=tuple(data or ()),
+                schemes=schemes,
+                solver=algorithm,
+                samples=samples,
+                seq_len=seq_len,
+                seed=seed,
+                checks=checks,
+                bits=bits,
+                recipe=recipe,
+                plot=plot,
+                as_json=as_json,
+            )
+        )
+        return
+    if checkpoint is None:
+        raise UsageError("no CKPT", remedy="name a checkpoint folder, or give --sensitivity FILE")
+    unread = {"--data": data, "--bits": bits, "--recipe": recipe, "--plot": plot}
+    if given := [option for option, value in unread.items() if value]:
+        raise UsageError(
+            f"{' and '.join(given)}: belong to a sensitivity file", remedy="give --sensitivity FILE"
+        )
+    _inspect(Path(checkpoint), as_json)
+
+
+def _inspect(checkpoint: Path, as_json: bool) -> None:
     from quantkit.checkpoint.write import MANIFEST
     from quantkit.errors import UsageError
     from quantkit.results import read_json
