@@ -46,7 +46,7 @@ from quantkit import model as models
 from quantkit import numerics
 from quantkit.algorithms import SOLVERS, Stats
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.gradients import observed, recorded, weight_gradients
+from quantkit.gradients import gradient_of_draws, observed, recorded, weight_gradients
 from quantkit.observers import HessianAccumulator
 from quantkit.paused import Spine, trace_groups
 from quantkit.plan import PlannedLayer
@@ -201,15 +201,13 @@ class _Measurement:
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
             logits = self.spine.logits(ids, leaf)
-        p = logits.detach().float().softmax(-1)[0].cpu()
-        if not numerics.is_finite(p):
+        if not numerics.is_finite(logits.detach()):
             raise QuantkitError(
                 "the model's logits hold NaN or infinite values",
                 remedy="the model overflows in its dtype on this data; load it in another",
             )
-        labels = torch.multinomial(p, 1, generator=self.generator)
-        p.scatter_add_(1, labels, torch.full_like(p[:, :1], -1.0))
-        [grad] = torch.autograd.grad(logits, leaf, p[None].to(logits))
+        drawn = gradient_of_draws(logits.detach(), self.generator)
+        [grad] = torch.autograd.grad(logits, leaf, drawn)
         self._advance("head")
         return grad
 

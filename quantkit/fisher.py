@@ -24,15 +24,13 @@ from torch import Tensor, nn
 
 from quantkit import model as models
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.gradients import gradient_of_draws
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 #: Share of a token's weight that every token has, whatever its gradient.
 FLOOR = 0.1
-
-#: Tokens whose predictions are in memory at once in fp32: 4 · vocabulary bytes each.
-PREDICTED_TOKENS = 64
 
 
 def squared_gradients(
@@ -71,7 +69,7 @@ def squared_gradients(
     with torch.enable_grad(), _frozen(model), _recorded(model, seen):
         for window in ids.split(1):
             logits = model(input_ids=window.to(model.device), use_cache=False).logits
-            logits.backward(_gradient_of_draws(logits.detach(), generator))
+            logits.backward(gradient_of_draws(logits.detach(), generator))
             advance()
     for name, squares in seen.items():
         if squares.count != ids.numel():
@@ -99,20 +97,6 @@ def token_weights(squares: Tensor, exponent: float) -> Tensor:
     if not float(mean) > 0:  # no gradient anywhere: nothing to tell tokens apart by
         return torch.ones_like(squares)
     return FLOOR + (1 - FLOOR) * flat / mean
-
-
-def _gradient_of_draws(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """∂(−log p(y))/∂logits = p − onehot(y), y drawn from p; ``[1, T, V]`` in the logits' dtype."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    out = torch.empty_like(rows)
-    for start in range(0, len(rows), PREDICTED_TOKENS):
-        p = rows[start : start + PREDICTED_TOKENS].float().softmax(-1)
-        threshold = torch.rand(len(p), 1, generator=generator).to(p.device)
-        # The inverse of the distribution function; its last value may fall short of 1.
-        labels = torch.searchsorted(p.cumsum(-1), threshold).clamp_(max=p.shape[1] - 1)
-        p.scatter_add_(1, labels, torch.full_like(threshold, -1.0))
-        out[start : start + PREDICTED_TOKENS] = p.to(out.dtype)
-    return out.view_as(logits)
 
 
 class _Squares:

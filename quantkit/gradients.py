@@ -1,16 +1,44 @@
-"""What layers saw and made in a forward pass, and the gradients of their weights from it."""
+"""Gradients of a model's own predictions, what layers saw, and what they make of the two."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from quantkit.observers import HessianAccumulator
 
 #: A layer's name, its input and its output, in the order in which they ran.
 Calls = list[tuple[str, Tensor, Tensor]]
+
+#: Tokens whose predictions are in memory at once in fp32: 4 · vocabulary bytes each.
+PREDICTED_TOKENS = 64
+
+
+def gradient_of_draws(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """∂(−log p(y))/∂logits = p − onehot(y), y drawn from p at each position.
+
+    Its second moments are the Fisher information of the prediction.
+
+    Args:
+        logits: ``[..., V]``.
+        generator: of the draws, on the CPU.
+
+    Returns:
+        the logits' shape and dtype.
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    out = torch.empty_like(rows)
+    for start in range(0, len(rows), PREDICTED_TOKENS):
+        p = rows[start : start + PREDICTED_TOKENS].float().softmax(-1)
+        threshold = torch.rand(len(p), 1, generator=generator).to(p.device)
+        # The inverse of the distribution function; its last value may fall short of 1.
+        labels = torch.searchsorted(p.cumsum(-1), threshold).clamp_(max=p.shape[1] - 1)
+        p.scatter_add_(1, labels, torch.full_like(threshold, -1.0))
+        out[start : start + PREDICTED_TOKENS] = p.to(out.dtype)
+    return out.view_as(logits)
 
 
 @contextmanager

@@ -12,22 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantkit import model as models
-from quantkit.algorithms import (
-    REFINERS,
-    RESCALERS,
-    ROTATE,
-    SOLVERS,
-    Refiner,
-    Rescaler,
-    Solver,
-)
+from quantkit.algorithms import ROTATE, SOLVERS
 from quantkit.errors import UsageError
 from quantkit.folding import Fold, find_folds
 from quantkit.kv_cache import SIDES, find_attentions
 from quantkit.observers import Candidates
 from quantkit.recipe import Recipe, Step
 from quantkit.rotation import PlannedRotation, plan_rotation
-from quantkit.schemes import Granularity, QuantSpec, ScaleFormat, Scheme
+from quantkit.schemes import Granularity, QuantSpec, Scheme
+from quantkit.steps import check_trainable, layer_steps, one_refiner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -239,9 +232,9 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
             continue
         shape = (module.out_features, module.in_features)
         _check_fits(name, shape, scheme)
-        rescalers, solver, refiner = _algorithms(recipe, name)
+        rescalers, solver, refiner = layer_steps(recipe, name)
         if refiner is not None and block is not None:
-            _check_trainable(name, scheme)
+            check_trainable(name, scheme)
             refiners[name] = refiner
         layers.append(
             PlannedLayer(
@@ -295,7 +288,7 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
         rotation=rotation,
         folds=folds,
         unscaled=unscaled,
-        distill=_the_refiner(refiners),
+        distill=one_refiner(refiners),
         kv=recipe.kv_cache,
         caches=caches,
     )
@@ -339,112 +332,6 @@ def _check_fits(name: str, shape: tuple[int, int], scheme: Scheme) -> None:
             inputs.scale_shape((1, shape[1]))
     except UsageError as e:
         raise UsageError(f"{name}: {e.message}", remedy=e.remedy) from e
-
-
-def _algorithms(recipe: Recipe, name: str) -> tuple[tuple[Step, ...], Step, Step | None]:
-    """A layer's rescalers, solver and refiner, their options checked and filled in."""
-    # A rotation belongs to the whole model: `plan_rotation` reads it.
-    given = [step for step in recipe.algorithm_for(name) if step.name != ROTATE]
-    steps = [_filled_in(step, name) for step in given]
-    stages = [_stage(step) for step in steps]
-    if stages.count(1) != 1 or stages != sorted(stages) or stages.count(2) > 1:
-        raise UsageError(
-            f"{name}: algorithm list {[s.name for s in steps]}: exactly one solver is needed, "
-            "behind any rescalers and in front of a refiner",
-            remedy=f"rescalers: {', '.join(RESCALERS)}; solvers: {', '.join(SOLVERS)}; "
-            f"refiners: {', '.join(REFINERS)}",
-        )
-    at = stages.index(1)
-    return tuple(steps[:at]), steps[at], steps[at + 1] if steps[at + 1 :] else None
-
-
-def _stage(step: Step) -> int:
-    """Where a step stands in a layer's list: rescalers, solver, refiner."""
-    if step.name in RESCALERS:
-        return 0
-    return 1 if step.name in SOLVERS else 2
-
-
-def _check_trainable(name: str, scheme: Scheme) -> None:
-    if scheme.weight.scale is not ScaleFormat.MODEL:
-        raise UsageError(
-            f"{name}: distill trains scales in the model's dtype, and {scheme.name} has "
-            f"{scheme.weight.scale} scales",
-            remedy="take distill out of this layer's algorithm list",
-        )
-
-
-def _the_refiner(refiners: Mapping[str, Step]) -> Step | None:
-    """The one refiner of the whole model.
-
-    Raises:
-        UsageError: layers ask for it with different options.
-    """
-    steps = list(refiners.items())
-    for name, step in steps[1:]:
-        if step != steps[0][1]:
-            raise UsageError(
-                f"{steps[0][0]} and {name} ask for {step.name} with different options, and it "
-                "trains the whole model at once",
-                remedy="give both the same options",
-            )
-    return steps[0][1] if steps else None
-
-
-def _filled_in(step: Step, name: str) -> Step:
-    known: dict[str, Solver | Rescaler | Refiner] = {**RESCALERS, **SOLVERS, **REFINERS}
-    if step.name not in known:
-        raise UsageError(
-            f"{name}: unknown algorithm {step.name!r}",
-            remedy=f"known: {', '.join([ROTATE, *known])}",
-        )
-    defaults = known[step.name].options
-    unknown = set(step.options) - set(defaults)
-    if unknown:
-        raise UsageError(
-            f"{step.name}: unknown option {min(unknown)!r}",
-            remedy=f"known: {', '.join(defaults)}",
-        )
-    options = {**defaults, **step.options}
-    for key, value in options.items():
-        _check_option(step.name, key, value)
-    return Step(step.name, options)
-
-
-#: Option → the words it takes, where the algorithm does not narrow them.
-_WORDS = {
-    "clip": ("none", "mse"),
-    "actorder": ("static", "none"),
-    "error": ("diagonal", "blocks"),
-    "pairs": ("norms", "all"),
-}
-
-
-def _check_option(algorithm: str, key: str, value: Any) -> None:
-    def refuse(rule: str) -> None:
-        raise UsageError(f"{algorithm}: {key} {value!r}: {rule}")
-
-    words = _WORDS.get(key)
-    if words is not None and value not in words:
-        refuse(f"is {' or '.join(words)}")
-    if key == "damp" and not _is_number(value, 0, 10):
-        refuse("is a number from 0 to 10")
-    if key == "alpha" and value != "auto" and not _is_number(value, 0, 1):
-        refuse("is auto or a number from 0 to 1")
-    if key == "grid" and not (isinstance(value, int) and _is_number(value, 1, 1000)):
-        refuse("is a whole number from 1 to 1000")
-    if key in ("steps", "windows") and not (type(value) is int and _is_number(value, 1, 100_000)):
-        refuse("is a whole number from 1 to 100000")
-    if key == "seed" and not (type(value) is int and value >= 0):
-        refuse("is a whole number from 0")
-    if key in ("scale_lr", "norm_lr") and not _is_number(value, 0, 0.5):
-        refuse("is a number from 0 to 0.5")
-    if key in ("feedback", "fisher") and not _is_number(value, 0, 1):
-        refuse("is a number from 0 to 1")
-
-
-def _is_number(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
 def _plan_folds(

@@ -18,7 +18,7 @@ LAYERS = (
     {"numerics", "packing", "hadamard", "ops"},
     {"observers", "algorithms", "layers"},
     {
-        *("input_range", "kv_cache"),
+        *("input_range", "kv_cache", "steps"),
         *("data", "model", "folding", "plan", "paused", "quantize", "reference", "collector"),
         *("rescale", "rotation", "work", "calibrate", "fisher", "distill"),
         *("gradients", "curvature", "ablation", "mixture", "measurement"),

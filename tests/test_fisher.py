@@ -14,7 +14,8 @@ from quantkit import numerics
 from quantkit.algorithms import Stats, gptq
 from quantkit.calibrate import CalibrationData, calibrate
 from quantkit.errors import QuantkitError
-from quantkit.fisher import FLOOR, _gradient_of_draws, squared_gradients, token_weights
+from quantkit.fisher import FLOOR, squared_gradients, token_weights
+from quantkit.gradients import gradient_of_draws
 from quantkit.plan import make_plan
 from quantkit.quantize import QuantizedLayer
 from quantkit.recipe import Recipe, Step
@@ -72,7 +73,7 @@ def test_drawn_gradients_have_the_fisher_information_of_the_prediction() -> None
     logits = torch.tensor([2.0, 0.5, 0.0, -1.0])
     p = logits.softmax(-1)
     draws = logits.expand(1, 200_000, 4)
-    g = _gradient_of_draws(draws, torch.Generator().manual_seed(0))[0]
+    g = gradient_of_draws(draws, torch.Generator().manual_seed(0))[0]
     assert torch.allclose(g.mean(0), torch.zeros(4), atol=4e-3)
     assert torch.allclose(g.t() @ g / len(g), p.diag() - p[:, None] * p, atol=4e-3)
 

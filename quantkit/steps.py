@@ -1,0 +1,131 @@
+"""A layer's algorithm list: what stands where, and the values that options take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantkit.algorithms import (
+    REFINERS,
+    RESCALERS,
+    ROTATE,
+    SOLVERS,
+    Refiner,
+    Rescaler,
+    Solver,
+)
+from quantkit.errors import UsageError
+from quantkit.recipe import Recipe, Step
+from quantkit.schemes import ScaleFormat, Scheme
+
+
+def layer_steps(recipe: Recipe, name: str) -> tuple[tuple[Step, ...], Step, Step | None]:
+    """A layer's rescalers, solver and refiner, their options checked and filled in.
+
+    Raises:
+        UsageError: a list that cannot run, an unknown algorithm or option, or a value that an
+            option does not take.
+    """
+    # A rotation belongs to the whole model: `plan_rotation` reads it.
+    given = [step for step in recipe.algorithm_for(name) if step.name != ROTATE]
+    steps = [_filled_in(step, name) for step in given]
+    stages = [_stage(step) for step in steps]
+    if stages.count(1) != 1 or stages != sorted(stages) or stages.count(2) > 1:
+        raise UsageError(
+            f"{name}: algorithm list {[s.name for s in steps]}: exactly one solver is needed, "
+            "behind any rescalers and in front of a refiner",
+            remedy=f"rescalers: {', '.join(RESCALERS)}; solvers: {', '.join(SOLVERS)}; "
+            f"refiners: {', '.join(REFINERS)}",
+        )
+    at = stages.index(1)
+    return tuple(steps[:at]), steps[at], steps[at + 1] if steps[at + 1 :] else None
+
+
+def _stage(step: Step) -> int:
+    """Where a step stands in a layer's list: rescalers, solver, refiner."""
+    if step.name in RESCALERS:
+        return 0
+    return 1 if step.name in SOLVERS else 2
+
+
+def check_trainable(name: str, scheme: Scheme) -> None:
+    """UsageError for a scheme whose scales cannot move in small steps."""
+    if scheme.weight.scale is not ScaleFormat.MODEL:
+        raise UsageError(
+            f"{name}: distill trains scales in the model's dtype, and {scheme.name} has "
+            f"{scheme.weight.scale} scales",
+            remedy="take distill out of this layer's algorithm list",
+        )
+
+
+def one_refiner(refiners: Mapping[str, Step]) -> Step | None:
+    """The one refiner of the whole model.
+
+    Raises:
+        UsageError: layers ask for it with different options.
+    """
+    steps = list(refiners.items())
+    for name, step in steps[1:]:
+        if step != steps[0][1]:
+            raise UsageError(
+                f"{steps[0][0]} and {name} ask for {step.name} with different options, and it "
+                "trains the whole model at once",
+                remedy="give both the same options",
+            )
+    return steps[0][1] if steps else None
+
+
+def _filled_in(step: Step, name: str) -> Step:
+    known: dict[str, Solver | Rescaler | Refiner] = {**RESCALERS, **SOLVERS, **REFINERS}
+    if step.name not in known:
+        raise UsageError(
+            f"{name}: unknown algorithm {step.name!r}",
+            remedy=f"known: {', '.join([ROTATE, *known])}",
+        )
+    defaults = known[step.name].options
+    unknown = set(step.options) - set(defaults)
+    if unknown:
+        raise UsageError(
+            f"{step.name}: unknown option {min(unknown)!r}",
+            remedy=f"known: {', '.join(defaults)}",
+        )
+    options = {**defaults, **step.options}
+    for key, value in options.items():
+        _check_option(step.name, key, value)
+    return Step(step.name, options)
+
+
+#: Option → the words it takes, where the algorithm does not narrow them.
+_WORDS = {
+    "clip": ("none", "mse"),
+    "actorder": ("static", "none"),
+    "error": ("diagonal", "blocks"),
+    "pairs": ("norms", "all"),
+}
+
+
+def _check_option(algorithm: str, key: str, value: Any) -> None:
+    def refuse(rule: str) -> None:
+        raise UsageError(f"{algorithm}: {key} {value!r}: {rule}")
+
+    words = _WORDS.get(key)
+    if words is not None and value not in words:
+        refuse(f"is {' or '.join(words)}")
+    if key == "damp" and not _is_number(value, 0, 10):
+        refuse("is a number from 0 to 10")
+    if key == "alpha" and value != "auto" and not _is_number(value, 0, 1):
+        refuse("is auto or a number from 0 to 1")
+    if key == "grid" and not (isinstance(value, int) and _is_number(value, 1, 1000)):
+        refuse("is a whole number from 1 to 1000")
+    if key in ("steps", "windows") and not (type(value) is int and _is_number(value, 1, 100_000)):
+        refuse("is a whole number from 1 to 100000")
+    if key == "seed" and not (type(value) is int and value >= 0):
+        refuse("is a whole number from 0")
+    if key in ("scale_lr", "norm_lr") and not _is_number(value, 0, 0.5):
+        refuse("is a number from 0 to 0.5")
+    if key in ("feedback", "fisher") and not _is_number(value, 0, 1):
+        refuse("is a number from 0 to 1")
+
+
+def _is_number(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
