@@ -103,7 +103,7 @@ def measure_curvature(
 
     Works from the last block to the first. Beside the model there are in memory the hidden
     states in front of every block (`state_bytes`), and for one block at a time its Hessians, its
-    rounding errors under every scheme and `HELD` weight gradients.
+    rounding errors under every scheme (twice, fp32) and `HELD` weight gradients.
 
     Args:
         source: the original model; unchanged.
