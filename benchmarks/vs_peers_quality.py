@@ -110,6 +110,9 @@ print(json.dumps({"python": platform.python_version(), **{name: version(name) fo
 #: Held-out text that all are scored on.
 WINDOWS, WINDOW_TOKENS = 24, 1024
 
+#: 16-bit activations for all: a peer's dequantized weights would run with those in any kernel.
+KERNELS = "native-float"
+
 RECIPES = {
     "quantkit RTN": "rtn",
     "quantkit GPTQ": "gptq",
@@ -211,6 +214,7 @@ def describe(args: argparse.Namespace, model: Path, tokens_hash: str) -> dict[st
             "seq_len": args.seq_len,
             "tokens_sha256": tokens_hash,
         },
+        "kernels": KERNELS,
         "texts": {
             label(text): {
                 "windows": WINDOWS,
@@ -327,7 +331,7 @@ def score(checkpoint: Path, model: Path, text: str) -> dict[str, float]:
     command = [
         sys.executable, "-m", "quantkit.cli.main", "eval", str(checkpoint), "--text", text,
         "--seq-len", str(WINDOW_TOKENS), "--max-tokens", str(WINDOWS * WINDOW_TOKENS),
-        "--reference", str(model), "--json", "-o", str(results),
+        "--reference", str(model), "--kernels", KERNELS, "--json", "-o", str(results),
     ]  # fmt: skip
     summary = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     windows = json.loads(results.read_text())["text"]["windows"]

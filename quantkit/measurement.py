@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
+from scipy import stats
 
 from quantkit import model as models
 from quantkit.ablation import measure_ablations
@@ -144,7 +144,6 @@ def _compared(
 
 def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Correlation of ranks; 0 where one side has no order."""
-    first, second = (np.argsort(np.argsort(x)).astype(float) for x in (a, b))
-    if len(a) < 2:
+    if min(len(set(a)), len(set(b))) < 2:
         return 0.0
-    return float(np.corrcoef(first, second)[0, 1])
+    return float(stats.spearmanr(a, b).statistic)

@@ -360,6 +360,19 @@ def write_json(path: str | Path, doc: Any) -> None:
     write_text(path, json.dumps(doc, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
+def check_writable(path: str | Path) -> None:
+    """Refuse a file that could not be written, before the work that it is to hold is done.
+
+    Raises:
+        UsageError: its folder is not there, is not a folder, or takes no files.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder", remedy="name a file")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{path.parent}: no folder to write {path.name} in", remedy="make it")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file to a staging name beside ``path``, then rename it into place.
 

@@ -7,12 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
+#: Options that mean nothing without a sensitivity file.
+MEASURING = (
+    "data", "schemes", "algorithm", "samples", "seq_len", "seed", "checks", "bits", "recipe",
+    "plot", "threads",
+)  # fmt: skip
+
+
 def command(
+    context: typer.Context,
     checkpoint: Annotated[
         str | None,
         typer.Argument(
@@ -93,8 +102,12 @@ def command(
         return
     if checkpoint is None:
         raise UsageError("no CKPT", remedy="name a checkpoint folder, or give --sensitivity FILE")
-    unread = {"--data": data, "--bits": bits, "--recipe": recipe, "--plot": plot}
-    if given := [option for option, value in unread.items() if value]:
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in MEASURING
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
         raise UsageError(
             f"{' and '.join(given)}: belong to a sensitivity file", remedy="give --sensitivity FILE"
         )

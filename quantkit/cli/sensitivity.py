@@ -58,10 +58,15 @@ def show(request: Request) -> None:
     from quantkit import mixture as mixtures
     from quantkit.errors import UsageError
     from quantkit.report.sensitivity import render_sensitivity
-    from quantkit.results import write_text
+    from quantkit.results import check_writable, write_text
 
+    if request.bits is not None and not math.isfinite(request.bits):
+        raise UsageError(f"--bits {request.bits}: not a number of bits", remedy="e.g. --bits 4.5")
     if request.recipe is not None and request.bits is None:
         raise UsageError(f"--recipe {request.recipe}: nothing is chosen", remedy="give --bits too")
+    for path in (request.file, request.recipe, request.plot):
+        if path is not None and not path.exists():
+            check_writable(path)
     sensitivity = _sensitivity(request)
     mixture = None
     if request.bits is not None:
