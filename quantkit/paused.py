@@ -43,11 +43,17 @@ class Spine:
 
     Args:
         model: a causal language model whose decoder is a list of blocks.
+        prefix: the name of that list, where it is known; found among plain linear layers else.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, prefix: str | None = None) -> None:
         self.model = model
-        self.prefix, self.blocks = models.find_blocks(model)
+        if prefix is None:
+            self.prefix, self.blocks = models.find_blocks(model)
+        else:
+            blocks = model.get_submodule(prefix)
+            assert isinstance(blocks, nn.ModuleList)
+            self.prefix, self.blocks = prefix, blocks
         self._calls: dict[tuple[int, int], _Call] = {}  # (block, batch size) → call
         self._returns_tuple = False
 

@@ -26,7 +26,7 @@ LAYERS = (
     },
     {"models"},
     {"evals", "serve", "gate", "report"},
-    {"baseline", "job", "reload", "scoring", "outcomes", "run"},
+    {"baseline", "blame", "job", "reload", "scoring", "outcomes", "run"},
     {"cli"},
 )
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

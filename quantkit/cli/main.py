@@ -22,6 +22,7 @@ from quantkit.cli import (
     calibrate,
     doctor,
     eval,
+    explain,
     gate,
     inspect,
     report,
@@ -41,6 +42,7 @@ app = typer.Typer(
 app.command("calibrate")(calibrate.command)
 app.command("eval")(eval.command)
 app.command("gate")(gate.command)
+app.command("explain")(explain.command)
 app.add_typer(baseline.app, name="baseline")
 app.command("serve")(serve.command)
 app.add_typer(bench.app, name="bench")
