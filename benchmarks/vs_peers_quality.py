@@ -116,8 +116,8 @@ KERNELS = "native-float"
 RECIPES = {
     "quantkit RTN": "rtn",
     "quantkit GPTQ": "gptq",
-    "quantkit GPTQ, Fisher": "{gptq: {fisher: 0.5}}",
-    "quantkit GPTQ, Fisher, distill": "[{gptq: {fisher: 0.5}}, distill]",
+    "quantkit GPTQ, Fisher": "{gptq: {fisher: 0.5, outputs: coupled}}",
+    "quantkit GPTQ, Fisher, distill": "[{gptq: {fisher: 0.5, outputs: coupled}}, distill]",
 }
 
 #: Bits of a weight with its share of a scale.

@@ -21,7 +21,7 @@ from quantkit.algorithms import Stats
 from quantkit.collector import EQUAL, Collector
 from quantkit.distill import Distilled, Teacher, distill
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.fisher import squared_gradients, token_weights
+from quantkit.fisher import measure_gradients, token_weights
 from quantkit.folding import apply_scales
 from quantkit.kv_cache import BlockCache, CacheEntry, CacheRange, quantized_caches
 from quantkit.paused import Spine, head_input, run_paused, trace_groups
@@ -246,13 +246,28 @@ class _Loop:
         ids = torch.cat(list(self.batches))
         squares = self.work.load_tensors("tokens")
         if squares is None:
-            squares = squared_gradients(
-                self.model, list(asking), ids, advance=lambda: self._advance("token weights")
+            coupled = {layer.name: layer.fisher for layer in self.plan.layers if layer.coupled}
+            found = measure_gradients(
+                self.model,
+                list(asking),
+                ids,
+                coupled=coupled,
+                advance=lambda: self._advance("token weights"),
             )
-            self.work.save_tensors("tokens", squares)
+            for name, blocks in found.outputs.items():
+                self.work.save_tensors(
+                    f"outputs/{name}", {str(i): block for i, block in enumerate(blocks)}
+                )
+            squares = dict(found.squares)
+            self.work.save_tensors("tokens", squares)  # last: all of the pass is on disk with it
         else:
             self.done += len(ids)
         return {name: token_weights(squares[name], asking[name]) for name in asking}
+
+    def _outputs(self, name: str) -> list[Tensor]:
+        """The Fisher matrix of a layer's outputs, from disk: one layer's at a time is in memory."""
+        blocks = self.work.load_tensors(f"outputs/{name}") or {}
+        return [blocks[str(i)] for i in range(len(blocks))]
 
     def _teacher(self) -> Teacher:
         ids = torch.cat(list(self.batches))
@@ -321,7 +336,7 @@ class _Loop:
                 return
             if leader not in collectors:
                 members = [layers[name] for name in by_leader[leader]]
-                collectors[leader] = Collector(members, self.observer, self.weights)
+                collectors[leader] = Collector(members, self.observer, self.weights, self._outputs)
             exact = exact_inputs.pop((batch, leader), None)
             if self.exact and (exact is None or exact.shape != x.shape):
                 raise QuantkitError(
@@ -395,7 +410,7 @@ class _Loop:
     ) -> dict[str, QuantizedLayer]:
         if not hidden:
             return self._solve_without_data(layers)
-        collector = Collector(list(layers.values()), self.observer, self.weights)
+        collector = Collector(list(layers.values()), self.observer, self.weights, self._outputs)
         for i, ids in enumerate(self.batches):
             [x] = self.spine.head_inputs([ids], [hidden[i]])
             exact = list(self.spine.head_inputs([ids], [self.exact[i]])) if self.exact else [None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -39,6 +39,7 @@ class Collector:
         observer: turns static activations into a range.
         weights: what each calibration token counts in the Hessian of a layer, fp32 ``[tokens]``
             in the order of the batches, by name; all alike for a layer that is not there.
+        outputs: the Fisher matrix of a layer's outputs, its diagonal blocks, by name.
     """
 
     def __init__(
@@ -46,9 +47,11 @@ class Collector:
         members: Sequence[PlannedLayer],
         observer: Step,
         weights: Mapping[str, Tensor] = EQUAL,
+        outputs: Callable[[str], Sequence[Tensor]] = lambda _: (),
     ) -> None:
         self.members = members
         self.weights = weights
+        self.outputs = outputs
         self.sample: Tensor | None = None
         self.tokens = 0
         self.moments: dict[_Key, _Moments] = {}
@@ -107,7 +110,8 @@ class Collector:
                 scale = found.scale(spec, next(iter(weights.values())).dtype)
                 for x, unquantized in self.held:
                     moments.update(_as_multiplied(x, spec, scale), unquantized)
-            stats = Stats(moments.hessian_value(), self.tokens, moments.drift_value())
+            coupled = () if name is None else self.outputs(name)
+            stats = Stats(moments.hessian_value(), self.tokens, moments.drift_value(), coupled)
             solved |= quantize_group(layers, weights, stats, found, self.sample)
         return solved
 

@@ -8,6 +8,10 @@ the layer's Hessian into Σ w x xᵀ with w = ‖g‖²: Kim et al., "GuidedQuan
 Quantization via Exploiting End Loss Guidance" (arXiv 2505.07004, §3), with one group of outputs a
 layer. One pass through the unquantized model and back gives the weights of all tokens and layers.
 
+The same gradients tell which outputs' errors belong together: with F taken to be a Kronecker
+product, its other factor is G = Σ g gᵀ, each token's share flattened as its weight is (Tseng et
+al., "Model-Preserving Adaptive Rounding", arXiv 2505.22988, §3, from one draw a token).
+
 The weights of a few tokens are huge: nearly all that the keys and values of an attention sink
 cost is in the first token. So they are flattened by an exponent, and every token keeps a floor,
 without which H would have the rank of a hundred tokens.
@@ -15,8 +19,11 @@ without which H would have the rank of a hundred tokens.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +32,7 @@ from torch import Tensor, nn
 from quantkit import model as models
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.gradients import gradient_of_draws
+from quantkit.ops import get_backend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,16 +40,34 @@ if TYPE_CHECKING:
 #: Share of a token's weight that every token has, whatever its gradient.
 FLOOR = 0.1
 
+#: Outputs whose errors are looked at together, at most: 16 MB a block in fp32.
+OUTPUT_BLOCK = 2048
 
-def squared_gradients(
+
+@dataclass(frozen=True)
+class Gradients:
+    """What one pass through the model and back says of its layers.
+
+    Attributes:
+        squares: ‖g‖² of each layer's output at each token, fp32 ``[samples · seq_len]`` by name.
+        outputs: diagonal blocks of G, its mean diagonal 1, bf16 ``[n, n]`` each, for the layers
+            that were asked for.
+    """
+
+    squares: Mapping[str, Tensor]
+    outputs: Mapping[str, tuple[Tensor, ...]]
+
+
+def measure_gradients(
     model: PreTrainedModel,
     names: Sequence[str],
     ids: Tensor,
     *,
+    coupled: Mapping[str, float] = MappingProxyType({}),
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
-) -> dict[str, Tensor]:
-    """‖g‖² of each layer's output at each token.
+) -> Gradients:
+    """Second moments of the gradients of each layer's output.
 
     One window at a time goes forward and back, so that memory holds one window's activations.
 
@@ -49,11 +75,9 @@ def squared_gradients(
         model: unquantized, all of it in memory; unchanged afterwards.
         names: of the linear layers.
         ids: token ids int64 ``[samples, seq_len]``.
+        coupled: layers whose G is wanted, with the exponent of their tokens' weights.
         seed: of the labels that are drawn.
         advance: called after each window.
-
-    Returns:
-        fp32 ``[samples · seq_len]`` by name.
 
     Raises:
         UsageError: part of the model is on disk.
@@ -64,25 +88,31 @@ def squared_gradients(
             "Fisher weights go back through the whole model, and part of it is on disk",
             remedy="set `fisher: 0`, or give it more memory",
         )
-    seen = {name: _Squares(ids.numel()) for name in names}
+    linears = models.linear_layers(model)
+    seen = {
+        name: _Moments(ids.numel(), linears[name].out_features, coupled.get(name)) for name in names
+    }
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad(), _frozen(model), _recorded(model, seen):
         for window in ids.split(1):
             logits = model(input_ids=window.to(model.device), use_cache=False).logits
             logits.backward(gradient_of_draws(logits.detach(), generator))
             advance()
-    for name, squares in seen.items():
-        if squares.count != ids.numel():
+    for name, moments in seen.items():
+        if moments.count != ids.numel():
             raise QuantkitError(
                 f"{name}: not every token meets this layer exactly once",
                 remedy="set `fisher: 0` for layers that a router chooses",
             )
-        if not bool(squares.values.isfinite().all()):
+        if not bool(moments.squares.isfinite().all()):
             raise QuantkitError(
                 f"{name}: a gradient of its output is NaN or infinite",
                 remedy="set `fisher: 0`, or load the model in another dtype",
             )
-    return {name: squares.values for name, squares in seen.items()}
+    return Gradients(
+        {name: moments.squares for name, moments in seen.items()},
+        {name: moments.blocks() for name, moments in seen.items() if name in coupled},
+    )
 
 
 def token_weights(squares: Tensor, exponent: float) -> Tensor:
@@ -99,23 +129,58 @@ def token_weights(squares: Tensor, exponent: float) -> Tensor:
     return FLOOR + (1 - FLOOR) * flat / mean
 
 
-class _Squares:
-    """‖g‖² of a layer's output at each token, filled in as windows go back.
+class _Moments:
+    """Of one layer's gradients, filled in as windows go back.
 
-    One tensor from the start: small ones that outlive a window would lie between its large ones
-    and keep their memory from being used again.
+    Tensors of full size from the start: small ones that outlive a window would lie between its
+    large ones and keep their memory from being used again.
+
+    Args:
+        tokens: of all windows.
+        width: outputs of the layer.
+        exponent: of its tokens' weights if its G is wanted, else None.
     """
 
-    def __init__(self, tokens: int) -> None:
-        self.values = torch.zeros(tokens)
+    def __init__(self, tokens: int, width: int, exponent: float | None) -> None:
+        self.squares = torch.zeros(tokens)
         self.count = 0
+        self.exponent = exponent
+        blocks = 0 if exponent is None else -(-width // OUTPUT_BLOCK)
+        self.sums = [torch.zeros(len(part), len(part)) for part in _parts(width, blocks)]
 
     def add(self, gradient: Tensor) -> None:
-        found = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(-1)
-        stop = self.count + len(found)
-        if stop <= len(self.values):
-            self.values[self.count : stop] = found
+        flat = gradient.reshape(-1, gradient.shape[-1]).float()
+        squares = flat.square().sum(-1)
+        stop = self.count + len(squares)
+        if stop <= len(self.squares):
+            self.squares[self.count : stop] = squares
         self.count = stop
+        if self.exponent is None:
+            return
+        tiny = torch.finfo(torch.float32).tiny
+        shares = squares.clamp_min(tiny).pow((self.exponent - 1) / 2)
+        rows = (flat * shares[:, None]).to(torch.bfloat16)
+        solvers = get_backend("native" if rows.device.type == "cpu" else "reference")
+        start = 0
+        for total in self.sums:
+            solvers.syrk_accumulate(total, rows[:, start : start + len(total)])
+            start += len(total)
+
+    def blocks(self) -> tuple[Tensor, ...]:
+        """G, symmetric; the identity where no gradient ever came."""
+        found = []
+        for total in self.sums:
+            whole = total + total.tril(-1).t()
+            mean = float(whole.diagonal().mean())
+            whole = whole / mean if mean > 0 else torch.eye(len(whole))
+            found.append(whole.to(torch.bfloat16))
+        return tuple(found)
+
+
+def _parts(width: int, count: int) -> list[range]:
+    """``width`` outputs in ``count`` blocks of nearly the same size."""
+    edges = [round(i * width / count) for i in range(count + 1)] if count else []
+    return [range(a, b) for a, b in itertools.pairwise(edges)]
 
 
 @contextmanager
@@ -132,8 +197,8 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded(model: PreTrainedModel, seen: Mapping[str, _Squares]) -> Iterator[None]:
-    """While active, each layer's ‖g‖² is added to its squares as it goes back."""
+def _recorded(model: PreTrainedModel, seen: Mapping[str, _Moments]) -> Iterator[None]:
+    """While active, each layer's gradient is added to its moments as it goes back."""
 
     def begin(_: nn.Module, __: object, out: Tensor) -> Tensor:
         return out.requires_grad_(True)

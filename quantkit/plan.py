@@ -67,6 +67,11 @@ class PlannedLayer:
         return float(self.options.get("fisher", 0.0))
 
     @property
+    def coupled(self) -> bool:
+        """Whether its solver weighs errors of its outputs against each other."""
+        return self.options.get("outputs") == "coupled"
+
+    @property
     def steps(self) -> str:
         """Its algorithms in order, for people: ``smoothquant → gptq``."""
         first = [ROTATE] if self.rotated else []

@@ -341,6 +341,8 @@ class Verdict:
 def read_json(path: str | Path) -> Any:
     """Parse a JSON file. Raises UsageError when it is absent or malformed."""
     path = Path(path)
+    if path.is_char_device():  # /dev/zero and its like never end
+        raise UsageError(f"{path}: is a device", remedy="name a file")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -367,8 +369,9 @@ def check_writable(path: str | Path) -> None:
         UsageError: its folder is not there, is not a folder, or takes no files.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UsageError(f"{path}: is a folder", remedy="name a file")
+    if path.is_dir() or path.is_char_device():
+        what = "folder" if path.is_dir() else "device"
+        raise UsageError(f"{path}: is a {what}", remedy="name a file")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         raise UsageError(f"{path.parent}: no folder to write {path.name} in", remedy="make it")
 

@@ -92,6 +92,12 @@ def _filled_in(step: Step, name: str) -> Step:
     options = {**defaults, **step.options}
     for key, value in options.items():
         _check_option(step.name, key, value)
+    if options.get("outputs") == "coupled" and not (options["fisher"] and options["refine"]):
+        raise UsageError(
+            f"{step.name}: outputs: coupled takes the gradients of fisher and the descent of "
+            "refine",
+            remedy="set both, such as fisher: 0.5 and refine: 3",
+        )
     return Step(step.name, options)
 
 
@@ -101,6 +107,7 @@ _WORDS = {
     "actorder": ("static", "none"),
     "error": ("diagonal", "blocks"),
     "pairs": ("norms", "all"),
+    "outputs": ("independent", "coupled"),
 }
 
 
@@ -123,6 +130,8 @@ def _check_option(algorithm: str, key: str, value: Any) -> None:
         refuse("is a whole number from 0")
     if key in ("scale_lr", "norm_lr") and not _is_number(value, 0, 0.5):
         refuse("is a number from 0 to 0.5")
+    if key == "refine" and not (type(value) is int and _is_number(value, 0, 100)):
+        refuse("is a whole number from 0 to 100")
     if key in ("feedback", "fisher") and not _is_number(value, 0, 1):
         refuse("is a number from 0 to 1")
 

@@ -4,6 +4,7 @@
 
     WORK/state.json               digests of what the run was begun with
     WORK/tokens.safetensors       what tokens' errors cost, where a solver asks (`quantkit.fisher`)
+    WORK/outputs/NAME.safetensors  which outputs' errors belong together, where a solver asks
     WORK/targets.safetensors      what the original's head saw, for `quantkit.distill`
     WORK/distill.safetensors      the state of its training
     WORK/blocks/0007.scales       what block 7's producers were divided by, if they were
@@ -166,7 +167,9 @@ class WorkFolder:
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write what belongs to the whole model, under a name of its own."""
-        _write_tensors(dict(tensors), self.path / f"{name}.safetensors")
+        path = self.path / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        _write_tensors(dict(tensors), path)
 
     def load_tensors(self, name: str) -> dict[str, Tensor] | None:
         """What `save_tensors` wrote, or None."""

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantkit import fisher, numerics
 from quantkit import model as models
-from quantkit import numerics
 from quantkit.algorithms import Stats, gptq
 from quantkit.calibrate import CalibrationData, calibrate
 from quantkit.errors import QuantkitError
-from quantkit.fisher import FLOOR, squared_gradients, token_weights
+from quantkit.fisher import FLOOR, measure_gradients, token_weights
 from quantkit.gradients import gradient_of_draws
 from quantkit.plan import make_plan
 from quantkit.quantize import QuantizedLayer
@@ -24,7 +24,8 @@ from tests.conftest import tiny_llama
 
 IDS = torch.randint(0, 256, (4, 48), generator=torch.Generator().manual_seed(3))
 NAME = "model.layers.0.mlp.gate_proj"
-FISHER = Recipe(SCHEMES["w4a16-g64"], algorithm=(Step("gptq", {"fisher": 0.5}),), keep=("lm_head",))
+OPTIONS = {"fisher": 0.5, "outputs": "coupled"}
+FISHER = Recipe(SCHEMES["w4a16-g64"], algorithm=(Step("gptq", OPTIONS),), keep=("lm_head",))
 
 
 def test_gradients_are_those_of_the_loss_by_finite_differences() -> None:
@@ -52,7 +53,7 @@ def test_gradients_are_those_of_the_loss_by_finite_differences() -> None:
     loss().backward()
     hook.remove()
     [gradient] = gradients
-    squares = squared_gradients(model, [NAME], window)[NAME]
+    squares = measure_gradients(model, [NAME], window).squares[NAME]
     for token in (0, 7, 15):
         moved = torch.zeros_like(gradient)
         moved[0, token] = gradient[0, token]
@@ -76,6 +77,38 @@ def test_drawn_gradients_have_the_fisher_information_of_the_prediction() -> None
     g = gradient_of_draws(draws, torch.Generator().manual_seed(0))[0]
     assert torch.allclose(g.mean(0), torch.zeros(4), atol=4e-3)
     assert torch.allclose(g.t() @ g / len(g), p.diag() - p[:, None] * p, atol=4e-3)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+@pytest.mark.parametrize("block", [2048, 40])
+def test_outputs_are_second_moments_of_flattened_gradients(
+    exponent: float, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the gradients themselves, one token after another, fp64."""
+    monkeypatch.setattr(fisher, "OUTPUT_BLOCK", block)
+    model = tiny_llama().eval()
+    found = measure_gradients(model, [NAME], IDS, coupled={NAME: exponent})
+    gradients: list[torch.Tensor] = []
+    hook = model.get_submodule(NAME).register_forward_hook(
+        lambda _, __, out: out.requires_grad_(True).register_hook(gradients.append) and None
+    )
+    generator = torch.Generator().manual_seed(0)
+    for window in IDS.split(1):
+        logits = model(window, use_cache=False).logits
+        logits.backward(gradient_of_draws(logits.detach(), generator))
+    hook.remove()
+    g = torch.cat(gradients).reshape(-1, gradients[0].shape[-1]).double()
+    total = sum(torch.outer(row, row) * row.square().sum() ** (exponent - 1) for row in g)
+    assert isinstance(total, torch.Tensor)
+    width, start = len(total), 0
+    assert len(found.outputs[NAME]) == -(-width // block)
+    for part in found.outputs[NAME]:
+        own = total[start : start + len(part), start : start + len(part)]
+        wanted = own / own.diagonal().mean()
+        torch.testing.assert_close(part.double(), wanted, rtol=0.03, atol=0.02)
+        start += len(part)
+    assert start == width
+    assert not found.outputs.keys() - {NAME}
 
 
 @given(
@@ -103,7 +136,8 @@ def test_each_layer_is_solved_with_its_own_weights(tiny: Path, tmp_path: Path) -
     """By hand, on the inputs that an ordinary forward pass of the result gives."""
     original = models.load_source(str(tiny)).model
     names = ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
-    squares = squared_gradients(original, names, IDS)
+    gradients = measure_gradients(original, names, IDS, coupled=dict.fromkeys(names, 0.5))
+    squares = gradients.squares
     loaded, layers = run(tiny, tmp_path / "w", FISHER)
     seen: list[torch.Tensor] = []
     hook = loaded.model.get_submodule(names[0]).register_forward_pre_hook(
@@ -118,12 +152,12 @@ def test_each_layer_is_solved_with_its_own_weights(tiny: Path, tmp_path: Path) -
         weighted = (x * weights.sqrt().to(x)[:, None]).float()
         by_hand = gptq.solve(
             original.get_submodule(name).weight,
-            Stats(weighted.t() @ weighted / len(x), len(x)),
+            Stats(weighted.t() @ weighted / len(x), len(x), None, gradients.outputs[name]),
             FISHER.scheme.weight,
-            {**gptq.OPTIONS, "fisher": 0.5},
+            {**gptq.OPTIONS, **OPTIONS},
         )
         codes = layers[name].qtensor.codes
-        assert float((by_hand.codes != codes).float().mean()) < 0.01  # batches sum in another order
+        assert float((by_hand.codes != codes).float().mean()) < 0.02  # batches sum in another order
     assert not torch.allclose(
         token_weights(squares[names[0]], 0.5), token_weights(squares[names[1]], 0.5), rtol=0.2
     )
@@ -137,6 +171,7 @@ def test_resumes_to_the_same_bytes(kept_blocks: int, tiny: Path, tmp_path: Path)
         if int(path.stem) >= kept_blocks:
             path.unlink()
     before = (work / "tokens.safetensors").read_bytes()
+    assert (work / "outputs" / f"{NAME}.safetensors").exists()
     _, resumed = run(tiny, work, FISHER, resume=True)
     assert (work / "tokens.safetensors").read_bytes() == before
     assert all(torch.equal(whole[n].qtensor.codes, resumed[n].qtensor.codes) for n in whole)
@@ -146,7 +181,7 @@ def test_the_model_is_left_as_it_was() -> None:
     model = tiny_llama()
     asked = {name: p.requires_grad for name, p in model.named_parameters()}
     before = {name: p.clone() for name, p in model.named_parameters()}
-    squared_gradients(model, [NAME], IDS)
+    measure_gradients(model, [NAME], IDS)
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == asked[name]
         assert parameter.grad is None
@@ -158,7 +193,7 @@ def test_nan_is_found_before_it_is_solved_with() -> None:
     model = tiny_llama()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(QuantkitError, match="gate_proj: a gradient of its output is NaN"):
-        squared_gradients(model, [NAME], IDS)
+        measure_gradients(model, [NAME], IDS)
 
 
 def test_layers_that_a_router_chooses_are_refused() -> None:
@@ -166,11 +201,11 @@ def test_layers_that_a_router_chooses_are_refused() -> None:
     module = model.get_submodule(NAME)
     whole = module.forward
     module.forward = lambda x: torch.cat([whole(x[:, :8]), whole(x[:, 8:])], 1)  # harmless
-    squared_gradients(model, [NAME], IDS)
+    measure_gradients(model, [NAME], IDS)
     other = "model.layers.1.mlp.gate_proj"
     model.model.layers[1].mlp.forward = lambda x: x
     with pytest.raises(QuantkitError, match="not every token meets this layer exactly once"):
-        squared_gradients(model, [other], IDS)
+        measure_gradients(model, [other], IDS)
 
 
 def test_weighted_error_is_what_is_lowered() -> None:

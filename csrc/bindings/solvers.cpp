@@ -15,6 +15,27 @@ int32_t code_kind(const char* op, int64_t kind, double qmin, double qmax) {
   return static_cast<int32_t>(kind);
 }
 
+// The group of each column: int32 or int64 [K], each in 0 .. groups-1.
+std::vector<int32_t> group_of_columns(const char* op, const Tensor& group, int64_t k,
+                                      int64_t groups) {
+  const ScalarType index = group.scalar_type();
+  require(index == ScalarType::Int || index == ScalarType::Long, op, "group has dtype ",
+          name_of(index), ", must be int32 or int64");
+  require(group.dim() == 1 && group.size(0) == k, op, "group has shape ", shape_of(group),
+          ", must be [K] = [", k, "]");
+  const Tensor of = dense(group);
+  std::vector<int32_t> of_column(static_cast<size_t>(k));
+  for (int64_t j = 0; j < k; ++j) {
+    const int64_t g = index == ScalarType::Int
+                          ? static_cast<const int32_t*>(of.const_data_ptr())[j]
+                          : static_cast<const int64_t*>(of.const_data_ptr())[j];
+    require(g >= 0 && g < groups, op, "group[", j, "] is ", g, ", must be in 0..", groups - 1,
+            ", the columns of scale");
+    of_column[static_cast<size_t>(j)] = static_cast<int32_t>(g);
+  }
+  return of_column;
+}
+
 Tensor gptq_round(Tensor weight, Tensor upper, Tensor scale, std::optional<Tensor> zero,
                   Tensor group, int64_t kind, double qmin, double qmax) {
   const char* op = "gptq_round";
@@ -36,21 +57,7 @@ Tensor gptq_round(Tensor weight, Tensor upper, Tensor scale, std::optional<Tenso
     z = table(op, "zero", *zero, {args.n, args.groups});
     args.zero = floats(*z);
   }
-  const ScalarType index = group.scalar_type();
-  require(index == ScalarType::Int || index == ScalarType::Long, op, "group has dtype ",
-          name_of(index), ", must be int32 or int64");
-  require(group.dim() == 1 && group.size(0) == args.k, op, "group has shape ", shape_of(group),
-          ", must be [K] = [", args.k, "]");
-  const Tensor groups = dense(group);
-  std::vector<int32_t> of_column(static_cast<size_t>(args.k));
-  for (int64_t j = 0; j < args.k; ++j) {
-    const int64_t g = index == ScalarType::Int
-                          ? static_cast<const int32_t*>(groups.const_data_ptr())[j]
-                          : static_cast<const int64_t*>(groups.const_data_ptr())[j];
-    require(g >= 0 && g < args.groups, op, "group[", j, "] is ", g, ", must be in 0..",
-            args.groups - 1, ", the columns of scale");
-    of_column[static_cast<size_t>(j)] = static_cast<int32_t>(g);
-  }
+  const std::vector<int32_t> of_column = group_of_columns(op, group, args.k, args.groups);
   Tensor codes = empty({args.n, args.k}, ScalarType::Float, weight);
   args.weight = floats(w);
   args.upper = floats(u);
@@ -60,6 +67,51 @@ Tensor gptq_round(Tensor weight, Tensor upper, Tensor scale, std::optional<Tenso
   follow_torch_threads();
   finish(op, qk_gptq_round(&args));
   return codes;
+}
+
+float* in_place(const char* op, const char* what, const Tensor& t, int64_t rows, int64_t columns) {
+  require(t.scalar_type() == ScalarType::Float && t.is_contiguous(), op, what,
+          " must be contiguous float32: it is written in place");
+  require(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, op, what, " has shape ",
+          shape_of(t), ", must be [", rows, ", ", columns, "]");
+  return static_cast<float*>(t.mutable_data_ptr());
+}
+
+void descend_codes(Tensor codes, Tensor moment, Tensor hessian, std::optional<Tensor> output,
+                   Tensor scale, std::optional<Tensor> zero, Tensor group, int64_t kind,
+                   double qmin, double qmax, int64_t sweeps) {
+  const char* op = "descend_codes";
+  require(codes.dim() == 2, op, "codes have shape ", shape_of(codes), ", must be [N, K]");
+  require(scale.dim() == 2 && scale.size(1) > 0, op, "scale has shape ", shape_of(scale),
+          ", must be [N, groups]");
+  require(sweeps >= 0, op, "sweeps ", sweeps, " must not be negative");
+  qk_descend_args args{};
+  args.n = codes.size(0);
+  args.k = codes.size(1);
+  args.groups = scale.size(1);
+  args.sweeps = sweeps;
+  args.kind = code_kind(op, kind, qmin, qmax);
+  args.qmin = static_cast<float>(qmin);
+  args.qmax = static_cast<float>(qmax);
+  const Tensor h = table(op, "hessian", hessian, {args.k, args.k});
+  const Tensor s = table(op, "scale", scale, {args.n, args.groups});
+  std::optional<Tensor> z, g;
+  if (zero.has_value()) {
+    z = table(op, "zero", *zero, {args.n, args.groups});
+    args.zero = floats(*z);
+  }
+  if (output.has_value()) {
+    g = table(op, "output", *output, {args.n, args.n});
+    args.output = floats(*g);
+  }
+  const std::vector<int32_t> of_column = group_of_columns(op, group, args.k, args.groups);
+  args.hessian = floats(h);
+  args.scale = floats(s);
+  args.group = of_column.data();
+  args.codes = in_place(op, "codes", codes, args.n, args.k);
+  args.moment = in_place(op, "moment", moment, args.n, args.k);
+  follow_torch_threads();
+  finish(op, qk_descend_codes(&args));
 }
 
 Tensor rounding_errors(Tensor weight, Tensor scales, std::optional<Tensor> zeros,
@@ -129,6 +181,7 @@ void syrk_accumulate(Tensor acc, Tensor x) {
 STABLE_TORCH_LIBRARY_IMPL(quantkit, CPU, m) {
   using namespace quantkit::binding;
   m.impl("gptq_round", TORCH_BOX(&gptq_round));
+  m.impl("descend_codes", TORCH_BOX(&descend_codes));
   m.impl("rounding_errors", TORCH_BOX(&rounding_errors));
   m.impl("syrk_accumulate", TORCH_BOX(&syrk_accumulate));
 }

@@ -42,9 +42,29 @@ struct SyrkKernel {
               int64_t steps, int64_t row, int64_t column);
 };
 
+// Columns that descend together when outputs are coupled.
+inline constexpr int64_t kDescendColumns = 8;
+
+struct DescendKernel {
+  int64_t lanes;  // rows are padded to a multiple of it where outputs are coupled
+  // All sweeps of one row; tables: 3 * k floats.
+  void (*row)(const qk_descend_args& args, int64_t row, float* tables);
+  // out[c][..] = G M for `vectors` vectors of rows; G [n][ld] from its first of those columns on,
+  // M [n][kDescendColumns].
+  void (*product)(const float* g, int64_t ld, const float* m, int64_t n, int64_t vectors,
+                  float* out, int64_t out_ld);
+  // One column of all rows, once; returns how many codes changed. See descend.h.
+  int64_t (*column)(const qk_descend_args& args, const float* g, int64_t ld, float curvature,
+                    const float* scale, const float* zero, const float* moment,
+                    const float* diagonal, float* codes, float* changes, float* pushed);
+  // to[i] -= by * from[i]
+  void (*subtract)(float* to, const float* from, float by, int64_t count);
+};
+
 struct SolverTable {
   const char* name;
   GptqKernel gptq;
+  DescendKernel descend;
   void (*rounding_errors_row)(const qk_rounding_errors_args& args, int64_t row, float* scratch);
   SyrkKernel syrk;
   SyrkKernel syrk_bf16;  // run == nullptr: bf16 is widened to fp32

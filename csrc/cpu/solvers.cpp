@@ -1,8 +1,10 @@
 // The calibration half of the CPU's C ABI: check the arguments, repack what every unit of work
 // reads, and cut the work into units.
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "kernel_table.h"
 #include "solver_table.h"
@@ -53,7 +55,136 @@ void pack_upper(const float* upper, int64_t k, int64_t columns, float* packed) {
   });
 }
 
+int descend_rows(const qk_descend_args& a, const DescendKernel& kernel) {
+  int status = QK_OK;
+  const int64_t rows_a_unit = most(1, 32768 / a.k);
+  parallel_for(ceil_div(a.n, rows_a_unit), [&](int64_t unit) {
+    float* tables = static_cast<float*>(scratch(kUnitSlot, 3 * a.k * 4));
+    if (tables == nullptr) {
+      __atomic_store_n(&status, QK_OUT_OF_MEMORY, __ATOMIC_RELAXED);
+      return;
+    }
+    for (int64_t row = unit * rows_a_unit; row < least((unit + 1) * rows_a_unit, a.n); ++row) {
+      kernel.row(a, row, tables);
+    }
+  });
+  return status;
+}
+
+// What descent with coupled outputs works on; rows are padded to whole vectors of ld floats.
+struct Coupled {
+  int64_t ld;
+  std::vector<float> g;         // [n][ld]
+  std::vector<float> diagonal;  // of G
+  std::vector<float> scale;     // [groups][ld]
+  std::vector<float> zero;      // [groups][ld]
+  std::vector<float> rows;      // [n][kDescendColumns]: E H of the panel
+  std::vector<float> moment;    // [kDescendColumns][ld]: G E H of the panel
+  std::vector<float> codes;     // [kDescendColumns][ld]
+  std::vector<float> changes;   // [kDescendColumns][ld]
+  std::vector<float> pushed;    // G times a column's changes
+
+  Coupled(const qk_descend_args& a, int64_t lanes)
+      : ld(ceil_div(a.n, lanes) * lanes),
+        g(size(a.n * ld)),
+        diagonal(size(ld), 1.0f),
+        scale(size(a.groups * ld), 1.0f),
+        zero(size(a.zero == nullptr ? 0 : a.groups * ld)),
+        rows(size(a.n * kDescendColumns)),
+        moment(size(kDescendColumns * ld)),
+        codes(size(kDescendColumns * ld)),
+        changes(size(kDescendColumns * ld)),
+        pushed(size(ld)) {
+    for (int64_t i = 0; i < a.n; ++i) {
+      std::memcpy(g.data() + i * ld, a.output + i * a.n, size(a.n) * 4);
+      diagonal[size(i)] = a.output[i * a.n + i];
+      for (int64_t group = 0; group < a.groups; ++group) {
+        scale[size(group * ld + i)] = a.scale[i * a.groups + group];
+        if (a.zero != nullptr) zero[size(group * ld + i)] = a.zero[i * a.groups + group];
+      }
+    }
+  }
+
+  static size_t size(int64_t count) { return static_cast<size_t>(count); }
+};
+
+int64_t descend_panel(const qk_descend_args& a, const DescendKernel& kernel, Coupled& c,
+                      int64_t first) {
+  const int64_t columns = least(kDescendColumns, a.k - first), ld = c.ld;
+  for (int64_t i = 0; i < a.n; ++i) {
+    for (int64_t x = 0; x < columns; ++x) {
+      c.rows.data()[i * kDescendColumns + x] = a.moment[i * a.k + first + x];
+      c.codes.data()[x * ld + i] = a.codes[i * a.k + first + x];
+    }
+  }
+  const int64_t vectors = ld / kernel.lanes, vectors_a_unit = 6;
+  parallel_for(ceil_div(vectors, vectors_a_unit), [&](int64_t unit) {
+    const int64_t from = unit * vectors_a_unit, row = from * kernel.lanes;
+    kernel.product(c.g.data() + row, ld, c.rows.data(), a.n, least(vectors_a_unit, vectors - from),
+                   c.moment.data() + row, ld);
+  });
+  int64_t changed = 0;
+  for (int64_t x = 0; x < columns; ++x) {
+    const float* hessian = a.hessian + (first + x) * a.k;
+    const int64_t group = a.group[first + x] * ld;
+    float* changes = c.changes.data() + x * ld;
+    std::fill(changes, changes + ld, 0.0f);
+    if (!(hessian[first + x] > 0.0f)) continue;
+    const int64_t here = kernel.column(
+        a, c.g.data(), ld, hessian[first + x], c.scale.data() + group,
+        a.zero == nullptr ? nullptr : c.zero.data() + group, c.moment.data() + x * ld,
+        c.diagonal.data(), c.codes.data() + x * ld, changes, c.pushed.data());
+    if (here == 0) continue;
+    changed += here;
+    for (int64_t later = x + 1; later < columns; ++later) {
+      kernel.subtract(c.moment.data() + later * ld, c.pushed.data(), hessian[first + later], ld);
+    }
+  }
+  if (changed == 0) return 0;
+  constexpr int64_t kRows = 16;
+  parallel_for(ceil_div(a.n, kRows), [&](int64_t unit) {
+    for (int64_t i = unit * kRows; i < least((unit + 1) * kRows, a.n); ++i) {
+      for (int64_t x = 0; x < columns; ++x) {
+        const float change = c.changes.data()[x * ld + i];
+        if (change == 0.0f) continue;
+        a.codes[i * a.k + first + x] = c.codes.data()[x * ld + i];
+        kernel.subtract(a.moment + i * a.k, a.hessian + (first + x) * a.k, change, a.k);
+      }
+    }
+  });
+  return changed;
+}
+
 }  // namespace
+
+int qk_descend_codes(const qk_descend_args* args) {
+  const qk_descend_args& a = *args;
+  if (a.n < 0 || a.k < 0 || a.groups <= 0 || a.sweeps < 0) return QK_INVALID_ARGUMENT;
+  if (!known_kind(a.kind)) return QK_UNSUPPORTED;
+  if (a.n == 0 || a.k == 0) return QK_OK;
+  if (a.hessian == nullptr || a.scale == nullptr || a.group == nullptr || a.codes == nullptr ||
+      a.moment == nullptr) {
+    return QK_INVALID_ARGUMENT;
+  }
+  for (int64_t j = 0; j < a.k; ++j) {
+    if (a.group[j] < 0 || a.group[j] >= a.groups) return QK_INVALID_ARGUMENT;
+  }
+  const DescendKernel& kernel = solvers().descend;
+  if (a.output == nullptr) return descend_rows(a, kernel);
+  try {
+    Coupled coupled(a, kernel.lanes);
+    for (int64_t sweep = 0; sweep < a.sweeps; ++sweep) {
+      int64_t here = 0;
+      for (int64_t first = 0; first < a.k; first += kDescendColumns) {
+        here += descend_panel(a, kernel, coupled, first);
+      }
+      if (here == 0) break;
+    }
+  } catch (const std::bad_alloc&) {
+    return QK_OUT_OF_MEMORY;
+  }
+  return QK_OK;
+}
 
 int qk_gptq_round(const qk_gptq_round_args* args) {
   const qk_gptq_round_args& a = *args;

@@ -442,6 +442,7 @@ void test_weight_only();
 void test_int8_linear();
 void test_int8_extremes();
 void test_quantize();
+void test_descend();
 void test_gptq();
 void test_rounding_errors();
 void test_syrk();

@@ -212,6 +212,82 @@ void test_gptq() {
          static_cast<long>(n));
 }
 
+void test_descend() {
+  const int64_t n = pick(1, 50), k = pick(1, 60), groups = pick(1, 3);
+  const auto symmetric = [](int64_t size) {
+    std::vector<float> matrix = floats(size * size, -0.1, 0.1);
+    for (int64_t i = 0; i < size; ++i) {
+      for (int64_t j = 0; j < i; ++j) matrix[i * size + j] = matrix[j * size + i];
+      matrix[i * size + i] = 1.0f + 0.1f * static_cast<float>(size);
+    }
+    return matrix;
+  };
+  const std::vector<float> weight = floats(n * k, -1, 1), hessian = symmetric(k);
+  const std::vector<float> output = symmetric(n);
+  const std::vector<float> scale = floats(n * groups, 0.1, 0.2), zero = floats(n * groups, -2, 2);
+  std::vector<int32_t> group = sized<int32_t>(k);
+  for (int32_t& g : group) g = static_cast<int32_t>(pick(0, groups - 1));
+  std::vector<float> codes = sized<float>(n * k), moment = sized<float>(n * k);
+  for (float& code : codes) code = static_cast<float>(pick(-7, 7));
+  qk_descend_args args{};
+  args.n = n;
+  args.k = k;
+  args.groups = groups;
+  args.sweeps = pick(1, 3);
+  args.hessian = hessian.data();
+  args.output = coin() ? output.data() : nullptr;
+  args.scale = scale.data();
+  args.zero = coin() ? zero.data() : nullptr;
+  args.group = group.data();
+  args.kind = static_cast<int32_t>(pick(QK_CODE_INT, QK_CODE_E2M1));
+  args.qmax = args.kind == QK_CODE_INT ? 7 : (args.kind == QK_CODE_E4M3 ? 448 : 6);
+  args.qmin = -args.qmax;
+  args.codes = codes.data();
+  args.moment = moment.data();
+  const auto errors = [&] {
+    std::vector<double> e(static_cast<size_t>(n * k));
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < k; ++j) {
+        const int64_t at = i * groups + group[j];
+        const double z = args.zero == nullptr ? 0.0 : zero[at];
+        e[i * k + j] = weight[i * k + j] - (codes[i * k + j] - z) * scale[at];
+      }
+    }
+    return e;
+  };
+  const auto moments = [&](const std::vector<double>& e) {
+    std::vector<double> m(static_cast<size_t>(n * k));
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < k; ++j) {
+        for (int64_t x = 0; x < k; ++x) m[i * k + j] += e[i * k + x] * hessian[x * k + j];
+      }
+    }
+    return m;
+  };
+  const auto total = [&] {
+    const std::vector<double> e = errors(), m = moments(e);
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t x = 0; x < n; ++x) {
+        const double g = args.output == nullptr ? (i == x ? 1.0 : 0.0) : output[i * n + x];
+        for (int64_t j = 0; j < k; ++j) sum += g * m[x * k + j] * e[i * k + j];
+      }
+    }
+    return sum;
+  };
+  const std::vector<double> start = moments(errors());
+  for (size_t i = 0; i < start.size(); ++i) moment[i] = static_cast<float>(start[i]);
+  const double before = total();
+  expect(qk_descend_codes(&args) == QK_OK, "status");
+  const double after = total();
+  expect(after <= before * 1.00001 + 1e-6, "the error rose from %g to %g", before, after);
+  const std::vector<double> end = moments(errors());
+  for (size_t i = 0; i < end.size(); ++i) {
+    expect(std::fabs(moment[i] - end[i]) <= 1e-3 * (1 + std::fabs(end[i])), "moment %g, is %g",
+           static_cast<double>(moment[i]), end[i]);
+  }
+}
+
 void test_rounding_errors() {
   const int64_t s = pick(1, 4), n = pick(1, 40), k = pick(1, 200);
   const int64_t group = one_of<int64_t>({7, 16, 32, k}), groups = ceil_div(k, group);

@@ -41,6 +41,7 @@ int main(int argc, char** argv) {
     repeat(isa, "int8_extremes", 1, test_int8_extremes);
     repeat(isa, "quantize", rounds, test_quantize);
     repeat(isa, "gptq", rounds, test_gptq);
+    repeat(isa, "descend", rounds, test_descend);
     repeat(isa, "rounding_errors", rounds, test_rounding_errors);
     repeat(isa, "syrk", rounds, test_syrk);
     repeat(isa, "rows", rounds, test_rows);

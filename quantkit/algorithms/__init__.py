@@ -12,7 +12,7 @@ or `REFINERS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +34,14 @@ class Stats:
         tokens: how many tokens were seen.
         drift: fp32 ``[K, K]``, (x̃ − x)ᵀx / tokens with x̃ the unquantized model's inputs; None
             for a solver that does not ask for it.
+        outputs: diagonal blocks of the Fisher matrix of the layer's outputs, ``[n, n]`` each, N
+            rows in all; empty where outputs are taken to be independent.
     """
 
     hessian: Tensor | None = None
     tokens: int = 0
     drift: Tensor | None = None
+    outputs: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ def mse_scales(
     if importance is not None:
         importance = importance.float().contiguous()
     groups = spec.scale_shape((weight.shape[0], weight.shape[1]))[1]
-    rows = max(_CANDIDATES // (len(SHARES) * groups), 1)
+    rows = max(_CANDIDATES // (2 * len(SHARES) * groups), 1)
     found = [_search(part, spec, importance, global_scale) for part in weight.split(rows)]
     # A value that is not finite makes its group's error so, and those are fewer to look at.
     if not all(finite for _, _, finite in found):
@@ -68,6 +69,8 @@ def _search(
         spec,
         global_scale,
     )
+    if has_one_code_more(spec):
+        scales = torch.cat([scales, -scales])
     errors = backend_for(weight).rounding_errors(
         weight if weight.dtype in (torch.bfloat16, torch.float16) else weight.float(),
         (scales if global_scale is None else scales / global_scale).float(),
@@ -78,9 +81,17 @@ def _search(
         spec.qmin,
         spec.qmax,
     )
-    best = errors.argmin(0, keepdim=True)  # the first of equals, which is the widest
+    best = errors.argmin(0, keepdim=True)  # the first of equals: the widest, and positive
     zero = None if zeros is None else zeros.gather(0, best)[0]
     return scales.gather(0, best)[0], zero, bool(errors[0].isfinite().all())
+
+
+def has_one_code_more(spec: QuantSpec) -> bool:
+    """Whether codes reach further on the negative side: a negative scale then turns the longer side
+    to where the group's largest weight is, as llama.cpp's Q4_0 does. Formats without a sign in
+    their scales, and few-bit codes only: of 256 codes one more is nothing."""
+    integers = spec.dtype is DType.INT and spec.symmetric and spec.scale is ScaleFormat.MODEL
+    return integers and spec.bits < 8 and -spec.qmin > spec.qmax
 
 
 def backend_for(tensor: Tensor) -> Backend:
@@ -114,7 +125,7 @@ def output_scales(
     Raises:
         QuantkitError: the weight holds NaN or infinity.
     """
-    blocks = _diagonal_blocks(hessian, _columns(weight, spec))
+    blocks = _diagonal_blocks(hessian, columns_of_a_scale(weight.shape, spec))
     width = blocks.shape[-1]
 
     def errors(delta: Tensor) -> Tensor:
@@ -131,15 +142,15 @@ def output_scales(
     return _dense_search(weight, spec, errors)
 
 
-def _columns(weight: Tensor, spec: QuantSpec) -> int:
-    """Columns of a row that share a scale."""
+def columns_of_a_scale(shape: Sequence[int], spec: QuantSpec) -> int:
+    """Columns of a row of ``[N, K]`` that share a scale."""
     if spec.granularity is Granularity.GROUP:
         assert spec.group_size is not None
         return spec.group_size
     if spec.granularity is Granularity.BLOCK:
         assert spec.block is not None
         return spec.block[1]
-    return weight.shape[1]
+    return shape[1]
 
 
 def _diagonal_blocks(hessian: Tensor, width: int) -> Tensor:
@@ -174,10 +185,12 @@ def _dense_search(
     best, zero = numerics.compute_scales(low, high, spec, global_scale)
     reference = weight.float()
     least: Tensor | None = None
-    for share in SHARES:
+    signs = (1, -1) if has_one_code_more(spec) else (1,)
+    for sign, share in itertools.product(signs, SHARES):
         scale, candidate_zero = numerics.compute_scales(
             low * share, high * share, spec, global_scale
         )
+        scale = scale * sign
         q = numerics.quantize(weight, scale, candidate_zero, spec, global_scale)
         error = errors(numerics.dequantize(q, torch.float32) - reference)
         if least is None:

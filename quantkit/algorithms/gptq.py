@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from quantkit import numerics
-from quantkit.algorithms.clip import backend_for, code_kind, mse_scales
+from quantkit.algorithms.clip import backend_for, code_kind, columns_of_a_scale, mse_scales
+from quantkit.algorithms.refine import has_own_scales, refine
 from quantkit.errors import QuantkitError
 from quantkit.numerics import QTensor
 from quantkit.schemes import DType, Granularity, QuantSpec, ScaleFormat
@@ -44,12 +45,18 @@ if TYPE_CHECKING:
 #:     runs the unquantized model, too.
 #: fisher: exponent of each token's Fisher weight in the Hessian, 0 to 1 (`quantkit.fisher`);
 #:     above 0 calibration goes back through the unquantized model first.
+#: refine: rounds of coordinate descent on the codes, with scales fitted between them
+#:     (`quantkit.algorithms.refine`); 0 leaves what the column loop made.
+#: outputs: ``coupled`` also makes up for an error of one output in the others, as the Fisher
+#:     matrix of the outputs says; with ``fisher`` and ``refine`` only.
 OPTIONS: dict[str, Any] = {
     "damp": 0.01,
     "actorder": "static",
     "clip": "mse",
     "feedback": 0.0,
     "fisher": 0.0,
+    "refine": 3,
+    "outputs": "independent",
 }
 
 
@@ -60,7 +67,7 @@ def solve(weight: Tensor, stats: Stats, spec: QuantSpec, options: Mapping[str, A
 
     Args:
         weight: ``[N, K]``, the model's dtype, which is the dtype of the scales.
-        stats: its ``hessian`` fp32 ``[K, K]``, and ``drift`` for feedback.
+        stats: its ``hessian`` fp32 ``[K, K]``, ``drift`` for feedback, ``outputs`` if coupled.
         spec: any weight spec.
         options: see `OPTIONS`.
 
@@ -95,6 +102,22 @@ def solve(weight: Tensor, stats: Stats, spec: QuantSpec, options: Mapping[str, A
         spec.qmax,
     )
     restored = rounded.index_select(1, torch.argsort(order))
+    if options["refine"]:
+        natural = torch.arange(weight.shape[1], device=weight.device)
+        steps, zeros, _ = _tables(scale, zero, global_scale, spec, weight.shape, natural)
+        restored, steps = refine(
+            target,
+            restored.contiguous(),
+            steps.contiguous(),
+            zeros,
+            spec,
+            _damped(stats.hessian, float(options["damp"])),
+            int(options["refine"]),
+            dtype=weight.dtype,
+            outputs=stats.outputs,
+        )
+        if has_own_scales(spec):
+            scale = steps.to(scale.dtype)
     return _to_codes(restored, scale, zero, global_scale, spec)
 
 
@@ -128,18 +151,14 @@ def _scales(
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     """Upper triangular U with H⁻¹ = UᵀU of the damped Hessian, fp32 ``[K, K]``.
 
-    A column that calibration never excited (zero diagonal) is given a diagonal of 1: it is
-    rounded to nearest and shares no error, but keeps its value for traffic that does excite
+    A column that calibration never excited (zero diagonal) has only the damping, or 1 without it:
+    it is rounded to nearest and shares no error, but keeps its value for traffic that does excite
     it.
 
     Raises:
         QuantkitError: the damped Hessian is not positive definite.
     """
-    diagonal = hessian.diagonal().clone()
-    damped = hessian.clone()
-    dead = diagonal == 0
-    damped.diagonal()[dead] = 1.0
-    damped.diagonal().add_(damp * diagonal.mean())
+    damped = _damped(hessian, damp)
     # With J the reversal of rows and columns, J H J = M Mᵀ gives H = R Rᵀ for the upper
     # triangular R = J M J, so U = R⁻¹: one factorization and one triangular inverse, where
     # the usual chol(inverse(chol)) pays for three and loses more digits.
@@ -154,6 +173,14 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
             remedy=f"raise `damp` (try {max(damp * 10, 0.01):g}) or calibrate on more samples",
         )
     return upper
+
+
+def _damped(hessian: Tensor, damp: float) -> Tensor:
+    """H with ``damp`` times its mean diagonal on the diagonal, and 1 where that leaves a zero."""
+    damped = hessian.clone()
+    damped.diagonal().add_(damp * hessian.diagonal().mean())
+    damped.diagonal()[damped.diagonal() == 0] = 1.0
+    return damped
 
 
 def _tables(
@@ -175,14 +202,11 @@ def _tables(
             return values.repeat_interleave(spec.block[0], 0)[: shape[0]]
         return values
 
-    width = shape[1]  # columns that share a scale
-    if spec.granularity is Granularity.BLOCK:
-        assert spec.block is not None
-        width = spec.block[1]
-    elif spec.granularity is Granularity.GROUP:
-        assert spec.group_size is not None
-        width = spec.group_size
-    return spread(effective), None if zero is None else spread(zero.float()), order // width
+    return (
+        spread(effective),
+        None if zero is None else spread(zero.float()),
+        order // columns_of_a_scale(shape, spec),
+    )
 
 
 def _to_codes(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,7 +104,8 @@ def command(
     given = [
         f"--{name.replace('_', '-')}"
         for name in MEASURING
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        # typer and click each have an enumeration of sources
+        if getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE"
     ]
     if given:
         raise UsageError(

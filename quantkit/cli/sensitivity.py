@@ -65,7 +65,7 @@ def show(request: Request) -> None:
     if request.recipe is not None and request.bits is None:
         raise UsageError(f"--recipe {request.recipe}: nothing is chosen", remedy="give --bits too")
     for path in (request.file, request.recipe, request.plot):
-        if path is not None and not path.exists():
+        if path is not None and not path.is_file():
             check_writable(path)
     sensitivity = _sensitivity(request)
     mixture = None

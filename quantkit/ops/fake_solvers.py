@@ -39,3 +39,20 @@ def _rounding_errors(
 @torch.library.register_fake("quantkit::syrk_accumulate")
 def _syrk_accumulate(acc: Tensor, x: Tensor) -> None:
     return None
+
+
+@torch.library.register_fake("quantkit::descend_codes")
+def _descend_codes(
+    codes: Tensor,
+    moment: Tensor,
+    hessian: Tensor,
+    output: Tensor | None,
+    scale: Tensor,
+    zero: Tensor | None,
+    group: Tensor,
+    kind: int,
+    qmin: float,
+    qmax: float,
+    sweeps: int,
+) -> None:
+    return None

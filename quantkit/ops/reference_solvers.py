@@ -17,6 +17,10 @@ _E2M1_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 _LAZY = 128
 
 
+#: A change of a code in `descend_codes` must lower its distance from the best value to this share.
+_GAIN = 0.9999
+
+
 def round_codes(x: Tensor, kind: int, qmin: float, qmax: float) -> Tensor:
     """The nearest code of each value, ties to the even code; same shape and dtype."""
     x = x.clamp(qmin, qmax)
@@ -70,6 +74,58 @@ def gptq_round(
         if stop < columns:
             w[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1.0)
     return codes.t().contiguous()
+
+
+def descend_codes(
+    codes: Tensor,
+    moment: Tensor,
+    hessian: Tensor,
+    output: Tensor | None,
+    scale: Tensor,
+    zero: Tensor | None,
+    group: Tensor,
+    kind: int,
+    qmin: float,
+    qmax: float,
+    sweeps: int,
+) -> None:
+    """One code of one row at a time where outputs are coupled; else of all rows at once, which are
+    independent: the order of a row's columns is the same."""
+    rows, columns = codes.shape
+    s = scale.to(codes.dtype)[:, group.long()]
+    diagonal = None if output is None else output.diagonal()
+
+    def best(i: int | slice, j: int, push: Tensor, curvature: Tensor) -> Tensor:
+        z = 0 if zero is None else zero[i, group[j].long()].to(codes.dtype)
+        value = codes[i, j] - z
+        target = value + push / (curvature * s[i, j])
+        code = round_codes(target + z, kind, qmin, qmax)
+        better = (target - (code - z)).abs() < _GAIN * (target - value).abs()
+        return torch.where(better, code, codes[i, j])
+
+    for _ in range(sweeps):
+        here = 0
+        for j in range(columns):
+            if not hessian[j, j] > 0:
+                continue
+            if output is None:
+                code = best(slice(None), j, moment[:, j], hessian[j, j])
+                change = (code - codes[:, j]) * s[:, j]
+                here += int((code != codes[:, j]).sum())
+                codes[:, j] = code
+                moment.addr_(change, hessian[j], alpha=-1.0)
+                continue
+            assert diagonal is not None
+            for i in range(rows):
+                if not diagonal[i] > 0:
+                    continue
+                code = best(i, j, output[i] @ moment[:, j], diagonal[i] * hessian[j, j])
+                if code != codes[i, j]:
+                    moment[i] -= (code - codes[i, j]) * s[i, j] * hessian[j]
+                    codes[i, j] = code
+                    here += 1
+        if here == 0:
+            break
 
 
 def rounding_errors(

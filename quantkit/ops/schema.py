@@ -95,6 +95,10 @@ SCHEMAS = {
         "(Tensor weight, Tensor upper, Tensor scale, Tensor? zero, Tensor group, int kind,"
         " float qmin, float qmax) -> Tensor"
     ),
+    "descend_codes": (
+        "(Tensor(a!) codes, Tensor(b!) moment, Tensor hessian, Tensor? output, Tensor scale,"
+        " Tensor? zero, Tensor group, int kind, float qmin, float qmax, int sweeps) -> ()"
+    ),
     "rounding_errors": (
         "(Tensor weight, Tensor scales, Tensor? zeros, Tensor? importance, int group_size,"
         " int kind, float qmin, float qmax) -> Tensor"

@@ -52,6 +52,42 @@ def gptq_round(
     return _ops.gptq_round.default(weight, upper, scale, zero, group, kind, qmin, qmax)
 
 
+def descend_codes(
+    codes: Tensor,
+    moment: Tensor,
+    hessian: Tensor,
+    output: Tensor | None,
+    scale: Tensor,
+    zero: Tensor | None,
+    group: Tensor,
+    kind: int,
+    qmin: float,
+    qmax: float,
+    sweeps: int,
+) -> None:
+    """Coordinate descent on codes: ``tr(G E H Eᵀ)`` of E = W − Ŵ falls with every code changed.
+
+    Each code in turn becomes the one that is best while all others stay: ``round(code + (G E H)[i,
+    j] / (G[i, i] H[j, j] s))``. Without G, rows are independent and each is gone through by itself;
+    with it, columns are gone through in order, and the rows of each in order.
+
+    Args:
+        codes: float32 [N, K], the values of the codes; in place.
+        moment: float32 [N, K], ``E H``; in place.
+        hessian: float32 [K, K], H, symmetric.
+        output: float32 [N, N], G, symmetric; None for the identity.
+        scale: float32 [N, groups].
+        zero: float32 [N, groups], in units of the code, or None.
+        group: int32 or int64 [K], the column of ``scale`` that each column uses.
+        kind, qmin, qmax: as in `gptq_round`.
+        sweeps: times over all codes at most; fewer if nothing changes any more.
+    """
+    require_cpu_kernel("descend_codes", codes)
+    _ops.descend_codes.default(
+        codes, moment, hessian, output, scale, zero, group, kind, qmin, qmax, sweeps
+    )
+
+
 def rounding_errors(
     weight: Tensor,
     scales: Tensor,

@@ -78,6 +78,8 @@ def test_a_file_is_reused_or_refused(
     [
         (["--sensitivity", "no.json"], "no such file, and nothing to measure it on"),
         (["--bits", "4"], "--bits: belong to a sensitivity file"),
+        (["--bits", "4", "--schemes", "w8a16"], "--schemes and --bits: belong to a sensitivity"),
+        (["--sensitivity", "/dev/zero"], "is a device"),
         ([], "no CKPT"),
     ],
 )
@@ -101,6 +103,8 @@ def test_arguments_that_do_not_go_together(
         (["--schemes", "w8a8"], "quantizes activations"),
         (["--algorithm", "awq"], "no such solver"),
         (["--recipe", "r.yaml"], "nothing is chosen"),
+        (["--bits", "4", "--recipe", "/nowhere/r.yaml"], "no folder to write r.yaml in"),
+        (["--plot", "/"], "is a folder"),
         (["--bits", "2.5"], "the smallest schemes measured take 3.25"),
     ],
 )
@@ -114,4 +118,4 @@ def test_mistakes_are_refused(
 ) -> None:
     assert run(arguments(tiny, tmp_path / "s.json", traffic, *more)) == 2
     assert message in capsys.readouterr().err
-    assert [p.name for p in tmp_path.iterdir()] == (["s.json"] if "--bits" in more else [])
+    assert [p.name for p in tmp_path.iterdir()] == (["s.json"] if "2.5" in more else [])

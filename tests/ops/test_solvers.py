@@ -340,3 +340,116 @@ def test_wrong_arguments_are_named() -> None:
         ops.syrk_accumulate(torch.ones(8, 8).t(), torch.ones(3, 8))
     with pytest.raises(KernelMissingError, match="syrk_accumulate has no META kernel"):
         ops.syrk_accumulate(u.to("meta"), w.to("meta"))
+
+
+# ---- coordinate descent ------------------------------------------------------------------------
+
+
+def coupling(n: int) -> Tensor:
+    x = randn(3 * n + 4, n, seed=7)
+    output = x.t() @ x / len(x)
+    output.diagonal().add_(0.3)
+    return output
+
+
+def rounded(n: int, k: int, kind: str, zeros: bool) -> tuple[Tensor, ...]:
+    """Weight, Hessian, scale, zero, group, and codes rounded to nearest."""
+    code, qmin, qmax = KINDS[kind]
+    weight, (hessian, _) = randn(n, k, seed=3), factor(k)
+    group = torch.arange(k) // max(1, k // 3)
+    scale, zero = tables(weight, group, kind)
+    if not zeros:
+        zero = torch.zeros_like(zero)
+    codes = reference.round_codes(weight / scale[:, group] + zero[:, group], code, qmin, qmax)
+    return weight, hessian, scale, zero, group, codes
+
+
+def total(weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, group: Tensor,
+          hessian: Tensor, output: Tensor | None) -> float:  # fmt: skip
+    """tr(G E H Eᵀ) in fp64."""
+    error = weight.double() - ((codes - zero[:, group]) * scale[:, group]).double()
+    coupled = error if output is None else output.double() @ error
+    return float((coupled @ hessian * error).sum())
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 7), (17, 24), (40, 33)])
+def test_descend_codes(isa: str, kind: str, zeros: bool, coupled: bool, n: int, k: int) -> None:
+    code, qmin, qmax = KINDS[kind]
+    weight, hessian, scale, zero, group, start = rounded(n, k, kind, zeros)
+    output = coupling(n) if coupled else None
+    before = total(weight, start, scale, zero, group, hessian, output)
+
+    def run(solver: object, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        codes = start.to(dtype).clone()
+        error = weight.to(dtype) - (codes - zero[:, group].to(dtype)) * scale[:, group].to(dtype)
+        moment = (error @ hessian.to(dtype)).contiguous()
+        solver.descend_codes(  # type: ignore[attr-defined]
+            codes, moment, hessian.to(dtype), None if output is None else output.to(dtype),
+            scale.to(dtype), zero.to(dtype) if zeros else None, group, code, qmin, qmax, 2,
+        )  # fmt: skip
+        return codes, moment
+
+    expected, _ = run(reference, torch.float64)
+    codes, moment = run(ops, torch.float32)
+    after = total(weight, codes.double(), scale, zero, group, hessian, output)
+    oracle = total(weight, expected, scale, zero, group, hessian, output)
+    # A value within a rounding error of a tie may fall to either side, and others follow it.
+    assert (codes.double() != expected).float().mean() <= 0.03 + 1 / codes.numel()
+    assert after <= before * (1 + 1e-6)
+    assert after == pytest.approx(oracle, rel=0.02, abs=1e-6 * before)
+    error = weight - (codes - zero[:, group]) * scale[:, group]
+    torch.testing.assert_close(moment, (error.double() @ hessian).float(), rtol=1e-3, atol=1e-3)
+    assert bool(((codes >= qmin) & (codes <= qmax)).all())
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_descend_codes_does_not_depend_on_threads(isa: str, coupled: bool) -> None:
+    code, qmin, qmax = KINDS["int"]
+    weight, hessian, scale, zero, group, start = rounded(150, 70, "int", True)
+    h, output = hessian.float(), coupling(150) if coupled else None
+    found = []
+    for threads in (1, 2):
+        ops.set_num_threads(threads)
+        codes = start.clone()
+        moment = ((weight - (codes - zero[:, group]) * scale[:, group]) @ h).contiguous()
+        ops.descend_codes(codes, moment, h, output, scale, zero, group, code, qmin, qmax, 3)
+        found.append((codes, moment))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_descend_codes_leaves_what_nothing_excites(isa: str, coupled: bool) -> None:
+    code, qmin, qmax = KINDS["int"]
+    weight, hessian, scale, zero, group, start = rounded(9, 12, "int", True)
+    h, output = hessian.float(), coupling(9) if coupled else None
+    h[4], h[:, 4] = 0, 0
+    if output is not None:
+        output[2], output[:, 2] = 0, 0
+    codes = start.clone()
+    codes[:, 4] = 3
+    moment = ((weight - (codes - zero[:, group]) * scale[:, group]) @ h).contiguous()
+    ops.descend_codes(codes, moment, h, output, scale, zero, group, code, qmin, qmax, 3)
+    assert bool((codes[:, 4] == 3).all())
+    assert bool(codes.isfinite().all())
+    if coupled:
+        keep = torch.arange(12) != 4
+        assert torch.equal(codes[2, keep], start[2, keep])
+
+
+def test_descend_codes_names_wrong_arguments() -> None:
+    codes, moment, h = torch.zeros(2, 3), torch.zeros(2, 3), torch.eye(3)
+    scale, group = torch.ones(2, 1), torch.zeros(3, dtype=torch.int32)
+    bad = [
+        ((codes, torch.zeros(3, 3), h, None, scale, None, group), "moment has shape"),
+        ((codes, moment.double(), h, None, scale, None, group), "moment must be contiguous"),
+        ((codes, moment, torch.eye(2), None, scale, None, group), "hessian"),
+        ((codes, moment, h, torch.eye(3), scale, None, group), "output"),
+        ((codes, moment, h, None, scale, None, group + 1), r"group\[0\] is 1"),
+    ]
+    for arguments, message in bad:
+        with pytest.raises(RuntimeError, match=message):
+            ops.descend_codes(*arguments, CODE_INT, -8, 7, 1)
