@@ -15,7 +15,8 @@ Files: ``schema`` signatures, ``native`` functions, ``reference`` oracle, ``fake
 torch.compile, ``library`` loading, ``memory`` huge pages, ``status`` what is built and in use.
 ``solvers``, ``reference_solvers`` and ``fake_solvers`` are the same for the operators of
 calibration; ``parts``, ``reference_parts`` and ``fake_parts`` for those between the linear layers
-of a decoder; ``gpu``, ``reference_gpu`` and ``fake_gpu`` for those that only a GPU has.
+of a decoder; ``gpu``, ``reference_gpu``, ``reference_fp4`` and ``fake_gpu`` for those that only a
+GPU has.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from quantkit.ops import (
     native,
     parts,
     reference,
+    reference_fp4,
     reference_gpu,
     reference_parts,
     reference_solvers,
@@ -43,6 +45,7 @@ from quantkit.ops import (
 )
 from quantkit.ops.gpu import (
     add_rms_norm_quantize,
+    fp4a16_linear,
     gated_activation_quantize,
     w8a8_mma_linear,
     w8a16_linear,
@@ -84,6 +87,12 @@ from quantkit.ops.reference import (
     unpack_w4a16,
     unpack_w8,
 )
+from quantkit.ops.reference_fp4 import (
+    pack_fp4_mma,
+    pack_fp4_scales,
+    unpack_fp4_mma,
+    unpack_fp4_scales,
+)
 from quantkit.ops.reference_gpu import pack_w8_mma, unpack_w8_mma
 from quantkit.ops.reference_parts import read_kv_pages
 from quantkit.ops.schema import KIND_FP8, KIND_INT8, PAGE_TOKENS, SCHEMAS
@@ -122,6 +131,7 @@ __all__ = [
     "dequantize_w8",
     "embed",
     "float_linear",
+    "fp4a16_linear",
     "gated_activation",
     "gated_activation_quantize",
     "get_backend",
@@ -134,6 +144,8 @@ __all__ = [
     "new_kv_pages",
     "new_w4a16_counters",
     "pack_float",
+    "pack_fp4_mma",
+    "pack_fp4_scales",
     "pack_scale",
     "pack_w4",
     "pack_w4a16",
@@ -155,6 +167,8 @@ __all__ = [
     "set_thread_pool",
     "syrk_accumulate",
     "unpack_float",
+    "unpack_fp4_mma",
+    "unpack_fp4_scales",
     "unpack_w4",
     "unpack_w4a16",
     "unpack_w8",
@@ -194,7 +208,14 @@ class Backend:
 _BACKENDS = {
     "native": Backend("native", (native, solvers, parts, gpu)),
     "reference": Backend(
-        "reference", (reference, reference_solvers, reference_parts, reference_gpu)
+        "reference",
+        (
+            reference,
+            reference_solvers,
+            reference_parts,
+            reference_gpu,
+            reference_fp4,
+        ),
     ),
 }
 

@@ -67,3 +67,18 @@ def _w8a8_mma_linear(
     out_dtype: int,
 ) -> Tensor:
     return xq.new_empty((*xq.shape[:-1], n), dtype=schema.CODE_DTYPES[out_dtype])
+
+
+@torch.library.register_fake("quantkit::fp4a16_linear")
+def _fp4a16_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    counters: Tensor,
+    n: int,
+    kind: int,
+    group_size: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))

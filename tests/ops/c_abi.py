@@ -115,6 +115,30 @@ class W8A8Args(ctypes.Structure):
     )
 
 
+class FP4A16Args(ctypes.Structure):
+    _fields_ = (
+        ("x", POINTER),
+        ("ldx", I64),
+        ("dtype", I32),
+        ("format", I32),
+        ("m", I64),
+        ("n", I64),
+        ("k", I64),
+        ("group_size", I64),
+        ("groups", I64),
+        ("packed", POINTER),
+        ("scale", POINTER),
+        ("global_scale", POINTER),
+        ("bias", POINTER),
+        ("y", POINTER),
+        ("ldy", I64),
+        ("partials", POINTER),
+        ("counters", POINTER),
+        ("multiprocessors", I32),
+        ("overlap", I32),
+    )
+
+
 class QuantizeArgs(ctypes.Structure):
     _fields_ = (
         ("x", POINTER),
