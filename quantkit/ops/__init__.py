@@ -15,8 +15,8 @@ Files: ``schema`` signatures, ``native`` functions, ``reference`` oracle, ``fake
 torch.compile, ``library`` loading, ``memory`` huge pages, ``status`` what is built and in use.
 ``solvers``, ``reference_solvers`` and ``fake_solvers`` are the same for the operators of
 calibration; ``parts``, ``reference_parts`` and ``fake_parts`` for those between the linear layers
-of a decoder; ``gpu``, ``reference_gpu``, ``reference_fp4`` and ``fake_gpu`` for those that only a
-GPU has.
+of a decoder; ``gpu``, ``gpu_attention``, their references, ``reference_fp4`` and ``fake_gpu`` for
+those that only a GPU has.
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ from quantkit.ops import fake_parts as _fake_parts  # noqa: F401
 from quantkit.ops import fake_solvers as _fake_solvers  # noqa: F401
 from quantkit.ops import (
     gpu,
+    gpu_attention,
     native,
     parts,
     reference,
     reference_fp4,
     reference_gpu,
+    reference_gpu_attention,
     reference_parts,
     reference_solvers,
     solvers,
@@ -49,6 +51,11 @@ from quantkit.ops.gpu import (
     gated_activation_quantize,
     w8a8_mma_linear,
     w8a16_linear,
+)
+from quantkit.ops.gpu_attention import (
+    new_kv_rows,
+    paged_decode_attention,
+    rope_store_kv_rows,
 )
 from quantkit.ops.memory import consolidate
 from quantkit.ops.native import (
@@ -94,6 +101,7 @@ from quantkit.ops.reference_fp4 import (
     unpack_fp4_scales,
 )
 from quantkit.ops.reference_gpu import pack_w8_mma, unpack_w8_mma
+from quantkit.ops.reference_gpu_attention import read_kv_rows
 from quantkit.ops.reference_parts import read_kv_pages
 from quantkit.ops.schema import KIND_FP8, KIND_INT8, PAGE_TOKENS, SCHEMAS
 from quantkit.ops.solvers import (
@@ -142,6 +150,7 @@ __all__ = [
     "int8_linear",
     "kernel_status",
     "new_kv_pages",
+    "new_kv_rows",
     "new_w4a16_counters",
     "pack_float",
     "pack_fp4_mma",
@@ -153,6 +162,7 @@ __all__ = [
     "pack_w8",
     "pack_w8_mma",
     "paged_attention",
+    "paged_decode_attention",
     "quantize_fp8_per_block",
     "quantize_fp8_per_token",
     "quantize_fp8_static",
@@ -160,7 +170,9 @@ __all__ = [
     "quantize_int8_per_token",
     "quantize_int8_static",
     "read_kv_pages",
+    "read_kv_rows",
     "rope_store_kv",
+    "rope_store_kv_rows",
     "rounding_errors",
     "set_isa",
     "set_num_threads",
@@ -206,7 +218,7 @@ class Backend:
 
 
 _BACKENDS = {
-    "native": Backend("native", (native, solvers, parts, gpu)),
+    "native": Backend("native", (native, solvers, parts, gpu, gpu_attention)),
     "reference": Backend(
         "reference",
         (
@@ -215,6 +227,7 @@ _BACKENDS = {
             reference_parts,
             reference_gpu,
             reference_fp4,
+            reference_gpu_attention,
         ),
     ),
 }

@@ -96,6 +96,15 @@ SCHEMAS = {
         "(Tensor q, Tensor starts, Tensor past, Tensor pages, Tensor kv, Tensor? kv_scale,"
         " int kv_dtype, float scale, float softcap, int window) -> Tensor"
     ),
+    "rope_store_kv_rows": (
+        "(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin, Tensor starts,"
+        " Tensor past, Tensor pages, Tensor(a!) kv, Tensor(b!)? kv_scale, Tensor? kv_fixed,"
+        " int kv_dtype, float epsilon) -> Tensor"
+    ),
+    "paged_decode_attention": (
+        "(Tensor q, Tensor lengths, Tensor pages, Tensor kv, Tensor? kv_scale, int kv_dtype,"
+        " float scale, float softcap, int window) -> Tensor"
+    ),
     "gptq_round": (
         "(Tensor weight, Tensor upper, Tensor scale, Tensor? zero, Tensor group, int kind,"
         " float qmin, float qmax) -> Tensor"
@@ -116,6 +125,8 @@ CUDA_ONLY = frozenset(
         "fp4a16_linear",
         "add_rms_norm_quantize",
         "gated_activation_quantize",
+        "rope_store_kv_rows",
+        "paged_decode_attention",
     }
 )
 

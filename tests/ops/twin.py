@@ -23,6 +23,8 @@ SOURCES = (
     "cuda/fp4_api.cu",
     "cuda/fp4a16_bf16.cu",
     "cuda/fp4a16_f16.cu",
+    "cuda/paged_decode.cu",
+    "cuda/rope_store.cu",
     "cuda/row_quantize.cu",
     "cuda/w4_linear.cu",
     "cuda/w8_linear.cu",
