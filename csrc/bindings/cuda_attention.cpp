@@ -100,7 +100,8 @@ Tensor rope_store_kv_rows(Tensor qkv, std::optional<Tensor> q_norm, std::optiona
   a.data = cache.data;
   a.scale = cache.scale;
   if (kv_fixed.has_value()) {
-    require(cache.scale != nullptr, op, "kv_fixed goes with int8 and fp8 pages, and only with them");
+    require(cache.scale != nullptr, op,
+            "kv_fixed goes with int8 and fp8 pages, and only with them");
     a.fixed = floats(op, "kv_fixed", *kv_fixed, {2}, qkv);
   }
   a.heads = heads;
@@ -156,8 +157,8 @@ Tensor paged_decode_attention(Tensor q, Tensor lengths, Tensor pages, Tensor kv,
   a.softcap = static_cast<float>(softcap);
   a.window = window;
   a.q = q.const_data_ptr();
-  require(reinterpret_cast<uintptr_t>(a.q) % 4 == 0, op, "q does not start at a multiple of 4 bytes",
-          "; pass a tensor of its own, not a view");
+  require(reinterpret_cast<uintptr_t>(a.q) % 4 == 0, op,
+          "q does not start at a multiple of 4 bytes; pass a tensor of its own, not a view");
   Tensor y = empty({q.size(0), q.size(1), dims}, ScalarType::BFloat16, q);
   a.y = y.mutable_data_ptr();
   a.ldq = a.ldy = a.heads * dims;

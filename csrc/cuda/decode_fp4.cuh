@@ -5,10 +5,10 @@
 // the prmt's selector, lie at bit 4i; its highest bit lies where the bytes that are looked up have
 // their signs: at 8 (i % 4) + 7 for the first four codes, four bits lower for the others.
 //
-// CUDA 13.0, sm_90a, instructions a weight beside the mma: see benchmarks/LOG.md.
+// benchmarks/LOG.md counts the instructions.
 //
-// Source: prmt as a table is in Fan et al., "Any-Precision LLM" (arXiv 2402.10517) and in llama.cpp's
-// MXFP4 kernels; the layout that puts signs over the bytes is ours.
+// Source: prmt as a table is get_int_from_table_16 of llama.cpp (ggml-cuda/vecdotq.cuh); the layout
+// that puts signs over the bytes is ours.
 #pragma once
 
 #include "ptx.cuh"
@@ -67,23 +67,23 @@ struct Nf4;
 template <>
 struct Nf4<f16> {
   __device__ __forceinline__ static uint32_t low(uint32_t four, uint32_t upper) {
-    return lop3<0xd8>(lookup<0x52339200u, 0x00d4ea8du>(four), lookup<0x68e02618u, 0x00c9800du>(four),
-                      upper);
+    return lop3<0xd8>(lookup<0x52339200u, 0x00d4ea8du>(four),
+                      lookup<0x68e02618u, 0x00c9800du>(four), upper);
   }
   __device__ __forceinline__ static uint32_t high(uint32_t four, uint32_t upper) {
-    return lop3<0xd8>(lookup<0xb6b8b9bcu, 0x00adb1b4u>(four), lookup<0x3533312du, 0x3c393837u>(four),
-                      upper);
+    return lop3<0xd8>(lookup<0xb6b8b9bcu, 0x00adb1b4u>(four),
+                      lookup<0x3533312du, 0x3c393837u>(four), upper);
   }
 };
 template <>
 struct Nf4<bf16> {
   __device__ __forceinline__ static uint32_t low(uint32_t four, uint32_t upper) {
-    return lop3<0xd8>(lookup<0xca063280u, 0x00ba3d92u>(four), lookup<0xad7c25a3u, 0x803910e2u>(four),
-                      upper);
+    return lop3<0xd8>(lookup<0xca063280u, 0x00ba3d92u>(four),
+                      lookup<0xad7c25a3u, 0x803910e2u>(four), upper);
   }
   __device__ __forceinline__ static uint32_t high(uint32_t four, uint32_t upper) {
-    return lop3<0xd8>(lookup<0xbebfbfbfu, 0x00bdbebeu>(four), lookup<0x3e3e3e3du, 0x3f3f3f3eu>(four),
-                      upper);
+    return lop3<0xd8>(lookup<0xbebfbfbfu, 0x00bdbebeu>(four),
+                      lookup<0x3e3e3e3du, 0x3f3f3f3eu>(four), upper);
   }
 };
 

@@ -2,18 +2,19 @@
 // w4a16.cuh: codes become exact pairs of the activations' dtype in registers (decode_fp4.cuh).
 //
 // Where the scales go:
-//   NVFP4  Into the weights: the columns of 16 that share a scale lie in two of the four lanes of an
-//          mma step, so a sum of one step mixes groups. A product of e2m1 and e4m3 has six
-//          significant bits and lies between 2^-10 and 2688, so it is exact in f16 and bf16, and no
-//          group ends before K does.
+//   NVFP4  Into the weights: the 16 columns that share a scale lie in two of the four lanes of a
+//          step, so a sum of one step mixes groups. A product of e2m1 and e4m3 has six significant
+//          bits and lies between 2^-10 and 2688, so it is exact in f16 and bf16, and no group ends
+//          before K does.
 //   MXFP4  To the sums of 32 columns, in fp32: e8m0 reaches further than either 16-bit float.
 //   NF4    To the sums of a slab, as in w4a16.cuh.
 //
 // Ladder, built but not timed on a GPU yet (benchmarks/gpu_session.sh):
 //   1. Codebooks in shared memory on the CUDA cores, for up to 16 rows of x: weight_only.cuh.
-//   2. The frame (this file). Registers and instructions are in benchmarks/LOG.md. At full bandwidth
-//      an H200 has 1.7 integer instructions for a 4-bit weight, which NF4's two tables exceed: next
-//      would be pairs of codes looked up in shared memory (Guo et al., "FLUTE", arXiv 2407.10960).
+//   2. The frame (this file). Registers and instructions are in benchmarks/LOG.md; four tiles a
+//      warp of NVFP4 spilled 12 bytes on sm_80: not instantiated. At full bandwidth an H200 has 1.7
+//      integer instructions for a 4-bit weight, which NF4's two tables exceed: next would be pairs
+//      of codes looked up in shared memory (Guo et al., "FLUTE", arXiv 2407.10960).
 //
 // Sums: as in w4a16.cuh; NVFP4's run through all of a warp's slabs in the tensor core's fp32.
 #pragma once
@@ -35,7 +36,8 @@ struct Codes : frame::Activations16<T> {
   template <int kTokenTiles>
   static constexpr int kLoads = 12 - 2 * kTokenTiles - 2 * (kGroups > 0 ? kGroups : 1);
   template <int kTokenTiles>
-  static constexpr int kMostTiles = kVector ? 4 / (kTokenTiles * (kGroups > 0 ? kGroups : 1)) : 1;
+  static constexpr int kMostTiles =
+      !kVector ? 1 : kGroups == 0 ? 2 : 4 / (kTokenTiles * kGroups);
 
   __device__ __forceinline__ static void load_x_scales(const Args&, const frame::Walk&, int64_t,
                                                        int, XScales&) {}

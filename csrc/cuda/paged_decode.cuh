@@ -12,7 +12,8 @@
 // tokens, which become fragments of two tiles of 8 output columns, the even dimensions and the odd.
 // A key's scale multiplies its scores, a value's its probability.
 //
-// How a sequence is cut into spans depends on its length alone: its bits do not depend on the batch.
+// How a sequence is cut into spans depends on its length alone, so its bits do not depend on the
+// batch.
 //
 // Ladder, built but not timed on a GPU yet (benchmarks/gpu_session.sh):
 //   1. This file. Registers, instructions and shared memory are in benchmarks/LOG.md.
@@ -45,8 +46,8 @@ inline int64_t most_spans(int64_t pages) {
 
 // ---- fragments of 16 tokens and 16 dimensions --------------------------------------------------
 
-// bf16 pages. With g = lane / 4 and t = lane % 4, a step's dimensions are 2t, 2t + 1, 2t + 8, 2t + 9
-// for queries and keys; tile i of the output has 8i + 2t and 8i + 2t + 1.
+// bf16 pages. With t = lane % 4, a step's dimensions are 2t, 2t + 1, 2t + 8, 2t + 9 for queries and
+// keys; tile i of the output has 8i + 2t and 8i + 2t + 1.
 struct Bf16Pages {
   static constexpr int kBytes = 2;
   static constexpr bool kScales = false;
@@ -244,8 +245,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int token = 8 * i + 2 * t;
       float2 key_scale{1.0f, 1.0f};
       if constexpr (Pages::kScales) {
-        key_scale = tiles.template load_vector<float2>(at + T::kScales + token * 4);
-        const float2 v = tiles.template load_vector<float2>(at + T::kScales + (kTokens + token) * 4);
+        const int from = at + T::kScales + token * 4;
+        key_scale = tiles.template load_vector<float2>(from);
+        const float2 v = tiles.template load_vector<float2>(from + kTokens * 4);
         value_scale[i][0] = v.x, value_scale[i][1] = v.y;
       }
 #pragma unroll

@@ -1,9 +1,9 @@
 // Norms of query and key heads, rotary embedding, and the write of keys and values into pages.
 //
 // A warp has one head of one token. A lane holds pairs of dimensions that are turned together, so
-// that nothing but the norm and the largest magnitude crosses lanes. It is one small launch: a token
-// of an 8B Llama is 12 KB. Products of the rotation are rounded before they are added, so that a key
-// without a norm gets the codes of the reference to the bit.
+// that nothing but the norm and the largest magnitude crosses lanes. It is one small launch: a
+// token of an 8B Llama is 12 KB. Products of the rotation are rounded before they are added, so
+// that a key without a norm gets the codes of the reference to the bit.
 //
 // Ladder, built but not timed on a GPU yet (benchmarks/gpu_session.sh):
 //   1. This file. Registers are in benchmarks/LOG.md.
@@ -122,7 +122,7 @@ __device__ __forceinline__ void store_row(const qk_cuda_rope_store_args& a, cons
     }
     if (lane == 0) store_global(a.scale + row, scale);
   }
-  const float inverse = 1.0f / scale;
+  const float inverse = a.kv_dtype == QK_KV_INT8 ? 1.0f / scale : 0.0f;
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
     const int p = lane + 32 * i;
