@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import c_abi
 import pytest
 import torch
 import twin
@@ -17,60 +18,7 @@ from quantkit import ops
 from quantkit.ops import reference_gpu_attention as oracle
 from quantkit.ops import schema
 
-I32, I64, POINTER, F32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 KV_DTYPES = ["bfloat16", "int8", "fp8"]
-
-
-class RopeStoreArgs(ctypes.Structure):
-    _fields_ = (
-        ("sequences", I64),
-        ("tokens", I64),
-        ("starts", POINTER),
-        ("past", POINTER),
-        ("pages", POINTER),
-        ("page_stride", I64),
-        ("kv_dtype", I32),
-        ("data", POINTER),
-        ("scale", POINTER),
-        ("fixed", POINTER),
-        ("heads", I64),
-        ("kv_heads", I64),
-        ("head_dim", I64),
-        ("rotary_dim", I64),
-        ("qkv", POINTER),
-        ("ld_qkv", I64),
-        ("q_norm", POINTER),
-        ("k_norm", POINTER),
-        ("norm_epsilon", F32),
-        ("cos", POINTER),
-        ("sin", POINTER),
-        ("q", POINTER),
-        ("ldq", I64),
-    )
-
-
-class PagedDecodeArgs(ctypes.Structure):
-    _fields_ = (
-        ("sequences", I64),
-        ("lengths", POINTER),
-        ("pages", POINTER),
-        ("page_stride", I64),
-        ("kv_dtype", I32),
-        ("data", POINTER),
-        ("scale", POINTER),
-        ("heads", I64),
-        ("kv_heads", I64),
-        ("head_dim", I64),
-        ("score_scale", F32),
-        ("softcap", F32),
-        ("window", I64),
-        ("q", POINTER),
-        ("ldq", I64),
-        ("y", POINTER),
-        ("ldy", I64),
-        ("partials", POINTER),
-        ("overlap", I32),
-    )
 
 
 def address(tensor: Tensor | None) -> int | None:
@@ -118,13 +66,13 @@ class Cache:
     ) -> Tensor:
         """y [sequences, heads, head_dim], written between guard columns that must stay NaN."""
         library, width = twin.library(), self.heads * self.head_dim
-        library.qk_cuda_paged_decode_partials.restype = I64
+        library.qk_cuda_paged_decode_partials.restype = ctypes.c_int64
         whole = torch.full((len(lengths), width + 4), torch.nan, dtype=torch.bfloat16)
         sizes = (len(lengths), self.heads, self.head_dim, pages.shape[1])
-        count = library.qk_cuda_paged_decode_partials(*(I64(v) for v in sizes))
+        count = library.qk_cuda_paged_decode_partials(*(ctypes.c_int64(v) for v in sizes))
         partials, held = torch.full((count,), torch.nan), int32(lengths)
         twin.watch(q, held, pages, self.kv, self.kv_scale, outputs=(whole, partials))
-        args = PagedDecodeArgs(
+        args = c_abi.PagedDecodeArgs(
             sequences=len(lengths),
             lengths=held.data_ptr(),
             pages=pages.data_ptr(),
@@ -239,13 +187,13 @@ def test_softcap_and_window(kv_dtype: str) -> None:
 
 
 def test_an_empty_sequence_is_zero_and_touches_no_page() -> None:
-    cache = Cache("int8", 4, 2, 64)
+    cache = Cache("bfloat16", 4, 2, 64)
     pages = torch.full((3, 2), -1, dtype=torch.int32)
     pages[1, 0] = 5
     cache.fill([0, 1, 0], pages)
     y = cache.attend(torch.randn(3, 4, 64).bfloat16(), [0, 1, 0], pages)
     assert not y[[0, 2]].any()
-    _, value = ops.read_kv_rows(cache.kv, cache.kv_scale, "int8", pages[1], 1)
+    _, value = ops.read_kv_rows(cache.kv, None, "bfloat16", pages[1], 1)
     # One token has the probability 1.
     assert same_bits(y[1], value[0].repeat_interleave(2, 0).bfloat16())
 
@@ -299,7 +247,7 @@ def store(
     held, (cos, sin) = int32(past), angles
     inputs = (qkv, starts, held, pages, cos, sin, *norms, cache.fixed)
     twin.watch(*inputs, outputs=(q, cache.kv, cache.kv_scale))
-    args = RopeStoreArgs(
+    args = c_abi.RopeStoreArgs(
         sequences=len(new),
         tokens=len(qkv),
         starts=starts.data_ptr(),
@@ -415,9 +363,9 @@ def test_what_pages_do_not_hold_is_refused() -> None:
     library = twin.library()
     size = {"sequences": 1, "page_stride": 1, "heads": 1, "kv_heads": 1}
     for head_dim, kv_dtype in [(72, 1), (256, 1), (64, 0)]:
-        args = PagedDecodeArgs(**size, head_dim=head_dim, kv_dtype=kv_dtype)
+        args = c_abi.PagedDecodeArgs(**size, head_dim=head_dim, kv_dtype=kv_dtype)
         assert library.qk_cuda_paged_decode(ctypes.byref(args), None) == twin.UNSUPPORTED
-        store_args = RopeStoreArgs(**size, tokens=1, head_dim=2 * head_dim, kv_dtype=kv_dtype)
+        store_args = c_abi.RopeStoreArgs(**size, tokens=1, head_dim=2 * head_dim, kv_dtype=kv_dtype)
         assert library.qk_cuda_rope_store(ctypes.byref(store_args), None) == twin.UNSUPPORTED
-    unscaled = PagedDecodeArgs(**size, head_dim=64, kv_dtype=2)
+    unscaled = c_abi.PagedDecodeArgs(**size, head_dim=64, kv_dtype=2)
     assert library.qk_cuda_paged_decode(ctypes.byref(unscaled), None) == twin.INVALID_ARGUMENT
