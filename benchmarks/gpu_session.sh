@@ -7,6 +7,8 @@
 #   benchmarks/gpu_session.sh 3 OUT   4-bit speed beside torch's int4 product and cuBLAS in bf16
 #   benchmarks/gpu_session.sh 4 OUT   8-bit speed beside torch._scaled_mm, torch._int_mm and cuBLAS;
 #                                     quantizers beside a copy
+#   benchmarks/gpu_session.sh 5 OUT   4-bit floats beside W4A16 and cuBLAS in bf16
+#   benchmarks/gpu_session.sh 6 OUT   paged attention beside torch's SDPA in bf16
 #
 # OUT is a folder for the results. Needs csrc/, quantkit/, benchmarks/, nvcc, cmake, ninja and a
 # CUDA build of torch in PYTHON (third argument, default python3); no network.
@@ -34,10 +36,12 @@ case "$stage" in
     "$python" -m benchmarks.gpu_w4a16 probes build/gpu/libprobes.so | tee "$out/probes.txt"
     "$python" -m benchmarks.gpu_w4a16 check | tee "$out/check.txt"
     "$python" -m benchmarks.gpu_w8 check | tee "$out/check_w8.txt"
+    "$python" -m benchmarks.gpu_fp4 check | tee "$out/check_fp4.txt"
+    "$python" -m benchmarks.gpu_attention check | tee "$out/check_attention.txt"
     ;;
   2)
     for tool in memcheck racecheck synccheck; do
-      for module in gpu_w4a16 gpu_w8; do
+      for module in gpu_w4a16 gpu_w8 gpu_fp4 gpu_attention; do
         log="$out/$tool-$module.txt"
         compute-sanitizer --tool "$tool" --error-exitcode 1 \
           "$python" -m "benchmarks.$module" check --small >"$log" 2>&1 ||
@@ -52,8 +56,15 @@ case "$stage" in
   4)
     "$python" -m benchmarks.gpu_w8 bench --json "$out/w8.json" | tee "$out/w8.txt"
     ;;
+  5)
+    "$python" -m benchmarks.gpu_fp4 bench --json "$out/fp4.json" | tee "$out/fp4.txt"
+    ;;
+  6)
+    "$python" -m benchmarks.gpu_attention bench --json "$out/attention.json" |
+      tee "$out/attention.txt"
+    ;;
   *)
-    echo "stage $stage is unknown; use 1 to 4" >&2
+    echo "stage $stage is unknown; use 1 to 6" >&2
     exit 2
     ;;
 esac

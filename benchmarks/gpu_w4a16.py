@@ -117,6 +117,8 @@ def probes(library: str) -> None:
         ("qk_probe_warp", (torch.empty(5, 32, dtype=torch.int32),), 0),
         ("qk_probe_int4", (0, words[:1000], out, 1000), 2),
         ("qk_probe_int4", (1, words[:1000], out, 1000), 2),
+        ("qk_probe_fp4", (0, words[:500], out, 500), 2),
+        ("qk_probe_fp4", (1, words[:500], out, 500), 2),
         ("qk_probe_conversions", (floats, out[:3000].clone(), 1000), 1),
         ("qk_probe_pipeline", (0, *stages), 2),
         ("qk_probe_producers", (torch.empty(64, dtype=torch.int32),), 0),

@@ -59,21 +59,13 @@ Tensor w8_linear(Tensor x, Tensor codes, Tensor scale, std::optional<Tensor> zer
 Tensor w4a16_linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero,
                     std::optional<Tensor> bias, Tensor counters, int64_t n, int64_t group_size) {
   const char* op = "w4a16_linear";
-  const Rows rows = rows_of(op, "x", x);
-  require(rows.k > 0 && n > 0, op, "K = ", rows.k, " and N = ", n, " must be positive");
   qk_w4a16_args a{};
-  a.x = rows.data;
-  a.ldx = rows.stride;
-  a.dtype = float_dtype(op, "x", x);
-  require(a.dtype != QK_F32, op, "x has dtype float32, must be float16 or bfloat16");
-  a.m = rows.m;
-  a.n = n;
-  a.k = rows.k;
-  require(group_size == -1 || group_size >= rows.k || (group_size > 0 && group_size % 32 == 0), op,
+  set_activations16(op, a, x, n);
+  require(group_size == -1 || group_size >= a.k || (group_size > 0 && group_size % 32 == 0), op,
           "group_size ", group_size, " is not a multiple of 32; use w4_linear");
-  a.group_size = group_size == -1 || group_size > rows.k ? rows.k : group_size;
-  a.groups = (rows.k + a.group_size - 1) / a.group_size;
-  a.packed = check_fragments(op, packed, x, n, rows.k, 2048, "pack_w4a16");
+  a.group_size = group_size == -1 || group_size > a.k ? a.k : group_size;
+  a.groups = (a.k + a.group_size - 1) / a.group_size;
+  a.packed = check_fragments(op, packed, x, n, a.k, 2048, "pack_w4a16");
   check_w4a16_table(op, "scale", scale, x, x.scalar_type(), n, a.groups);
   a.scale = scale.const_data_ptr();
   require_aligned(op, "scale", a.scale);
@@ -82,21 +74,7 @@ Tensor w4a16_linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor>
     a.zero = static_cast<const uint8_t*>(zero->const_data_ptr());
     require_aligned(op, "zero", a.zero);
   }
-  std::optional<Tensor> dense_bias;
-  if (bias.has_value()) {
-    int32_t dtype = 0;
-    dense_bias = check_bias(op, *bias, x, n, &dtype);
-    require(dtype == a.dtype, op, "bias has dtype ", name_of(bias->scalar_type()),
-            ", must be that of x, ", name_of(x.scalar_type()));
-    a.bias = dense_bias->const_data_ptr();
-  }
-  a.counters = check_counters(op, counters, x, a.m, n);
-
-  Tensor y = empty(with_last(x, n), x.scalar_type(), x);
-  a.y = y.mutable_data_ptr();
-  a.ldy = n;
-  launch_linear(op, a, x, qk_cuda_w4a16_linear);
-  return y;
+  return launch_activations16(op, a, x, bias, counters, qk_cuda_w4a16_linear);
 }
 
 Tensor dequantize(const char* op, const Tensor& packed, const Tensor& scale,

@@ -129,4 +129,39 @@ void launch_linear(const char* op, Args& a, const Tensor& x, int (*kernel)(const
   check_launch(op, kernel(&a, current_stream(device)));
 }
 
+// What layers with 16-bit activations share: sizes and the rows of x,
+template <class Args>
+void set_activations16(const char* op, Args& a, const Tensor& x, int64_t n) {
+  const Rows rows = rows_of(op, "x", x);
+  require(rows.k > 0 && n > 0, op, "K = ", rows.k, " and N = ", n, " must be positive");
+  a.x = rows.data;
+  a.ldx = rows.stride;
+  a.dtype = float_dtype(op, "x", x);
+  require(a.dtype != QK_F32, op, "x has dtype float32, must be float16 or bfloat16");
+  a.m = rows.m;
+  a.n = n;
+  a.k = rows.k;
+}
+
+// and, once a has its weight, the bias, y and the launch.
+template <class Args>
+Tensor launch_activations16(const char* op, Args& a, const Tensor& x,
+                            const std::optional<Tensor>& bias, Tensor& counters,
+                            int (*kernel)(const Args*, void*)) {
+  std::optional<Tensor> dense_bias;
+  if (bias.has_value()) {
+    int32_t dtype = 0;
+    dense_bias = check_bias(op, *bias, x, a.n, &dtype);
+    require(dtype == a.dtype, op, "bias has dtype ", name_of(bias->scalar_type()),
+            ", must be that of x, ", name_of(x.scalar_type()));
+    a.bias = dense_bias->const_data_ptr();
+  }
+  a.counters = check_counters(op, counters, x, a.m, a.n);
+  Tensor y = empty(with_last(x, a.n), x.scalar_type(), x);
+  a.y = y.mutable_data_ptr();
+  a.ldy = a.n;
+  launch_linear(op, a, x, kernel);
+  return y;
+}
+
 }  // namespace quantkit::binding

@@ -17,37 +17,16 @@ int64_t groups_of(const char* op, int64_t& group_size, int64_t k, int64_t multip
 Tensor w8a16_linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> bias,
                     Tensor counters, int64_t n, int64_t kind, int64_t group_size) {
   const char* op = "w8a16_linear";
-  const Rows rows = rows_of(op, "x", x);
-  require(rows.k > 0 && n > 0, op, "K = ", rows.k, " and N = ", n, " must be positive");
   qk_w8a16_args a{};
-  a.x = rows.data;
-  a.ldx = rows.stride;
-  a.dtype = float_dtype(op, "x", x);
-  require(a.dtype != QK_F32, op, "x has dtype float32, must be float16 or bfloat16");
+  set_activations16(op, a, x, n);
   a.format = byte_format(op, kind);
-  a.m = rows.m;
-  a.n = n;
-  a.k = rows.k;
   a.groups = groups_of(op, group_size, a.k, 32);
   a.group_size = group_size;
   a.packed = check_fragments(op, packed, x, n, a.k, kWidth, "pack_w8_mma");
   check_w4a16_table(op, "scale", scale, x, x.scalar_type(), n, a.groups);
   a.scale = scale.const_data_ptr();
   require_aligned(op, "scale", a.scale);
-  std::optional<Tensor> dense_bias;
-  if (bias.has_value()) {
-    int32_t dtype = 0;
-    dense_bias = check_bias(op, *bias, x, n, &dtype);
-    require(dtype == a.dtype, op, "bias has dtype ", name_of(bias->scalar_type()),
-            ", must be that of x, ", name_of(x.scalar_type()));
-    a.bias = dense_bias->const_data_ptr();
-  }
-  a.counters = check_counters(op, counters, x, a.m, n);
-  Tensor y = empty(with_last(x, n), x.scalar_type(), x);
-  a.y = y.mutable_data_ptr();
-  a.ldy = n;
-  launch_linear(op, a, x, qk_cuda_w8a16_linear);
-  return y;
+  return launch_activations16(op, a, x, bias, counters, qk_cuda_w8a16_linear);
 }
 
 Tensor w8a8_mma_linear(Tensor xq, Tensor x_scale, Tensor packed, Tensor scale,

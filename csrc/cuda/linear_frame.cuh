@@ -1,10 +1,11 @@
 // What the tensor-core linear layers share: y = x W^T in packed layouts of fragments, where the
 // weight is the 16-row operand of an mma and eight rows of x are its 8 columns.
 //
-// A format (w4a16.cuh, w8a16.cuh, w8a8.cuh) is a struct that says how a lane gets the fragments of
-// one mma step; skinny.cuh and gemm.cuh walk over them. Weight rows go in tiles of 16 and blocks of
-// four tiles, columns in slabs of 64, which are kSteps mma steps. Within each half of 32 columns
-// lane t = lane % 4 owns columns 8t .. 8t + 7, so that its fragments of x are neighbours in memory.
+// A format (w4a16.cuh, fp4a16.cuh, w8a16.cuh, w8a8.cuh) is a struct that says how a lane gets the
+// fragments of one mma step; skinny.cuh and gemm.cuh walk over them. Weight rows go in tiles of 16
+// and blocks of four tiles, columns in slabs of 64, which are kSteps mma steps. Within each half of
+// 32 columns lane t = lane % 4 owns columns 8t .. 8t + 7, so that its fragments of x are neighbours
+// in memory.
 //
 //   Args      the C ABI's arguments; x, ldx, m, n, k, packed, partials, counters, multiprocessors
 //             and overlap are read here
@@ -12,7 +13,8 @@
 //   Eight     eight columns of a row of x: uint4 for 16-bit elements, uint2 for bytes
 //   kWords    times 16 bytes: a lane's codes of one tile and slab
 //   kSteps    mma steps of a slab
-//   kGroups   scales of a row that a slab meets: 1 or 2, or 0 if they wait for the end
+//   kGroups   scales of a row that a slab meets: 1 or 2, or 0 if they wait for the end or are in
+//             the weights
 //   kVector   rows of x are aligned to 16 bytes and have whole ones
 //   kLoads, kMostTiles, kWide         what the registers allow: loads of codes in flight and tiles
 //                                     a warp for a number of tiles of x, 128 rows of x a block

@@ -137,6 +137,14 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
   return __byte_perm(a, b, selector);
 }
 
+// The same, where bit 3 of a selector asks for the byte's sign in all eight bits.
+__device__ __forceinline__ uint32_t permute_bytes_or_signs(uint32_t a, uint32_t b,
+                                                           uint32_t selector) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
+}
+
 // ---- a warp ----------------------------------------------------------------------------------
 
 template <class T>

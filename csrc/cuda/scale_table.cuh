@@ -70,14 +70,16 @@ class ScaleTableReader {
 };
 
 // sum += scale * product for the rows of a lane, and product = 0.
-template <class T>
-__device__ __forceinline__ void add_scaled(float (&sum)[4], float (&product)[4], uint32_t scales) {
-  const float2 scale = Pair<T>::to_floats(scales);
+__device__ __forceinline__ void add_scaled(float (&sum)[4], float (&product)[4], float2 scale) {
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     sum[c] = fmaf(c < 2 ? scale.x : scale.y, product[c], sum[c]);
     product[c] = 0.0f;
   }
+}
+template <class T>
+__device__ __forceinline__ void add_scaled(float (&sum)[4], float (&product)[4], uint32_t scales) {
+  add_scaled(sum, product, Pair<T>::to_floats(scales));
 }
 
 // Rows of x in 16-bit floats T against weights that are decoded to T.

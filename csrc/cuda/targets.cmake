@@ -24,8 +24,8 @@ endif()
 file(GLOB cuda_headers CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/cuda/*.cuh"
      "${CMAKE_CURRENT_SOURCE_DIR}/include/quantkit/*.h")
 set(cuda_objects "")
-foreach(source api row_quantize w4_linear w8_linear w4a16_bf16 w4a16_f16 w8_api w8a16_bf16
-        w8a16_f16)
+foreach(source api fp4_api fp4a16_bf16 fp4a16_f16 paged_decode rope_store row_quantize w4_linear
+        w8_linear w4a16_bf16 w4a16_f16 w8_api w8a16_bf16 w8a16_f16)
   set(object "${CMAKE_CURRENT_BINARY_DIR}/cuda_${source}.o")
   add_custom_command(
     OUTPUT "${object}"
@@ -49,8 +49,8 @@ find_path(CUDA_INCLUDE cuda_runtime_api.h
         "${cuda_root}/targets/sbsa-linux/include"
   REQUIRED)
 
-add_library(quantkit_cuda SHARED bindings/cuda.cpp bindings/cuda_rows.cpp bindings/cuda_w8.cpp
-            ${cuda_objects})
+add_library(quantkit_cuda SHARED bindings/cuda.cpp bindings/cuda_attention.cpp bindings/cuda_fp4.cpp
+            bindings/cuda_rows.cpp bindings/cuda_w8.cpp ${cuda_objects})
 target_include_directories(quantkit_cuda PRIVATE include SYSTEM "${CUDA_INCLUDE}")
 target_link_libraries(quantkit_cuda PRIVATE torch_headers "${TORCH_DIR}/lib/libtorch_cpu.so"
                       "${CUDART_STATIC}" Threads::Threads ${CMAKE_DL_LIBS} rt)

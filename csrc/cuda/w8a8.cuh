@@ -117,8 +117,12 @@ struct Int8Channels : ChannelScales<kVector> {
 
 // e4m3 operands of mma.m16n8k16 in f16.
 struct Fp8Operands {
-  __device__ __forceinline__ static void weights(const uint4 (&q)[2], int step,
-                                                 uint32_t (&out)[4]) {
+  using Sum = float;
+  static constexpr int kSteps = 4;
+
+  template <int kTiles, class Tables>
+  __device__ __forceinline__ static void weights(const uint4 (&q)[2], int step, const Tables&, int,
+                                                 int, uint32_t (&out)[4]) {
     const uint2 words = step_words(q, step);
     Fp8<f16>::decode(words.x, out[0], out[2]);
     Fp8<f16>::decode(words.y, out[1], out[3]);
@@ -126,36 +130,21 @@ struct Fp8Operands {
   __device__ __forceinline__ static void pairs(const uint2& v, int step, uint32_t (&out)[2]) {
     Fp8<f16>::decode(step % 2 == 0 ? v.x : v.y, out[0], out[1]);
   }
-};
-
-template <bool kVector>
-struct Fp8Channels : ChannelScales<kVector> {
-  using Sum = float;
-  static constexpr int kSteps = 4;
-
-  template <int kTiles>
-  __device__ __forceinline__ static void weights(
-      const uint4 (&q)[2], int step,
-      const typename ChannelScales<kVector>::template Tables<kTiles>&, int, int,
-      uint32_t (&out)[4]) {
-    Fp8Operands::weights(q, step, out);
-  }
-  __device__ __forceinline__ static void pairs(const uint2& v, int step, uint32_t (&out)[2]) {
-    Fp8Operands::pairs(v, step, out);
-  }
   __device__ __forceinline__ static void multiply(float (&sum)[4], const uint32_t (&weight)[4],
                                                   const uint32_t (&x)[2]) {
     mma_m16n8k16<f16>(sum, weight, x);
   }
 };
 
+template <bool kVector>
+struct Fp8Channels : ChannelScales<kVector>, Fp8Operands {};
+
 // A scale for each group of columns of a token and of a channel: blocks of 128 x 128 have the same
 // for 128 channels.
 template <bool kVector>
-struct Fp8Groups : Activations8<kVector> {
+struct Fp8Groups : Activations8<kVector>, Fp8Operands {
   using Args = qk_w8a8_args;
-  using Sum = float;
-  static constexpr int kSteps = 4, kGroups = 1;
+  static constexpr int kGroups = 1;
   struct XScales {
     float first, second;  // of a lane's two rows of x in the sums
   };
@@ -191,19 +180,6 @@ struct Fp8Groups : Activations8<kVector> {
     const int64_t last = a.m - 1;  // rows past it are not written
     out.first = Activations8<kVector>::x_scale(a, token < last ? token : last, group);
     out.second = Activations8<kVector>::x_scale(a, token + 1 < last ? token + 1 : last, group);
-  }
-  template <int kTiles>
-  __device__ __forceinline__ static void weights(const uint4 (&q)[2], int step,
-                                                 const Tables<kTiles>&, int, int,
-                                                 uint32_t (&out)[4]) {
-    Fp8Operands::weights(q, step, out);
-  }
-  __device__ __forceinline__ static void pairs(const uint2& v, int step, uint32_t (&out)[2]) {
-    Fp8Operands::pairs(v, step, out);
-  }
-  __device__ __forceinline__ static void multiply(float (&sum)[4], const uint32_t (&weight)[4],
-                                                  const uint32_t (&x)[2]) {
-    mma_m16n8k16<f16>(sum, weight, x);
   }
   template <int kTiles>
   __device__ __forceinline__ static void fold(float (&sum)[4], float (&product)[4],

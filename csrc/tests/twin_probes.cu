@@ -2,6 +2,7 @@
 // host/machine.h. tests/ops/test_twin.py runs them; compiled by nvcc, the first group checks the
 // twin against a GPU.
 #include "../cuda/decode.cuh"
+#include "../cuda/decode_fp4.cuh"
 
 namespace quantkit::cuda {
 namespace {
@@ -99,6 +100,17 @@ __global__ void int4_decode(const uint32_t* in, uint32_t* out, int n) {
                                                        static_cast<uint32_t>(i / 16 % 16) << 24);
     Int4<T>::decode(load_global(in + i), zeros, pairs);
     for (int j = 0; j < 4; ++j) store_global(out + 4 * i + j, pairs[j]);
+  }
+}
+
+// in [n] words -> out [n, 8] pairs: E2M1, then NF4.
+template <class T>
+__global__ void fp4_decode(const uint32_t* in, uint32_t* out, int n) {
+  for (int i = static_cast<int>(threadIdx.x); i < n; i += 32) {
+    uint32_t pairs[2][4];
+    decode_e2m1<T>(load_global(in + i), pairs[0]);
+    decode_nf4<T>(load_global(in + i), pairs[1]);
+    for (int j = 0; j < 8; ++j) store_global(out + 8 * i + j, pairs[j / 4][j % 4]);
   }
 }
 
@@ -227,6 +239,9 @@ QK_EXPORT int qk_probe_conversions(const float* in, uint32_t* out, int n) {
 }
 QK_EXPORT int qk_probe_int4(int is_f16, const uint32_t* in, uint32_t* out, int n) {
   return is_f16 ? run(int4_decode<f16>, 32, in, out, n) : run(int4_decode<bf16>, 32, in, out, n);
+}
+QK_EXPORT int qk_probe_fp4(int is_f16, const uint32_t* in, uint32_t* out, int n) {
+  return is_f16 ? run(fp4_decode<f16>, 32, in, out, n) : run(fp4_decode<bf16>, 32, in, out, n);
 }
 QK_EXPORT int qk_probe_pipeline(int mistake, const uint32_t* in, uint32_t* out) {
   return run(pipeline, 64, in, out, mistake);

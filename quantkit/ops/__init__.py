@@ -15,7 +15,8 @@ Files: ``schema`` signatures, ``native`` functions, ``reference`` oracle, ``fake
 torch.compile, ``library`` loading, ``memory`` huge pages, ``status`` what is built and in use.
 ``solvers``, ``reference_solvers`` and ``fake_solvers`` are the same for the operators of
 calibration; ``parts``, ``reference_parts`` and ``fake_parts`` for those between the linear layers
-of a decoder; ``gpu``, ``reference_gpu`` and ``fake_gpu`` for those that only a GPU has.
+of a decoder; ``gpu``, ``gpu_attention``, their references, ``reference_fp4`` and ``fake_gpu`` for
+those that only a GPU has.
 """
 
 from __future__ import annotations
@@ -33,19 +34,28 @@ from quantkit.ops import fake_parts as _fake_parts  # noqa: F401
 from quantkit.ops import fake_solvers as _fake_solvers  # noqa: F401
 from quantkit.ops import (
     gpu,
+    gpu_attention,
     native,
     parts,
     reference,
+    reference_fp4,
     reference_gpu,
+    reference_gpu_attention,
     reference_parts,
     reference_solvers,
     solvers,
 )
 from quantkit.ops.gpu import (
     add_rms_norm_quantize,
+    fp4a16_linear,
     gated_activation_quantize,
     w8a8_mma_linear,
     w8a16_linear,
+)
+from quantkit.ops.gpu_attention import (
+    new_kv_rows,
+    paged_decode_attention,
+    rope_store_kv_rows,
 )
 from quantkit.ops.memory import consolidate
 from quantkit.ops.native import (
@@ -84,7 +94,14 @@ from quantkit.ops.reference import (
     unpack_w4a16,
     unpack_w8,
 )
+from quantkit.ops.reference_fp4 import (
+    pack_fp4_mma,
+    pack_fp4_scales,
+    unpack_fp4_mma,
+    unpack_fp4_scales,
+)
 from quantkit.ops.reference_gpu import pack_w8_mma, unpack_w8_mma
+from quantkit.ops.reference_gpu_attention import read_kv_rows
 from quantkit.ops.reference_parts import read_kv_pages
 from quantkit.ops.schema import KIND_FP8, KIND_INT8, PAGE_TOKENS, SCHEMAS
 from quantkit.ops.solvers import (
@@ -124,6 +141,7 @@ __all__ = [
     "descend_codes",
     "embed",
     "float_linear",
+    "fp4a16_linear",
     "gated_activation",
     "gated_activation_quantize",
     "get_backend",
@@ -134,8 +152,11 @@ __all__ = [
     "int8_linear",
     "kernel_status",
     "new_kv_pages",
+    "new_kv_rows",
     "new_w4a16_counters",
     "pack_float",
+    "pack_fp4_mma",
+    "pack_fp4_scales",
     "pack_scale",
     "pack_w4",
     "pack_w4a16",
@@ -143,6 +164,7 @@ __all__ = [
     "pack_w8",
     "pack_w8_mma",
     "paged_attention",
+    "paged_decode_attention",
     "quantize_fp8_per_block",
     "quantize_fp8_per_token",
     "quantize_fp8_static",
@@ -150,13 +172,17 @@ __all__ = [
     "quantize_int8_per_token",
     "quantize_int8_static",
     "read_kv_pages",
+    "read_kv_rows",
     "rope_store_kv",
+    "rope_store_kv_rows",
     "rounding_errors",
     "set_isa",
     "set_num_threads",
     "set_thread_pool",
     "syrk_accumulate",
     "unpack_float",
+    "unpack_fp4_mma",
+    "unpack_fp4_scales",
     "unpack_w4",
     "unpack_w4a16",
     "unpack_w8",
@@ -194,9 +220,17 @@ class Backend:
 
 
 _BACKENDS = {
-    "native": Backend("native", (native, solvers, parts, gpu)),
+    "native": Backend("native", (native, solvers, parts, gpu, gpu_attention)),
     "reference": Backend(
-        "reference", (reference, reference_solvers, reference_parts, reference_gpu)
+        "reference",
+        (
+            reference,
+            reference_solvers,
+            reference_parts,
+            reference_gpu,
+            reference_fp4,
+            reference_gpu_attention,
+        ),
     ),
 }
 

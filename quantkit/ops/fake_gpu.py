@@ -67,3 +67,54 @@ def _w8a8_mma_linear(
     out_dtype: int,
 ) -> Tensor:
     return xq.new_empty((*xq.shape[:-1], n), dtype=schema.CODE_DTYPES[out_dtype])
+
+
+@torch.library.register_fake("quantkit::fp4a16_linear")
+def _fp4a16_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    counters: Tensor,
+    n: int,
+    kind: int,
+    group_size: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.register_fake("quantkit::rope_store_kv_rows")
+def _rope_store_kv_rows(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    starts: Tensor,
+    past: Tensor,
+    pages: Tensor,
+    kv: Tensor,
+    kv_scale: Tensor | None,
+    kv_fixed: Tensor | None,
+    kv_dtype: int,
+    epsilon: float,
+) -> Tensor:
+    head_dim = kv.shape[-1] // schema.KV_BYTES[kv_dtype] // schema.PAGE_TOKENS
+    heads = qkv.shape[-1] // head_dim - 2 * kv.shape[1]
+    return qkv.new_empty((qkv.shape[0], heads, head_dim))
+
+
+@torch.library.register_fake("quantkit::paged_decode_attention")
+def _paged_decode_attention(
+    q: Tensor,
+    lengths: Tensor,
+    pages: Tensor,
+    kv: Tensor,
+    kv_scale: Tensor | None,
+    kv_dtype: int,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> Tensor:
+    return torch.empty_like(q)

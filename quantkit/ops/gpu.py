@@ -144,3 +144,46 @@ def w8a8_mma_linear(
     return _ops.w8a8_mma_linear.default(
         xq, x_scale, packed, scale, bias, counters, n, group_size, code
     )
+
+
+def fp4a16_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    counters: Tensor,
+    n: int,
+    kind: int | str,
+    group_size: int,
+) -> Tensor:
+    """A linear layer with 4-bit float weights and 16-bit activations on the tensor cores::
+
+        y[m, n] = sum_g scale[n, g] * sum_{k in g} value[n, k] * x[m, k] / global_scale + bias[n]
+
+    Products of 16-bit floats, summed in fp32 in an order that depends on N, K and the GPU alone.
+    "nvfp4" and "mxfp4" are E2M1 (OCP MX specification v1.0, section 5.3.3), exact in the dtype of
+    x, as is a product of an E2M1 value and its E4M3 scale; "nf4" has the 16 values of Dettmers et
+    al., "QLoRA", arXiv 2305.14314, appendix E, rounded to that dtype.
+
+    Args:
+        x: float16 or bfloat16 [..., K].
+        packed: uint8 [ceil(N/64), ceil(K/64), 2048] from :func:`quantkit.ops.pack_fp4_mma`.
+        scale: "nvfp4" uint8 [ceil(N/64), ceil(K/64), 256] and "mxfp4" [..., 128] from
+            :func:`quantkit.ops.pack_fp4_scales`; "nf4" [ceil(N/64), ceil(K/group_size), 64] in the
+            dtype of x from :func:`quantkit.ops.pack_w4a16_table`.
+        global_scale: float32 [1] as in the checkpoint, "nvfp4" only; else None.
+        bias: [N] in the dtype of x, or None.
+        counters: int32 from :func:`quantkit.ops.new_w4a16_counters`; zero again on return.
+        n: N, rows of the weight.
+        kind: "nvfp4", "mxfp4" or "nf4".
+        group_size: columns that share a scale: 16 for "nvfp4", 32 for "mxfp4", for "nf4" a multiple
+            of 64, or K or -1 for one group a row.
+
+    Returns:
+        [..., N] in the dtype of x. A row has the same bits whatever the other rows are, among calls
+        with up to 32 rows and among calls with more.
+    """
+    require_cuda_kernel("fp4a16_linear", x)
+    rest = (counters, n, schema.fp4_code(kind), group_size)
+    return _ops.fp4a16_linear.default(x, packed, scale, global_scale, bias, *rest)

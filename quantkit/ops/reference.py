@@ -71,7 +71,7 @@ def unpack_w8(packed: Tensor, n: int, k: int, kind: int | str = "int8") -> Tenso
     return rows.view(torch.float8_e4m3fn if fp8 else torch.int8)
 
 
-def _w4a16_order(padded: Tensor) -> Tensor:
+def w4a16_order(padded: Tensor) -> Tensor:
     """[64 b, 64 s, ...] rows and columns -> [b, s, tile, g, t, step, pair, row half, element]."""
     blocks, slabs = padded.shape[0] // 64, padded.shape[1] // 64
     # Rows 16 tile + 8 half + g; columns 32 (step / 2) + 8 t + 4 (step % 2) + 2 pair + element.
@@ -90,7 +90,7 @@ def pack_w4a16(codes: Tensor) -> Tensor:
     """
     n, k = codes.shape
     padded = torch.nn.functional.pad(codes & 15, (0, -k % 64, 0, -n % 64))
-    nibbles = _w4a16_order(padded)
+    nibbles = w4a16_order(padded)
     blocks, slabs = nibbles.shape[:2]
     # A word has nibble 2 pair + half of the even columns below, of the odd columns above.
     words = nibbles.movedim(-1, -3).reshape(blocks, slabs, 4, 8, 4, 4, 4, 2)

@@ -12,14 +12,14 @@ from torch import Tensor
 from quantkit.ops import schema
 from quantkit.ops.reference import quantize_int8_per_group
 
-_VALUE_DTYPES = {0: torch.float32, 1: torch.bfloat16, 2: torch.int8, 3: torch.float8_e4m3fn}
+VALUE_DTYPES = {0: torch.float32, 1: torch.bfloat16, 2: torch.int8, 3: torch.float8_e4m3fn}
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight.to(x.dtype)
 
 
@@ -32,7 +32,7 @@ def add_rms_norm(
 ) -> Tensor:
     if branch is not None:
         residual += branch.to(residual.dtype)
-    return _rms_norm(residual, weight, epsilon).to(out_dtype)
+    return rms_norm(residual, weight, epsilon).to(out_dtype)
 
 
 def gated_activation(gate_up: Tensor, kind: int | str) -> Tensor:
@@ -55,13 +55,13 @@ def _halves(kv: Tensor, kv_dtype: int | str) -> tuple[Tensor, Tensor]:
     code = schema.kv_code(kv_dtype)
     c = 4 // schema.KV_BYTES[code]
     head_dim = kv.shape[-1] // schema.KV_BYTES[code] // schema.PAGE_TOKENS
-    held = kv.view(_VALUE_DTYPES[code])
+    held = kv.view(VALUE_DTYPES[code])
     keys = held[:, :, 0].unflatten(-1, (head_dim // c, schema.PAGE_TOKENS, c))
     values = held[:, :, 1].unflatten(-1, (schema.PAGE_TOKENS // c, head_dim, c))
     return keys, values
 
 
-def _places(pages: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
+def places(pages: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
     """Page and slot of the tokens first..end-1 of a sequence with these page numbers."""
     position = torch.arange(first, end)
     return pages.long()[position // schema.PAGE_TOKENS], position % schema.PAGE_TOKENS
@@ -81,7 +81,7 @@ def read_kv_pages(
         Keys and values, float32 [tokens, kv_heads, head_dim] each.
     """
     keys, values = _halves(kv, kv_dtype)
-    page, slot = _places(pages, 0, tokens)
+    page, slot = places(pages, 0, tokens)
     c = keys.shape[-1]
     # An index in front of a slice and one behind it put the tokens first.
     key = keys[page, :, :, slot].flatten(-2).float()
@@ -103,7 +103,7 @@ def _encode(x: Tensor, code: int) -> tuple[Tensor, Tensor | None]:
         # Adding 0 turns -0 into +0, as the activation quantizers do.
         codes = (x / scale + 0.0).clamp(-448, 448).to(torch.float8_e4m3fn)
         return codes, scale.squeeze(-1)
-    return x.to(_VALUE_DTYPES[code]), None
+    return x.to(VALUE_DTYPES[code]), None
 
 
 def rope_store_kv(
@@ -126,20 +126,20 @@ def rope_store_kv(
     x = _wide(qkv).unflatten(-1, (-1, head_dim))
     q, k, v = x.split((x.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
     if q_norm is not None:
-        q = _rms_norm(q, q_norm, epsilon)
+        q = rms_norm(q, q_norm, epsilon)
     if k_norm is not None:
-        k = _rms_norm(k, k_norm, epsilon)
+        k = rms_norm(k, k_norm, epsilon)
     rotated = []
     for s in range(past.numel()):
         first, end = int(starts[s]), int(starts[s + 1])
         held = int(past[s])
         angles = slice(held, held + end - first)
-        turned_q = _rope(q[first:end], cos[angles], sin[angles])
+        turned_q = rope(q[first:end], cos[angles], sin[angles])
         rotated.append(turned_q)
-        key, value = _rope(k[first:end], cos[angles], sin[angles]), v[first:end]
+        key, value = rope(k[first:end], cos[angles], sin[angles]), v[first:end]
         lost = ~(value.to(torch.bfloat16).isfinite().all(-1, keepdim=True))
         key, value = key.masked_fill(lost, torch.nan), value.masked_fill(lost, 0.0)
-        page, slot = _places(pages[s], held, held + end - first)
+        page, slot = places(pages[s], held, held + end - first)
         values[page[slot == 0]] = 0
         for view, row, half in ((keys, key, 0), (values, value, 1)):
             held_codes, scale = _encode(row.float(), code)
@@ -152,7 +152,7 @@ def rope_store_kv(
     return torch.cat(rotated).to(qkv.dtype) if rotated else q.to(qkv.dtype)
 
 
-def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [tokens, heads, head_dim] turned by angles [tokens, rotary_dim/2]."""
     half = cos.shape[-1]
     a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)

@@ -15,6 +15,7 @@ import torch
 KIND_INT8 = 1
 KIND_FP8 = 2
 KINDS = {"int8": KIND_INT8, "fp8": KIND_FP8}
+FP4_KINDS = {"nvfp4": 0, "mxfp4": 1, "nf4": 2}
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 CODE_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 GATES = {"silu": 0, "gelu_tanh": 1}
@@ -55,6 +56,10 @@ SCHEMAS = {
         "(Tensor xq, Tensor x_scale, Tensor packed, Tensor scale, Tensor? bias,"
         " Tensor(a!) counters, int n, int group_size, int out_dtype) -> Tensor"
     ),
+    "fp4a16_linear": (
+        "(Tensor x, Tensor packed, Tensor scale, Tensor? global_scale, Tensor? bias,"
+        " Tensor(a!) counters, int n, int kind, int group_size) -> Tensor"
+    ),
     "dequantize_w4": (
         "(Tensor packed, Tensor scale, Tensor? zero, Tensor lut, int n, int k, int group_size,"
         " int out_dtype) -> Tensor"
@@ -91,6 +96,15 @@ SCHEMAS = {
         "(Tensor q, Tensor starts, Tensor past, Tensor pages, Tensor kv, Tensor? kv_scale,"
         " int kv_dtype, float scale, float softcap, int window) -> Tensor"
     ),
+    "rope_store_kv_rows": (
+        "(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin, Tensor starts,"
+        " Tensor past, Tensor pages, Tensor(a!) kv, Tensor(b!)? kv_scale, Tensor? kv_fixed,"
+        " int kv_dtype, float epsilon) -> Tensor"
+    ),
+    "paged_decode_attention": (
+        "(Tensor q, Tensor lengths, Tensor pages, Tensor kv, Tensor? kv_scale, int kv_dtype,"
+        " float scale, float softcap, int window) -> Tensor"
+    ),
     "gptq_round": (
         "(Tensor weight, Tensor upper, Tensor scale, Tensor? zero, Tensor group, int kind,"
         " float qmin, float qmax) -> Tensor"
@@ -112,8 +126,11 @@ CUDA_ONLY = frozenset(
         "w4a16_linear",
         "w8a16_linear",
         "w8a8_mma_linear",
+        "fp4a16_linear",
         "add_rms_norm_quantize",
         "gated_activation_quantize",
+        "rope_store_kv_rows",
+        "paged_decode_attention",
     }
 )
 
@@ -133,6 +150,11 @@ def _code(known: dict[str, int], what: str, value: int | str) -> int:
 def kind_code(kind: int | str) -> int:
     """``"int8"`` or ``"fp8"``, or the number of one of them, to the number."""
     return _code(KINDS, "kind", kind)
+
+
+def fp4_code(kind: int | str) -> int:
+    """``"nvfp4"``, ``"mxfp4"`` or ``"nf4"`` to its number."""
+    return _code(FP4_KINDS, "kind", kind)
 
 
 def gate_code(kind: int | str) -> int:

@@ -115,6 +115,30 @@ class W8A8Args(ctypes.Structure):
     )
 
 
+class FP4A16Args(ctypes.Structure):
+    _fields_ = (
+        ("x", POINTER),
+        ("ldx", I64),
+        ("dtype", I32),
+        ("format", I32),
+        ("m", I64),
+        ("n", I64),
+        ("k", I64),
+        ("group_size", I64),
+        ("groups", I64),
+        ("packed", POINTER),
+        ("scale", POINTER),
+        ("global_scale", POINTER),
+        ("bias", POINTER),
+        ("y", POINTER),
+        ("ldy", I64),
+        ("partials", POINTER),
+        ("counters", POINTER),
+        ("multiprocessors", I32),
+        ("overlap", I32),
+    )
+
+
 class QuantizeArgs(ctypes.Structure):
     _fields_ = (
         ("x", POINTER),
@@ -145,6 +169,58 @@ class AddRmsNormArgs(ctypes.Structure):
         ("y_dtype", I32),
         ("y", POINTER),
         ("ldy", I64),
+    )
+
+
+class RopeStoreArgs(ctypes.Structure):
+    _fields_ = (
+        ("sequences", I64),
+        ("tokens", I64),
+        ("starts", POINTER),
+        ("past", POINTER),
+        ("pages", POINTER),
+        ("page_stride", I64),
+        ("kv_dtype", I32),
+        ("data", POINTER),
+        ("scale", POINTER),
+        ("fixed", POINTER),
+        ("heads", I64),
+        ("kv_heads", I64),
+        ("head_dim", I64),
+        ("rotary_dim", I64),
+        ("qkv", POINTER),
+        ("ld_qkv", I64),
+        ("q_norm", POINTER),
+        ("k_norm", POINTER),
+        ("norm_epsilon", ctypes.c_float),
+        ("cos", POINTER),
+        ("sin", POINTER),
+        ("q", POINTER),
+        ("ldq", I64),
+    )
+
+
+class PagedDecodeArgs(ctypes.Structure):
+    _fields_ = (
+        ("sequences", I64),
+        ("lengths", POINTER),
+        ("pages", POINTER),
+        ("page_stride", I64),
+        ("kv_dtype", I32),
+        ("data", POINTER),
+        ("scale", POINTER),
+        ("heads", I64),
+        ("kv_heads", I64),
+        ("head_dim", I64),
+        ("score_scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("window", I64),
+        ("q", POINTER),
+        ("ldq", I64),
+        ("y", POINTER),
+        ("ldy", I64),
+        ("partials", POINTER),
+        ("overlap", I32),
     )
 
 

@@ -34,6 +34,7 @@ def example_arguments() -> dict[str, tuple]:
         torch.tensor([[2, 0], [3, 1]], dtype=torch.int32),
     )
     angles = torch.randn(65, 8)
+    kv_rows, row_scale = ops.new_kv_rows(4, 1, 64, "int8", "cpu")
     return {
         "pack_w4": (w4.codes,),
         "pack_w8": (w8.codes,),
@@ -86,6 +87,17 @@ def example_arguments() -> dict[str, tuple]:
             -1,
             Dtype(2),
         ),
+        "fp4a16_linear": (
+            x.bfloat16(),
+            ops.pack_fp4_mma(w4.codes),
+            ops.pack_fp4_scales(torch.rand(20, 4).to(torch.float8_e4m3fn)),
+            torch.ones(1),
+            None,
+            ops.new_w4a16_counters(20, "cpu"),
+            20,
+            0,
+            16,
+        ),
         "dequantize_w4": (w4.packed, w4.scale, w4.zero, w4.lut, 20, 64, 32, 2),
         "dequantize_w8": (w8.packed, w8.scale, w8.zero, 20, 64, 1, 32, 0),
         "quantize_int8_per_token": (x,),
@@ -112,6 +124,30 @@ def example_arguments() -> dict[str, tuple]:
             1e-6,
         ),
         "paged_attention": (torch.randn(3, 4, 16), *batch, kv, kv_scale, 2, 0.25, 0.0, 0),
+        "rope_store_kv_rows": (
+            torch.randn(3, 6 * 64).bfloat16(),
+            torch.ones(64),
+            None,
+            angles.cos(),
+            angles.sin(),
+            *batch,
+            kv_rows,
+            row_scale,
+            None,
+            2,
+            1e-6,
+        ),
+        "paged_decode_attention": (
+            torch.randn(2, 4, 64).bfloat16(),
+            torch.tensor([65, 1], dtype=torch.int32),
+            batch[2],
+            kv_rows,
+            row_scale,
+            2,
+            0.25,
+            0.0,
+            0,
+        ),
         "gptq_round": (
             x,
             torch.eye(64),

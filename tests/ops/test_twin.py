@@ -7,6 +7,8 @@ import torch
 import twin
 from torch import Tensor
 
+from quantkit.ops.reference_fp4 import E2M1, NF4
+
 NOTHING, NO_WAIT, WAIT_TOO_FEW, NO_BARRIER, OVERWRITES = range(5)
 
 
@@ -119,6 +121,22 @@ def test_int4_decode_is_exact(dtype: torch.dtype) -> None:
     even, odd = torch.arange(512) % 16, torch.arange(512) // 16 % 16
     zero = torch.stack((even, odd, even, odd), 1)[:, :, None]
     assert torch.equal(pairs(out, dtype).reshape(512, 4, 2), (codes - zero).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fp4_decode_is_exact(dtype: torch.dtype) -> None:
+    words = twin.words(512)
+    out = torch.empty(512, 8, dtype=torch.int32)
+    twin.watch(words, outputs=(out,))
+    is_f16 = int(dtype == torch.float16)
+    twin.check(twin.library().qk_probe_fp4(is_f16, twin.pointer(words), twin.pointer(out), 512))
+    i = torch.arange(8)
+    top = 8 * (i % 4) + torch.where(i < 4, 7, 3)
+    wide = words.long()[:, None]
+    codes = (wide >> (4 * i) & 7) + 8 * (wide >> top & 1)
+    tables = (E2M1 + tuple(-v for v in E2M1), NF4)
+    expected = torch.stack([torch.tensor(table)[codes] for table in tables], 1)
+    assert torch.equal(pairs(out, dtype).reshape(512, 2, 8), expected.to(dtype))
 
 
 def run_pipeline(mistake: int) -> tuple[int, Tensor, Tensor]:

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,11 @@ BUILD = ROOT / "build" / "twin"
 SOURCES = (
     "cuda/host/machine.cpp",
     "cuda/api.cu",
+    "cuda/fp4_api.cu",
+    "cuda/fp4a16_bf16.cu",
+    "cuda/fp4a16_f16.cu",
+    "cuda/paged_decode.cu",
+    "cuda/rope_store.cu",
     "cuda/row_quantize.cu",
     "cuda/w4_linear.cu",
     "cuda/w8_linear.cu",
@@ -49,10 +55,21 @@ def _run(command: list[str]) -> None:
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-8000:]}"
 
 
-def _object(source: str, headers: bytes) -> Path:
+def _texts(path: Path, seen: dict[Path, bytes]) -> dict[Path, bytes]:
+    """A file and the project's headers that it includes, directly or not."""
+    if path not in seen:
+        seen[path] = path.read_bytes()
+        for name in re.findall(r'^#include "(.+)"', seen[path].decode(), re.MULTILINE):
+            found = [f / name for f in (path.parent, CSRC / "include") if (f / name).exists()]
+            _texts(found[0].resolve(), seen)
+    return seen
+
+
+def _object(source: str) -> Path:
     """Compile one file, unless the same text was compiled before."""
     path = CSRC / source
-    key = hashlib.sha256(headers + path.read_bytes() + repr(FLAGS).encode()).hexdigest()[:16]
+    texts = b"".join(text for _, text in sorted(_texts(path, {}).items()))
+    key = hashlib.sha256(texts + repr(FLAGS).encode()).hexdigest()[:16]
     out = BUILD / f"{path.stem}-{key}.o"
     if not out.exists():
         partial = out.with_suffix(f".{os.getpid()}.o")
@@ -67,14 +84,8 @@ def _object(source: str, headers: bytes) -> Path:
 def library() -> ctypes.CDLL:
     """The library, built where its sources changed."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    headers = b"".join(
-        path.read_bytes()
-        for folder in ("cuda", "include")
-        for path in sorted((CSRC / folder).rglob("*"))
-        if path.suffix in (".h", ".cuh")
-    )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: _object(source, headers), SOURCES))
+        objects = list(pool.map(_object, SOURCES))
     key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
     out = BUILD / f"libquantkit_twin-{key}.so"
     if not out.exists():

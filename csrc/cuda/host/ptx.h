@@ -78,6 +78,15 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   return d;
 }
 
+inline uint32_t permute_bytes_or_signs(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t d = permute_bytes(a, b, selector);
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t byte = 255u << (8 * i);
+    if (selector >> (4 * i) & 8u) d = d >> (8 * i + 7) & 1u ? d | byte : d & ~byte;
+  }
+  return d;
+}
+
 inline float fmaf(float a, float b, float c) { return std::fmaf(a, b, c); }
 
 // ---- a warp ----------------------------------------------------------------------------------

@@ -77,6 +77,44 @@ typedef struct qk_w8a8_args {
   int32_t overlap;
 } qk_w8a8_args;
 
+// Four-bit floats and 16-bit activations on the tensor cores, in blocks and slabs as above:
+// packed: [ceil(n / 64)][ceil(k / 64)][4 tiles of 16 rows][32 lanes][4 words]. With g = lane / 4 and
+//         t = lane % 4, code i of word s belongs to
+//           row 16 tile + g + 8 (i / 2 % 2),  column 32 (s / 2) + 8t + 4 (s % 2) + 2 (i / 4) + i % 2;
+//         its low three bits lie at 4i, its highest bit at 8 (i % 4) + (i < 4 ? 7 : 3).
+// scale:  QK_NVFP4  e4m3, one for 16 columns: [ceil(n / 64)][ceil(k / 64)][8 g][2 u][4 tiles][2 h][2 i],
+//                   of row 16 tile + g + 8i and the columns from 32h + 16u of the slab on
+//         QK_MXFP4  e8m0, one for 32 columns: [ceil(n / 64)][ceil(k / 64)][8 g][4 tiles][2 h][2 i],
+//                   of the same row and the columns from 32h on; 255 is NaN
+//         QK_NF4    of x's dtype, one for group_size columns, as in qk_w4a16_args
+//         Bytes past n and k are 0.
+//
+//   y[m,n] = sum_g scale[n,g] * sum_{k in g} decode(code[n,k]) * x[m,k] / global_scale  + bias[n]
+//
+// decode: e2m1 (OCP MX v1.0, section 5.3.3), or NF4's values (Dettmers et al., "QLoRA", arXiv
+// 2305.14314, appendix E) rounded to x's dtype. A product code * scale of NVFP4 is exact there.
+enum qk_fp4_format { QK_NVFP4 = 0, QK_MXFP4 = 1, QK_NF4 = 2 };
+typedef struct qk_fp4a16_args {
+  const void* x;          // [m, k], rows ldx elements apart
+  int64_t ldx;
+  int32_t dtype;          // QK_F16 or QK_BF16, of x, bias, y and NF4's scales
+  int32_t format;         // qk_fp4_format
+  int64_t m, n, k;
+  int64_t group_size;     // 16, 32, or for QK_NF4 a multiple of 64 or >= k
+  int64_t groups;         // ceil(k / group_size)
+  const uint8_t* packed;  // 16-byte aligned, as scale
+  const void* scale;
+  const float* global_scale;  // [1], QK_NVFP4 only
+  const void* bias;       // [n] or NULL
+  void* y;                // [m, n], rows ldy elements apart
+  int64_t ldy;
+  float* partials;        // as above
+  uint32_t* counters;
+  int32_t multiprocessors;
+  int32_t overlap;
+} qk_fp4a16_args;
+
+QK_EXPORT int qk_cuda_fp4a16_linear(const qk_fp4a16_args* args, void* stream);
 QK_EXPORT int qk_cuda_w8a16_linear(const qk_w8a16_args* args, void* stream);
 QK_EXPORT int qk_cuda_w8a8_linear(const qk_w8a8_args* args, void* stream);
 
