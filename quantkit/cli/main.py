@@ -20,6 +20,7 @@ from quantkit.cli import (
     baseline,
     bench,
     calibrate,
+    deploy,
     doctor,
     eval,
     gate,
@@ -43,6 +44,7 @@ app.command("eval")(eval.command)
 app.command("gate")(gate.command)
 app.add_typer(baseline.app, name="baseline")
 app.command("serve")(serve.command)
+app.command("deploy")(deploy.command)
 app.add_typer(bench.app, name="bench")
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
