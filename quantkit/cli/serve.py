@@ -110,18 +110,18 @@ def command(
         runtime = load_runtime(checkpoint, kernels=kernels.value, device=device)
         if runtime.fallback:
             typer.echo(f"in transformers' modules: {runtime.fallback}", err=True)
-        engine = Engine(runtime, EngineConfig(max_sequences=max_sequences, max_context=max_context))
-        app = create_app(engine.start(), api_keys=keys)
+        loop = Engine(runtime, EngineConfig(max_sequences=max_sequences, max_context=max_context))
+        app = create_app(loop.start(), api_keys=keys)
 
         def announce() -> None:
             address = server.url(sock)
-            context = engine.capacity.max_context
+            context = loop.capacity.max_context
             typer.echo(f"serving {runtime.name} at {address} (context {context} tokens)", err=True)
             if as_json:
                 ready = {"url": address, "model": runtime.name, "max_context": context}
                 typer.echo(json.dumps(ready))
 
-        code = server.serve(app, engine, sock, drain_seconds=drain_seconds, on_ready=announce)
+        code = server.serve(app, loop, sock, drain_seconds=drain_seconds, on_ready=announce)
     raise typer.Exit(code)
 
 

@@ -131,10 +131,9 @@ class EndpointLM(TokenLM):
         logprobs = self._choice(answer).get("logprobs")
         if not isinstance(logprobs, dict):
             raise self._broken("an answer without log-probabilities of the prompt")
-        tokens, own = logprobs.get("tokens"), logprobs.get("token_logprobs")
-        top = logprobs.get("top_logprobs")
-        if not all(isinstance(x, list) for x in (tokens, own, top)):
-            raise self._broken("an answer without tokens, token_logprobs or top_logprobs")
+        tokens = self._list(logprobs, "tokens")
+        own = self._list(logprobs, "token_logprobs")
+        top = self._list(logprobs, "top_logprobs")
         # The server may write one token, or none where the first it chose ends the text.
         lengths = {len(tokens), len(own), len(top)}
         if len(lengths) > 1 or lengths.pop() not in (len(sent), len(sent) + 1):
@@ -163,6 +162,12 @@ class EndpointLM(TokenLM):
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             raise self._broken(f"an answer without exactly one choice: {str(answer)[:200]}")
         return choices[0]
+
+    def _list(self, logprobs: Json, key: str) -> list[Any]:
+        found = logprobs.get(key)
+        if not isinstance(found, list):
+            raise self._broken(f"an answer without {key}")
+        return found
 
     def _check_usage(self, sent: list[int], answer: Json) -> None:
         counted = (answer.get("usage") or {}).get("prompt_tokens")
