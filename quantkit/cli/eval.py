@@ -217,8 +217,10 @@ def _print_results(results: Results, name: str, output: Path | None) -> None:
                 rows.append([key, f"{doc[key]:.4f}", over])
     for task, result in results.tasks.items():
         rows.append([f"{task}.{result.metric}", f"{result.value:.4f}", f"{result.n} items"])
-    if "size_bytes" in doc["cost"]:  # unknown of a model that runs elsewhere
+    # Either may be unknown of a model that runs elsewhere.
+    if "size_bytes" in doc["cost"]:
         rows.append(["size", f"{doc['cost']['size_bytes'] / 1e6:.1f} MB", ""])
+    if "bits_per_weight" in doc["cost"]:
         rows.append(["bits a weight", f"{doc['cost']['bits_per_weight']:.2f}", ""])
     typer.echo(name)
     _print_table(rows)
