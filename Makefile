@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test test-all setup native cuda sanitize check format bench clean
+.PHONY: demo test test-all setup native cuda sanitize interop check format bench clean
 
 demo: setup          ## set up, then calibrate, gate and serve the real model
 	$(BIN)/python examples/demo.py
@@ -41,6 +41,11 @@ sanitize: setup      ## run every CPU kernel under AddressSanitizer and UBSan
 	  -DQUANTKIT_TESTS=ON -DQUANTKIT_CUDA=OFF -DQUANTKIT_SANITIZE=ON
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize -j2 --target kernels_test
 	build/sanitize/csrc/tests/kernels_test
+
+# MODEL and DATA name a model and calibration text; VLLM_PYTHON an environment with vLLM, if any.
+interop: setup       ## every scheme in other engines; writes docs/interop.md
+	$(BIN)/python benchmarks/interop.py "$(MODEL)" --data "$(DATA)" $(if $(VLLM_PYTHON),--vllm-python "$(VLLM_PYTHON)") \
+	  -o benchmarks/results/interop.json --write docs/interop.md
 
 check: setup cuda    ## format, lint, types, boundaries, CUDA compile
 	$(BIN)/ruff format --check .

@@ -25,7 +25,7 @@ LAYERS = (
         "checkpoint",
     },
     {"models"},
-    {"evals", "serve", "gate", "report"},
+    {"evals", "serve", "gate", "report", "engines"},
     {"baseline", "blame", "job", "reload", "scoring", "outcomes", "run"},
     {"cli"},
 )
@@ -45,7 +45,8 @@ NEVER = {
         *("evals", "gate"),
     },
     "algorithms": {"model", "models", "layers"},
-    "evals": {"serve", "gate"},
+    "evals": {"serve", "gate", "engines"},
+    "engines": {"evals", "serve", "gate", "calibrate", "quantize", "plan"},
 }
 
 

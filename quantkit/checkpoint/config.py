@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,30 +128,49 @@ def read_config(raw: Mapping[str, Any], linears: Sequence[str]) -> dict[str, Sch
     Raises:
         UsageError: another quantization method, or a format that quantkit does not run.
     """
+    config = _parse(raw)
+    ignored = config.ignore or []
+    schemes: dict[str, Scheme] = {}
+    for scheme, targets in _groups(config):
+        for name in linears:
+            if any(match_name(name, pattern) for pattern in ignored):
+                continue
+            if any(t == "Linear" or match_name(name, t) for t in targets):
+                schemes.setdefault(name, scheme)
+    return schemes
+
+
+def read_schemes(raw: Mapping[str, Any]) -> list[Scheme]:
+    """The distinct schemes of a checkpoint, whichever layers have them.
+
+    Args:
+        raw: config.json's ``quantization_config``.
+
+    Raises:
+        UsageError: see `read_config`.
+    """
+    return list(dict.fromkeys(scheme for scheme, _ in _groups(_parse(raw))))
+
+
+def _parse(raw: Mapping[str, Any]) -> QuantizationConfig:
     if raw.get("quant_method") != "compressed-tensors":
         raise UsageError(
             f"quant_method {raw.get('quant_method')!r}: quantkit reads compressed-tensors "
             "checkpoints"
         )
     try:
-        config = QuantizationConfig(**{k: v for k, v in raw.items() if v is not None})
+        return QuantizationConfig(**{k: v for k, v in raw.items() if v is not None})
     except Exception as e:  # pydantic's own error types vary with its version
         raise UsageError(f"quantization_config cannot be read: {e}") from e
-    ignored = config.ignore or []
-    schemes: dict[str, Scheme] = {}
+
+
+def _groups(config: QuantizationConfig) -> Iterator[tuple[Scheme, list[str]]]:
+    """(scheme, targets) of each group that quantizes weights."""
     for group in config.config_groups.values():
         assert isinstance(group, QuantizationScheme)
-        if group.weights is None:
-            continue
-        weight = from_args(group.weights)
-        inputs = from_args(group.input_activations) if group.input_activations else None
-        scheme = _named(weight, inputs)
-        for name in linears:
-            if any(match_name(name, pattern) for pattern in ignored):
-                continue
-            if any(t == "Linear" or match_name(name, t) for t in group.targets):
-                schemes.setdefault(name, scheme)
-    return schemes
+        if group.weights is not None:
+            inputs = from_args(group.input_activations) if group.input_activations else None
+            yield _named(from_args(group.weights), inputs), group.targets
 
 
 def read_cache_spec(raw: Mapping[str, Any]) -> QuantSpec | None:

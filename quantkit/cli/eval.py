@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quantkit.cli import endpoint as elsewhere
+from quantkit.cli import engine as engines
 from quantkit.cli.kernels import Kernels, KernelsOption
 
 if TYPE_CHECKING:
+    from quantkit.data.rows import Document
     from quantkit.evals.suites import Suite
     from quantkit.models.runtime import Runtime
     from quantkit.results import Results
@@ -61,9 +64,24 @@ def command(
         int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
     ] = None,
     canary: Annotated[
-        bool,
-        typer.Option("--canary", help="First check that the model's probabilities mean anything."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--canary/--no-canary",
+            help="First check that the model's probabilities mean anything. Default: only of other "
+            "engines.",
+            show_default=False,
+        ),
+    ] = None,
+    endpoint: elsewhere.EndpointOption = None,
+    endpoint_model: elsewhere.EndpointModelOption = None,
+    endpoint_key_file: elsewhere.EndpointKeyOption = None,
+    endpoint_timeout: elsewhere.EndpointTimeoutOption = 300.0,
+    concurrency: elsewhere.ConcurrencyOption = 8,
+    engine: engines.EngineOption = engines.Engine.quantkit,
+    engine_python: engines.EnginePythonOption = None,
+    tensor_parallel: engines.TensorParallelOption = 1,
+    engine_arg: engines.EngineArgumentOption = None,
+    engine_timeout: engines.EngineTimeoutOption = 900.0,
     validate: Annotated[
         bool, typer.Option("--validate", help="Only check the suites; needs no CKPT.")
     ] = False,
@@ -74,7 +92,8 @@ def command(
     """Score a model on suites and on held-out text.
 
     Perplexity, KL(reference || model) and top-1 agreement are measured on --text; each suite
-    gives its metric and a row for each item, which `quantkit gate` compares.
+    gives its metric and a row for each item, which `quantkit gate` compares. With --engine or
+    --endpoint another engine runs CKPT: one that is started for it, or a server that is there.
 
     Exit codes: 0 done, 2 usage, 4 runtime, 5 the reference has another tokenizer.
     """
@@ -93,41 +112,66 @@ def command(
         raise UsageError(
             "--reference is compared on text and there is none", remedy="give --text FILE"
         )
+    asked = engines.Asked(engine_python, tensor_parallel, engine_arg or (), engine_timeout)
+    started = engine is not engines.Engine.quantkit
+    if not started:
+        asked.check_unused()
+    if endpoint is not None or started:
+        if endpoint is not None and started:
+            raise UsageError(f"--endpoint and --engine {engine}", remedy="give one of them")
+        elsewhere.check_options(reference, kernels.value, device, threads)
+    elif endpoint_model or endpoint_key_file:
+        raise UsageError("there is no --endpoint that the other options are about")
     # Suites and text are read first: their mistakes cost seconds, a model costs minutes.
     suites = load_suites(suite or ())
-    from quantkit.data.held_out import join_held_out, read_held_out
+    from quantkit.data.held_out import read_held_out
 
     documents = None if text is None else read_held_out(text)
 
-    import torch
+    options: dict[str, Any] = {
+        "suites": suites,
+        "seq_len": seq_len,
+        "max_tokens": max_tokens,
+        "max_items": max_items,
+        "seed": seed,
+    }
+    if endpoint is None and not started:
+        if threads:
+            import torch
 
-    from quantkit.cli.progress import reporter
-    from quantkit.evals.evaluate import evaluate
-
-    if threads:
-        torch.set_num_threads(threads)
-    runtime = _load(checkpoint, kernels.value, device)
-    passage = None if documents is None else join_held_out(documents, runtime.tokenizer)
-    base = None if reference is None else _load(reference, kernels.value, device)
-    with reporter("eval") as progress:
-        results = evaluate(
-            runtime,
-            reference=base,
-            suites=suites,
-            text=passage,
-            seq_len=seq_len,
-            max_tokens=max_tokens,
-            max_items=max_items,
-            seed=seed,
-            canary=canary,
-            progress=progress,
-        )
+            torch.set_num_threads(threads)
+        runtime = _load(checkpoint, kernels.value, device)
+        base = None if reference is None else _load(reference, kernels.value, device)
+        name = runtime.name
+        results = _score(runtime, base, documents, canary=bool(canary), **options)
+    else:
+        options["canary"] = canary is not False
+        asking = {"timeout": endpoint_timeout, "concurrency": concurrency}
+        if endpoint is not None:
+            config = elsewhere.configure(endpoint, endpoint_model, endpoint_key_file, **asking)
+            results = elsewhere.score(checkpoint, config, documents, **options)
+        else:
+            results = elsewhere.score_started(checkpoint, asked, asking, documents, **options)
+        name = results.fingerprint["served_model"]
     if output is not None:
         results.save(output)
     if as_json:
         typer.echo(json.dumps(results.summary(), allow_nan=False))
     else:
-        _print_results(results, runtime.name, output)
+        _print_results(results, name, output)
+
+
+def _score(
+    runtime: Runtime, base: Runtime | None, documents: list[Document] | None, **options: Any
+) -> Results:
+    """Score a loaded model; ``options``: see `quantkit.evals.evaluate.evaluate`."""
+    from quantkit.cli.progress import reporter
+    from quantkit.data.held_out import join_held_out
+    from quantkit.evals.evaluate import evaluate
+
+    text = None if documents is None else join_held_out(documents, runtime.tokenizer)
+    with reporter("eval") as progress:
+        return evaluate(runtime, reference=base, text=text, progress=progress, **options)
 
 
 def _load(source: str, kernels: str, device: str) -> Runtime:
@@ -173,8 +217,11 @@ def _print_results(results: Results, name: str, output: Path | None) -> None:
                 rows.append([key, f"{doc[key]:.4f}", over])
     for task, result in results.tasks.items():
         rows.append([f"{task}.{result.metric}", f"{result.value:.4f}", f"{result.n} items"])
-    rows.append(["size", f"{doc['cost']['size_bytes'] / 1e6:.1f} MB", ""])
-    rows.append(["bits a weight", f"{doc['cost']['bits_per_weight']:.2f}", ""])
+    # Either may be unknown of a model that runs elsewhere.
+    if "size_bytes" in doc["cost"]:
+        rows.append(["size", f"{doc['cost']['size_bytes'] / 1e6:.1f} MB", ""])
+    if "bits_per_weight" in doc["cost"]:
+        rows.append(["bits a weight", f"{doc['cost']['bits_per_weight']:.2f}", ""])
     typer.echo(name)
     _print_table(rows)
     if output is not None:

@@ -20,6 +20,7 @@ from quantkit.cli import (
     baseline,
     bench,
     calibrate,
+    deploy,
     doctor,
     eval,
     explain,
@@ -45,6 +46,7 @@ app.command("gate")(gate.command)
 app.command("explain")(explain.command)
 app.add_typer(baseline.app, name="baseline")
 app.command("serve")(serve.command)
+app.command("deploy")(deploy.command)
 app.add_typer(bench.app, name="bench")
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from quantkit.cli import engine as engines
 from quantkit.cli.kernels import Kernels, KernelsOption
 from quantkit.errors import UsageError
 
@@ -52,6 +53,11 @@ def command(
             "--drain-seconds", min=0, help="How long running requests may finish after a signal."
         ),
     ] = 30.0,
+    engine: engines.EngineOption = engines.Engine.quantkit,
+    engine_python: engines.EnginePythonOption = None,
+    tensor_parallel: engines.TensorParallelOption = 1,
+    engine_arg: engines.EngineArgumentOption = None,
+    engine_timeout: engines.EngineTimeoutOption = 900.0,
     as_json: Annotated[
         bool, typer.Option("--json", help="When ready, print url and model as JSON on stdout.")
     ] = False,
@@ -59,13 +65,33 @@ def command(
     """Serve a checkpoint over an OpenAI-compatible API.
 
     Ctrl-C or SIGTERM lets running requests finish (exit 0; 4 if some outlast the drain); a
-    second one ends them (exit 130).
+    second one ends them (exit 130). With --engine vllm an installed vLLM serves instead.
     """
     if api_keys is None and not allow_unauthenticated and not _is_loopback(host):
         raise UsageError(
             f"--host {host} is reachable from other machines and there are no API keys",
             remedy="give --api-keys FILE, or --allow-unauthenticated if that is meant",
         )
+    asked = engines.Asked(engine_python, tensor_parallel, engine_arg or (), engine_timeout)
+    if engine is not engines.Engine.quantkit:
+        if (kernels, device, threads) != (Kernels.native, "cpu", None):
+            raise UsageError(
+                f"--kernels, --device and --threads are quantkit's own; {engine} chooses its own",
+                remedy="leave them out",
+            )
+        code = engines.serve(
+            checkpoint,
+            asked,
+            host=host,
+            port=port,
+            api_keys=api_keys,
+            max_sequences=max_sequences,
+            max_context=max_context,
+            drain_seconds=drain_seconds,
+            as_json=as_json,
+        )
+        raise typer.Exit(code)
+    asked.check_unused()
     # What the user can get wrong is checked before the model takes its minutes to load.
     from quantkit.serve.api import server
     from quantkit.serve.api.middleware import read_api_keys
@@ -84,18 +110,18 @@ def command(
         runtime = load_runtime(checkpoint, kernels=kernels.value, device=device)
         if runtime.fallback:
             typer.echo(f"in transformers' modules: {runtime.fallback}", err=True)
-        engine = Engine(runtime, EngineConfig(max_sequences=max_sequences, max_context=max_context))
-        app = create_app(engine.start(), api_keys=keys)
+        loop = Engine(runtime, EngineConfig(max_sequences=max_sequences, max_context=max_context))
+        app = create_app(loop.start(), api_keys=keys)
 
         def announce() -> None:
             address = server.url(sock)
-            context = engine.capacity.max_context
+            context = loop.capacity.max_context
             typer.echo(f"serving {runtime.name} at {address} (context {context} tokens)", err=True)
             if as_json:
                 ready = {"url": address, "model": runtime.name, "max_context": context}
                 typer.echo(json.dumps(ready))
 
-        code = server.serve(app, engine, sock, drain_seconds=drain_seconds, on_ready=announce)
+        code = server.serve(app, loop, sock, drain_seconds=drain_seconds, on_ready=announce)
     raise typer.Exit(code)
 
 

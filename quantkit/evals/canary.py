@@ -7,12 +7,8 @@ the same words shuffled, whatever it was trained for.
 
 from __future__ import annotations
 
-import math
-
-import torch
-
 from quantkit.errors import QuantkitError
-from quantkit.evals.language_model import QuantkitLM
+from quantkit.evals.token_model import TokenLM
 
 #: (natural, the same words shuffled).
 SENTENCES = (
@@ -34,7 +30,7 @@ SENTENCES = (
 UNIFORM_SHARE = 0.995
 
 
-def check_canaries(lm: QuantkitLM) -> None:
+def check_canaries(lm: TokenLM) -> None:
     """Refuse a model whose log-probabilities are at chance.
 
     Raises:
@@ -45,27 +41,17 @@ def check_canaries(lm: QuantkitLM) -> None:
         for text in (natural, shuffled):
             ids = lm.tok_encode(text, add_special_tokens=False)
             pairs.append(([lm.prefix_token_id], ids))
-        share = _entropy_share(lm, [lm.prefix_token_id, *pairs[0][1]])
+        share = lm.entropy_share([lm.prefix_token_id, *pairs[0][1]])
         if share > UNIFORM_SHARE:
             raise QuantkitError(
                 f"canary 'uniform': after {natural!r} the next token's entropy is {share:.1%} of "
                 "its maximum, so the model knows nothing",
-                remedy="the weights or the kernels are broken; try --kernels reference",
+                remedy=lm.remedy,
             )
         (likely, _), (unlikely, _) = lm.score(pairs)
         if not likely > unlikely:
             raise QuantkitError(
                 f"canary 'shuffled words': {natural!r} is no more likely ({likely:.1f} nats) than "
                 f"its words in disorder ({unlikely:.1f})",
-                remedy="the weights or the kernels are broken; try --kernels reference",
+                remedy=lm.remedy,
             )
-
-
-def _entropy_share(lm: QuantkitLM, ids: list[int]) -> float:
-    """Entropy after a text, as a share of the uniform distribution's."""
-    states = lm.forward.states(torch.tensor([ids], device=lm.device))[0, -1:]
-    logits = lm.forward.logits(states)[0]
-    log_p = logits.log_softmax(-1)
-    if not torch.isfinite(logits).all():
-        raise QuantkitError("canary 'finite': the logits hold NaN or infinity")
-    return float(-(log_p.exp() * log_p).sum()) / math.log(len(log_p))

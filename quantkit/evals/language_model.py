@@ -1,34 +1,25 @@
 """The bridge between lm-eval's tasks and a loaded model.
 
-`QuantkitLM` answers lm-eval's three kinds of request. Text is split into tokens exactly as
-lm-eval's own ``--model hf`` does (its `TemplateLM` is the base class), so in fp32 the scores
-are the same to rounding. Two things differ, on purpose: scores are summed from an fp32
-softmax even when the model is bf16, and a prefix that several requests share is computed
-once (see `quantkit.evals.token_tree`).
+`QuantkitLM` answers lm-eval's three kinds of request, which `quantkit.evals.token_model` turns
+into token ids as lm-eval's own ``--model hf`` does, so in fp32 the scores are the same to
+rounding. Two things differ, on purpose: scores are summed from an fp32 softmax even when the
+model is bf16, and a prefix that several requests share is computed once (see
+`quantkit.evals.token_tree`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    has_bos_prefix,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-    resolve_max_length,
-)
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.models.utils import postprocess_generated_text, resolve_max_length
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
 from quantkit.evals.forward import logit_chunks, make_forward
 from quantkit.evals.greedy import make_greedy
+from quantkit.evals.token_model import Pair, TokenLM
 from quantkit.evals.token_tree import pack
 from quantkit.models.runtime import Runtime
 from quantkit.progress import Progress, silent
@@ -37,14 +28,8 @@ from quantkit.progress import Progress, silent
 #: matrix products are efficient from about 200 rows on; a GPU wants thousands.
 BUDGETS = {"cpu": 256, "cuda": 4096}
 
-#: Tokens written when a task does not say (lm-eval's own default).
-MAX_GEN_TOKENS = 256
 
-#: (context ids, continuation ids): what is given and what is scored.
-Pair = tuple[list[int], list[int]]
-
-
-class QuantkitLM(TemplateLM):
+class QuantkitLM(TokenLM):
     """A `Runtime` that lm-eval can ask.
 
     Args:
@@ -54,6 +39,8 @@ class QuantkitLM(TemplateLM):
         budget: see `BUDGETS`.
     """
 
+    remedy = "the weights or the kernels are broken; try --kernels reference"
+
     def __init__(
         self,
         runtime: Runtime,
@@ -62,107 +49,18 @@ class QuantkitLM(TemplateLM):
         tree: bool | None = None,
         budget: int | None = None,
     ) -> None:
-        super().__init__()
-        self.tokenizer: Any = runtime.tokenizer
+        limit = resolve_max_length(runtime.model.config, runtime.tokenizer)
+        super().__init__(runtime.tokenizer, limit, progress=progress)
         self.forward = make_forward(runtime)
         self._runtime = runtime
-        self.progress = progress
-        self.label = ""
         self._device = self.forward.device
         self._tree = self.forward.tree if tree is None else tree
         self._budget = budget or BUDGETS.get(self._device.type, BUDGETS["cuda"])
-        self._max_length = resolve_max_length(runtime.model.config, self.tokenizer)
-        self._encoded: dict[str, list[int]] = {}
 
-    # --- what lm-eval's base class asks for ------------------------------------------------
-
-    @property
-    def eot_token_id(self) -> int:
-        return int(self.tokenizer.eos_token_id)
-
-    @property
-    def prefix_token_id(self) -> int:
-        """Stands before a text that has no context: BOS, or EOS where there is none."""
-        bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else int(bos)
-
-    @property
-    def max_length(self) -> int:
-        """Longest input, in tokens."""
-        return self._max_length
-
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **_: Any
-    ) -> list[int]:
-        """Token ids; the tokenizer's own special tokens unless the text already has them."""
-        if add_special_tokens is None and has_bos_prefix(
-            string, self.tokenizer.decode(self.prefix_token_id)
-        ):
-            add_special_tokens = False
-        # An item's context is encoded once for each of its choices.
-        key = f"{add_special_tokens}:{string}"
-        if key not in self._encoded:
-            extra = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-            self._encoded[key] = self.tokenizer.encode(string, verbose=False, **extra)
-        return self._encoded[key]
-
-    def tok_decode(self, tokens: Sequence[int]) -> str:
-        """Text without special tokens."""
-        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
-        return text
-
-    # --- the three kinds of request --------------------------------------------------------
-
-    def loglikelihood(
-        self, requests: list[Instance], disable_tqdm: bool = True
-    ) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether it is the greedy one) per request."""
-        try:
-            return super().loglikelihood(requests, disable_tqdm=True)
-        finally:
-            self._encoded.clear()
-
-    def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
-    ) -> list[tuple[float, bool]]:
-        for (context, continuation), _ids, scored in requests:
-            if not scored:
-                raise QuantkitError(
-                    f"{self.label}: continuation {continuation!r} has no token of its own after "
-                    f"{context[-40:]!r}",
-                    remedy="check target_delimiter and the choices",
-                )
-            if len(scored) > self.max_length:
-                raise QuantkitError(
-                    f"{self.label}: continuation {continuation[:40]!r}… has {len(scored)} tokens, "
-                    f"more than the model's {self.max_length}"
-                )
-        return self.score([(context, scored) for _, context, scored in requests])
-
-    def loglikelihood_rolling(
-        self, requests: list[Instance], disable_tqdm: bool = True
-    ) -> list[float]:
-        """Log-probability of each whole text, in windows of `max_length` tokens."""
-        windows: list[Pair] = []
-        owners: list[int] = []
-        for owner, request in enumerate(requests):
-            (text,) = request.args
-            for window in get_rolling_token_windows(
-                token_list=self.tok_encode(text),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            ):
-                windows.append(make_disjoint_window(window))
-                owners.append(owner)
-        self._encoded.clear()
-        totals = [0.0] * len(requests)
-        for owner, (value, _greedy) in zip(owners, self.score(windows), strict=True):
-            totals[owner] += value
-        return totals
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Greedy text up to the first stop string, the end of sequence or ``max_gen_toks``."""
+    def continue_greedily(
+        self, prompts: Sequence[list[int]], stops: Sequence[list[str]], limits: Sequence[int]
+    ) -> list[str]:
+        """See `TokenLM.continue_greedily`."""
         config = self._runtime.model.generation_config
         ends = (
             config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -170,26 +68,8 @@ class QuantkitLM(TemplateLM):
         stop_ids = frozenset(int(i) for i in (*ends, self.tokenizer.eos_token_id) if i is not None)
         greedy = make_greedy(self._runtime, stop_ids, pads=self._tree)
 
-        eos = self.tokenizer.decode(self.eot_token_id)
-        prompts, stops, limits = [], [], []
-        for request in requests:
-            context, options = request.args
-            options = normalize_gen_kwargs(options, MAX_GEN_TOKENS)
-            if options["do_sample"]:
-                raise QuantkitError(f"{self.label}: do_sample is set; suites are scored greedily")
-            room = self.max_length - options["max_gen_toks"]
-            if room <= 0:
-                raise QuantkitError(
-                    f"{self.label}: max_gen_toks {options['max_gen_toks']} leaves no room for a "
-                    f"prompt in {self.max_length} tokens"
-                )
-            prompts.append((self.tok_encode(context) or [self.prefix_token_id])[-room:])
-            stops.append([s for s in handle_stop_sequences(options["until"], eos) if s])
-            limits.append(options["max_gen_toks"])
-        self._encoded.clear()
-
-        texts = [""] * len(requests)
-        order = sorted(range(len(requests)), key=lambda i: (-len(prompts[i]), prompts[i]))
+        texts = [""] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
         for first in range(0, len(order), greedy.batch):
             batch = order[first : first + greedy.batch]
 
@@ -203,14 +83,19 @@ class QuantkitLM(TemplateLM):
             self.progress(min(first + greedy.batch, len(order)), len(order), self.label)
         return texts
 
+    def entropy_share(self, ids: list[int]) -> float:
+        """See `TokenLM.entropy_share`; exact, in fp32."""
+        states = self.forward.states(torch.tensor([ids], device=self.device))[0, -1:]
+        logits = self.forward.logits(states)[0]
+        log_p = logits.log_softmax(-1)
+        if not torch.isfinite(logits).all():
+            raise QuantkitError("canary 'finite': the logits hold NaN or infinity")
+        return float(-(log_p.exp() * log_p).sum()) / math.log(len(log_p))
+
     # --- scoring ---------------------------------------------------------------------------
 
     def score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        """Score continuations given contexts, all as token ids.
-
-        Pairs longer than the model takes lose tokens on the left. The answers come in the
-        order of the pairs and do not depend on it.
-        """
+        """See `TokenLM.score`."""
         # One-token choices of an item have the same input: the context.
         owners: dict[tuple[int, ...], list[int]] = {}
         for i, (context, scored) in enumerate(pairs):

@@ -28,6 +28,7 @@ from quantkit.evals.canary import check_canaries
 from quantkit.evals.language_model import QuantkitLM
 from quantkit.evals.metrics import METRICS
 from quantkit.evals.suites import Suite
+from quantkit.evals.token_model import TokenLM
 from quantkit.models.runtime import Runtime
 from quantkit.progress import Progress, silent
 from quantkit.results import ItemRow, TaskResult
@@ -60,6 +61,18 @@ def run_suites(
         QuantkitError: NaN, a canary that fails, or an error inside lm-eval.
     """
     lm = QuantkitLM(runtime, progress=progress)
+    return ask_suites(lm, suites, max_items=max_items, seed=seed, canary=canary)
+
+
+def ask_suites(
+    lm: TokenLM,
+    suites: Sequence[Suite],
+    *,
+    max_items: int | None = None,
+    seed: int = 0,
+    canary: bool = False,
+) -> dict[str, TaskResult]:
+    """`run_suites` on anything that answers lm-eval's requests."""
     if canary and suites:
         check_canaries(lm)
     return {
@@ -79,7 +92,7 @@ def draw(n: int, max_items: int | None, seed: int) -> list[int] | None:
     return sorted(order[:max_items])
 
 
-def run_suite(lm: QuantkitLM, suite: Suite, *, samples: list[int] | None = None) -> TaskResult:
+def run_suite(lm: TokenLM, suite: Suite, *, samples: list[int] | None = None) -> TaskResult:
     """Score a model on one suite.
 
     Args:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 
 import httpx
 import openai
 import pytest
 import torch
-from serve_helpers import assert_empty
+from serve_helpers import Live, assert_empty, serving
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from quantkit.models.decoder import build_decoder
 from quantkit.models.runtime import Runtime
-from quantkit.serve.api.app import create_app
-from quantkit.serve.api.server import Server, bind, url
 from quantkit.serve.engine import Engine, EngineConfig
 
 CHAT_TEMPLATE = (
@@ -99,42 +97,15 @@ def engine(request: pytest.FixtureRequest, runtime: Runtime) -> Iterator[Engine]
     assert_empty(engine)
 
 
-@dataclass
-class Live:
-    """A server on a real socket, in a thread."""
-
-    engine: Engine
-    server: Server
-    url: str
-    thread: threading.Thread
-
-
 @pytest.fixture
 def live(runtime: Runtime) -> Iterator[Callable[..., Live]]:
     """Starts servers; stops them and checks that nothing leaked."""
-    started: list[Live] = []
+    with ExitStack() as stack:
 
-    def start(
-        config: EngineConfig | None = None, *, drain_seconds: float = 10, **options: object
-    ) -> Live:
-        engine = Engine(runtime, config or EngineConfig(max_sequences=4, prefill_chunk=16)).start()
-        sock = bind("127.0.0.1", 0)
-        up = threading.Event()
-        app = create_app(engine, **options)  # type: ignore[arg-type]
-        server = Server(app, engine, drain_seconds=drain_seconds, on_ready=up.set)
-        thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
-        thread.start()
-        assert up.wait(10)
-        started.append(Live(engine, server, url(sock), thread))
-        return started[-1]
+        def start(config: EngineConfig | None = None, **options: object) -> Live:
+            return stack.enter_context(serving(runtime, config, **options))
 
-    yield start
-    for instance in started:
-        instance.server.should_exit = True
-        instance.thread.join(15)
-        assert not instance.thread.is_alive(), "the server did not end"
-        assert instance.engine.stop()
-        assert_empty(instance.engine)
+        yield start
 
 
 @pytest.fixture

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from quantkit.models.runtime import Runtime
-from quantkit.serve.engine import Engine
+from quantkit.serve.api.app import create_app
+from quantkit.serve.api.server import Server, bind, url
+from quantkit.serve.engine import Engine, EngineConfig
 from quantkit.serve.events import Event, Failed, Finished, TokenEvent
 from quantkit.serve.request import Request, SamplingParams
 from quantkit.serve.runner import DecoderRunner, ModuleRunner, Runner, Work
@@ -27,6 +31,43 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.005)
+
+
+@dataclass
+class Live:
+    """A server on a real socket, in a thread."""
+
+    engine: Engine
+    server: Server
+    url: str
+    thread: threading.Thread
+
+
+@contextmanager
+def serving(
+    runtime: Runtime,
+    config: EngineConfig | None = None,
+    *,
+    drain_seconds: float = 10,
+    **options: object,
+) -> Iterator[Live]:
+    """A server; stopped at the end, and nothing leaked."""
+    engine = Engine(runtime, config or EngineConfig(max_sequences=4, prefill_chunk=16)).start()
+    sock = bind("127.0.0.1", 0)
+    up = threading.Event()
+    app = create_app(engine, **options)  # type: ignore[arg-type]
+    server = Server(app, engine, drain_seconds=drain_seconds, on_ready=up.set)
+    thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
+    thread.start()
+    assert up.wait(10)
+    try:
+        yield Live(engine, server, url(sock), thread)
+    finally:
+        server.should_exit = True
+        thread.join(15)
+        assert not thread.is_alive(), "the server did not end"
+        assert engine.stop()
+        assert_empty(engine)
 
 
 @dataclass

@@ -50,6 +50,10 @@ def create_app(
         service.check_model(name)
         return _card(service)
 
+    @app.get("/version")
+    async def get_version() -> dict[str, str]:
+        return {"version": __version__}
+
     @app.get("/health")
     async def health() -> JSONResponse:
         """Live: the engine thread runs. If not, only a restart helps."""

@@ -1,0 +1,318 @@
+"""Do other engines read what quantkit writes, and do they say the same?
+
+    python benchmarks/interop.py MODEL --data c4.jsonl [--vllm-python PATH] [--only w4a16-g64 …] \
+        -o results.json --write docs/interop.md
+
+One row a scheme and engine. For each scheme a checkpoint is made (round to nearest: what is tested
+is the format, not the solver), and each engine that takes it continues prompts greedily and scores
+them. Agreement is the share of prompts whose whole continuation is ours (``--kernels
+native-float``). |Δ| is the root mean square, over prompts, of the difference from our
+log-probability a token. The floor beside it is the same number between two paths of our own that
+differ only in where they round (``native-float`` and ``reference``). An engine that does not take
+a scheme gives its reason in its own words.
+
+A row is written when it is done; a second call measures only rows that are missing. The page is
+written from the rows and says what they were measured with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import QuantkitError
+from quantkit.schemes import SCHEMES
+
+#: Between these marks the page is written by this script.
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+OURS = "quantkit"
+ENGINES = ("transformers", "vllm")
+
+#: Longest reason that the table shows.
+REASON = 160
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What an engine makes of the prompts.
+
+    Attributes:
+        logprobs: log-probability of each prompt's tokens but the first, a token, in nats.
+        texts: greedy continuations.
+    """
+
+    logprobs: list[float]
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One scheme on one engine. ``reason`` is why it does not load; the numbers are then None."""
+
+    loads: bool
+    reason: str = ""
+    agreement: float | None = None
+    delta: float | None = None
+    floor: float | None = None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True, help="calibration text for static input scales")
+    parser.add_argument("--vllm-python", help="interpreter of an environment with vLLM")
+    parser.add_argument("--vllm-arg", action="append", default=[], help="passed on to vLLM")
+    parser.add_argument("--only", action="append", help="names of schemes to run")
+    parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--write", type=Path, help="page whose table is replaced")
+    args = parser.parse_args()
+
+    document = json.loads(args.output.read_text()) if args.output.exists() else {"rows": {}}
+    document["facts"] = describe(args)
+    prompts = read_prompts(args.prompts)
+    for name in wanted(args.only):
+        missing = [
+            engine
+            for engine in ENGINES
+            if f"{name} {engine}" not in document["rows"]
+            and (engine != "vllm" or args.vllm_python is not None)
+        ]
+        if missing:
+            for engine, row in measure(name, missing, args, prompts).items():
+                document["rows"][f"{name} {engine}"] = asdict(row)
+                print(name, engine, row, flush=True)
+            save(args.output, document)
+    if args.write is not None:
+        args.write.write_text(replace_table(args.write.read_text(), table(document)))
+
+
+def wanted(only: Sequence[str] | None) -> list[str]:
+    """Names of the schemes to run, in the table's order. SystemExit for one that is not known."""
+    for name in only or ():
+        if name not in SCHEMES:
+            raise SystemExit(f"--only {name!r}: known here: {', '.join(SCHEMES)}")
+    return [name for name in SCHEMES if not only or name in only]
+
+
+def read_prompts(count: int) -> list[str]:
+    """Customer messages of the installed suite for support intents. SystemExit if too few."""
+    from quantkit.evals.suites import load_suites
+
+    (suite,) = load_suites(["support_intent"])
+    messages = [str(row["message"]) for row in suite.rows[:count]]
+    if len(messages) < count:
+        raise SystemExit(f"--prompts {count}: there are {len(messages)}")
+    return messages
+
+
+def measure(
+    name: str, engines: Sequence[str], args: argparse.Namespace, prompts: Sequence[str]
+) -> dict[str, Row]:
+    """Rows of one scheme by engine."""
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = Path(scratch) / name
+        try:
+            make_checkpoint(name, args, checkpoint)
+        except subprocess.CalledProcessError as e:
+            reason = f"not made: {last_line(e.stderr)}"
+            return {engine: Row(loads=False, reason=reason) for engine in engines}
+        ours = ask_ours(checkpoint, "native-float", prompts, args.new_tokens)
+        oracle = ask_ours(checkpoint, "reference", prompts, args.new_tokens)
+        floor = distance(ours, oracle)
+        ask: dict[str, Callable[[], Answers]] = {
+            "transformers": lambda: ask_transformers(checkpoint, prompts, args.new_tokens),
+            "vllm": lambda: ask_vllm(checkpoint, prompts, args),
+        }
+        return {engine: compare(ours, ask[engine], floor) for engine in engines}
+
+
+def compare(ours: Answers, ask: Callable[[], Answers], floor: float) -> Row:
+    """An engine's answers beside ours; what it raises is its reason."""
+    try:
+        theirs = ask()
+    except Exception as e:  # whatever another engine fails with is what the table is about
+        return Row(loads=False, reason=reason_of(e))
+    same = [a == b for a, b in zip(ours.texts, theirs.texts, strict=True)]
+    return Row(True, "", sum(same) / len(same), distance(ours, theirs), floor)
+
+
+def distance(a: Answers, b: Answers) -> float:
+    """Root mean square difference in log-probability a token, over prompts."""
+    gaps = [(x - y) ** 2 for x, y in zip(a.logprobs, b.logprobs, strict=True)]
+    return math.sqrt(sum(gaps) / len(gaps))
+
+
+def reason_of(error: Exception) -> str:
+    """The line of an error that says why: of an engine's log its last line with an error in it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, QuantkitError):
+        telling = [line for line in lines if "Error" in line]
+        return (telling or lines)[-1]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].removeprefix("error: ") if lines else "no message"
+
+
+# --- engines ---------------------------------------------------------------------------------
+
+
+def make_checkpoint(name: str, args: argparse.Namespace, out: Path) -> None:
+    """Round to nearest under one scheme, head kept."""
+    recipe = out.with_name("recipe.yaml")
+    recipe.write_text(
+        f"scheme: {name}\nalgorithm: rtn\nkeep: [lm_head]\n"
+        "calibrate: {samples: 16, seq_len: 256, seed: 0}\n"
+    )
+    command = [
+        sys.executable, "-m", "quantkit.cli.main", "calibrate", args.model, "-r", str(recipe),
+        "--data", args.data, "--no-gate", "-o", str(out),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def ask_ours(checkpoint: Path, kernels: str, prompts: Sequence[str], new: int) -> Answers:
+    from quantkit.evals.language_model import QuantkitLM
+    from quantkit.models.load import load_runtime
+
+    return ask(QuantkitLM(load_runtime(checkpoint, kernels=kernels)), prompts, new)
+
+
+def ask_transformers(checkpoint: Path, prompts: Sequence[str], new: int) -> Answers:
+    """transformers' own loader in its default mode."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from quantkit.evals.language_model import QuantkitLM
+    from quantkit.models.runtime import Runtime
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    runtime = Runtime(
+        model=model,
+        tokenizer=tokenizer,
+        name=str(checkpoint),
+        fingerprint={},
+        size_bytes=0,
+        bits_per_weight=0.0,
+    )
+    return ask(QuantkitLM(runtime), prompts, new)
+
+
+def ask_vllm(checkpoint: Path, prompts: Sequence[str], args: argparse.Namespace) -> Answers:
+    from quantkit.engines.artifact import read_artifact
+    from quantkit.engines.vllm import VllmOptions, find_vllm, running
+    from quantkit.evals.endpoint import EndpointConfig, connect
+    from quantkit.evals.endpoint_model import EndpointLM
+    from quantkit.models.tokenizer import load_tokenizer
+
+    options = VllmOptions(max_context=1024, arguments=tuple(args.vllm_arg))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with running(
+        find_vllm(args.vllm_python),
+        read_artifact(str(checkpoint)),
+        options,
+        environment=environment,
+        timeout=1800,
+        refuse=False,
+    ) as process:
+        endpoint = connect(EndpointConfig(process.url, timeout=900))
+        return ask(
+            EndpointLM(endpoint, load_tokenizer(str(checkpoint))[0]), prompts, args.new_tokens
+        )
+
+
+def ask(lm: Any, prompts: Sequence[str], new: int) -> Answers:
+    """Score and continue prompts on anything that is a `quantkit.evals.token_model.TokenLM`."""
+    ids = [lm.tok_encode(prompt) for prompt in prompts]
+    scored = lm.score([(tokens[:1], tokens[1:]) for tokens in ids])
+    logprobs = [value / (len(tokens) - 1) for (value, _), tokens in zip(scored, ids, strict=True)]
+    eos = lm.tokenizer.decode(lm.eot_token_id)
+    texts = lm.continue_greedily(ids, [[eos]] * len(ids), [new] * len(ids))
+    return Answers(logprobs, texts)
+
+
+# --- the page --------------------------------------------------------------------------------
+
+
+def describe(args: argparse.Namespace) -> dict[str, Any]:
+    """What the rows are measured with."""
+    from quantkit.evals.evaluate import cpu_model
+
+    facts: dict[str, Any] = {
+        "model": Path(args.model).name,
+        "prompts": args.prompts,
+        "new_tokens": args.new_tokens,
+        "machine": f"{cpu_model()}, {os.cpu_count()} cores, {platform.system()}",
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "compressed-tensors")
+        },
+    }
+    if args.vllm_python:
+        from quantkit.engines.vllm import find_vllm
+
+        found = find_vllm(args.vllm_python)
+        facts["versions"]["vllm"] = f"{found.version} ({found.host.device})"
+    return facts
+
+
+def table(document: dict[str, Any]) -> str:
+    """The measured part of the page."""
+    facts = document["facts"]
+    versions = ", ".join(f"{name} {found}" for name, found in facts["versions"].items())
+    lines = [
+        f"{facts['model']}, {facts['prompts']} prompts, {facts['new_tokens']} new tokens, "
+        f"{facts['machine']}; {versions}.",
+        "",
+        "| scheme | engine | loads | greedy agreement | \\|Δ log p\\| a token | our floor |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, row in document["rows"].items():
+        name, engine = key.split()
+        if row["loads"]:
+            cells = ["yes", f"{row['agreement']:.0%}", f"{row['delta']:.5f}", f"{row['floor']:.5f}"]
+        else:
+            reason = row["reason"].replace("|", "\\|")
+            shown = reason if len(reason) <= REASON else reason[:REASON] + "…"
+            cells = [f"no: {shown}", "", "", ""]
+        lines.append(f"| {name} | {engine} | " + " | ".join(cells) + " |")
+    unmeasured = [
+        name for name in SCHEMES if not any(k.split()[0] == name for k in document["rows"])
+    ]
+    if unmeasured:
+        lines += ["", f"Not measured yet: {', '.join(unmeasured)}."]
+    return "\n".join(lines)
+
+
+def replace_table(page: str, measured: str) -> str:
+    """The page with another table between its marks. SystemExit if it has none."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"the page has no {BEGIN} … {END}")
+    return f"{before}{BEGIN}\n{measured}\n{END}{after}"
+
+
+def save(path: Path, document: dict[str, Any]) -> None:
+    staging = path.with_name(path.name + ".tmp")
+    staging.write_text(json.dumps(document, indent=1) + "\n")
+    staging.replace(path)
+
+
+if __name__ == "__main__":
+    main()

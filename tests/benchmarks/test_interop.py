@@ -1,0 +1,76 @@
+"""What the comparison of engines computes and writes. No other engine needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from benchmark_scripts import load_script
+
+from quantkit.errors import QuantkitError
+
+interop = load_script("interop")
+
+
+def answers(shift: float = 0.0, *texts: str) -> object:
+    return interop.Answers([-1.0 + shift, -2.0 - shift], list(texts) or ["a", "b"])
+
+
+def test_rows_hold_agreement_and_distance() -> None:
+    row = interop.compare(answers(), lambda: answers(0.5, "a", "c"), 0.1)
+    assert (row.loads, row.agreement, row.delta, row.floor) == (True, 0.5, 0.5, 0.1)
+
+
+def test_what_an_engine_raises_is_its_reason() -> None:
+    def refuses() -> object:
+        raise QuantkitError(
+            "the engine ended; its log ends:\n  loading\n  ValueError: no kernel\n  bye"
+        )
+
+    assert interop.compare(answers(), refuses, 0.0).reason == "ValueError: no kernel"
+    assert interop.reason_of(KeyError("x")) == "KeyError: 'x'"
+    assert interop.last_line("progress\nerror: group 128 does not divide\n") == (
+        "group 128 does not divide"
+    )
+
+
+def test_the_page_keeps_everything_but_its_table() -> None:
+    facts = {
+        "model": "m",
+        "prompts": 2,
+        "new_tokens": 3,
+        "machine": "x",
+        "versions": {"torch": "1"},
+    }
+    rows = {
+        "w4a16-g64 transformers": {"loads": True, "agreement": 0.5, "delta": 0.01, "floor": 0.001},
+        "w8a16 vllm": {"loads": False, "reason": "a | b" + "x" * 500},
+    }
+    page = f"above\n{interop.BEGIN}\nold\n{interop.END}\nbelow\n"
+    written = interop.replace_table(page, interop.table({"facts": facts, "rows": rows}))
+    assert written.startswith("above\n")
+    assert written.endswith("\nbelow\n")
+    assert "old" not in written
+    assert "| w4a16-g64 | transformers | yes | 50% | 0.01000 | 0.00100 |" in written
+    assert "no: a \\| bx" in written
+    assert "Not measured yet: w8a16-g32" in written
+    with pytest.raises(SystemExit, match="measured: begin"):
+        interop.replace_table("nothing", "x")
+
+
+def test_the_page_in_the_docs_has_its_marks() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "interop.md").read_text()
+    assert f"{interop.BEGIN}\nx\n{interop.END}" in interop.replace_table(page, "x")
+
+
+def test_only_known_schemes_are_asked_for() -> None:
+    assert interop.wanted(["w8a8", "w4a16-g64"]) == ["w8a8", "w4a16-g64"]
+    with pytest.raises(SystemExit, match="known here"):
+        interop.wanted(["w5"])
+
+
+def test_prompts_are_product_text() -> None:
+    prompts = interop.read_prompts(50)
+    assert len(set(prompts)) > 40
+    with pytest.raises(SystemExit, match="there are"):
+        interop.read_prompts(10**6)
