@@ -73,8 +73,7 @@ def run_program(program: str, *, timeout: float, memory: int) -> int | None:
             resource.setrlimit(what, (value, value))
         _cut_network()
         # Counted for the user as a whole, so only what lies below the user's own limit helps.
-        soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
-        del soft
+        hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
         wanted = _PROCESSES if hard == resource.RLIM_INFINITY else min(_PROCESSES, hard)
         resource.setrlimit(resource.RLIMIT_NPROC, (wanted, wanted))
 

@@ -119,7 +119,8 @@ def read_scoring(value: Any) -> Scoring:
     """
     if not isinstance(value, Mapping) or len(value) != 1:
         raise UsageError("score: names one scorer", remedy=f"one of {', '.join(OPTIONS)}")
-    (name, options), options = next(iter(value.items())), next(iter(value.values())) or {}
+    name, written = next(iter(value.items()))
+    options = {} if written is None else written
     if name not in OPTIONS:
         raise UsageError(f"score: unknown scorer {name!r}", remedy=f"one of {', '.join(OPTIONS)}")
     if not isinstance(options, Mapping):
