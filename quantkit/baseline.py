@@ -9,7 +9,6 @@ from torch import Tensor
 
 from quantkit.errors import NotComparableError
 from quantkit.evals.divergence import hash_windows
-from quantkit.evals.metrics import METRICS
 from quantkit.evals.suites import Suite
 from quantkit.gate.policy import LimitGate, Policy
 from quantkit.results import COMPARABLE_KEYS, Results, TextResult
@@ -50,7 +49,7 @@ def check_baseline(
         if scored is None:
             raise NotComparableError(f"{path}: has no suite {gate.task}", remedy=_AGAIN)
         _compare(path, f"suite {suite.name}", suite.hash, scored.hash)
-        _compare(path, f"metric of {suite.name}", METRICS[suite.metric][0], scored.metric)
+        _compare(path, f"metric of {suite.name}", suite.score_name, scored.metric)
         wanted = {suite.item_id(i) for i in range(suite.n)}
         differing = sorted(wanted ^ {row.id for row in scored.rows})
         if differing:

@@ -20,6 +20,7 @@ from quantkit.data.tokens import TokenBatches, load_tokens
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.evals.divergence import cut_windows
 from quantkit.evals.evaluate import harness
+from quantkit.evals.scorers import SCORERS
 from quantkit.evals.suites import Suite, find_suites, installed_folder, load_suite, load_suites
 from quantkit.gate.policy import LimitGate, Policy, TaskGate
 from quantkit.models.load import check_target
@@ -104,6 +105,7 @@ def prepare(job: Job) -> Prepared:
     if job.out is not None:
         _check_out(job)
     check_target(job.kernels, job.device)
+    _check_scorers(job.suites)
     policy, preflights = _policy(job)
     # Files are read before the model: their mistakes cost seconds, a model costs minutes.
     documents = _held_out(job, policy) if policy is not None else []
@@ -197,6 +199,11 @@ def _policy(job: Job) -> tuple[Policy | None, tuple[gate.Preflight, ...]]:
     checks = []
     for task_gate in policy.gates:
         if not isinstance(task_gate, TaskGate):
+            if task_gate.name.startswith("latency."):
+                raise UsageError(
+                    f"{source}: {task_gate.name}: a run measures no latency",
+                    remedy="hold it with `quantkit gate` on results that have timings",
+                )
             continue
         suite = names.get(task_gate.name.rpartition(".")[0])
         if suite is None:
@@ -206,6 +213,16 @@ def _policy(job: Job) -> tuple[Policy | None, tuple[gate.Preflight, ...]]:
             )
         checks.append(gate.preflight(task_gate.name, suite.n, task_gate.margin))
     return policy, tuple(checks)
+
+
+def _check_scorers(suites: Sequence[Suite]) -> None:
+    """A run neither executes what a model writes nor asks another one."""
+    for suite in suites:
+        if suite.scoring is not None and suite.scoring.name not in SCORERS:
+            raise UsageError(
+                f"suite {suite.name}: scorer {suite.scoring.name!r} is not used by a run",
+                remedy="calibrate with --no-gate, then `quantkit eval` and `quantkit gate`",
+            )
 
 
 def _held_out(job: Job, policy: Policy) -> list[Document]:

@@ -79,7 +79,16 @@ def write_run(outcomes: Outcomes, prepared: Prepared) -> None:
         return
     outcomes.candidate.save(folder / "results.json")
     outcomes.baseline.save(folder / "baseline.json")
-    write_json(folder / "gate.json", outcomes.verdict.to_json())
     assert prepared.policy is not None
+    # Files are named as this folder holds them, so that it may be moved.
+    sides = [
+        {**gate.provenance(folder / name, results), "source": name}
+        for name, results in (
+            ("results.json", outcomes.candidate),
+            ("baseline.json", outcomes.baseline),
+        )
+    ]
+    document = gate.document(outcomes.verdict, prepared.policy, *sides)
+    write_json(folder / "gate.json", document)
     flips = gate.flips(outcomes.candidate, outcomes.baseline, prepared.policy)
     write_text(folder / "flips.jsonl", gate.flips_jsonl(flips))

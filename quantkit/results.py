@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.noise import NoiseFloor
+from quantkit.timings import Timings
 
 SCHEMA = 1
 
@@ -68,11 +70,16 @@ class ItemRow:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task's rows and its metric. ``binary`` is true when every score is 0 or 1."""
+    """One task's rows and its metric. ``binary`` is true when every score is 0 or 1.
+
+    ``early`` is the seed of the order in which items were scored by a run that could stop
+    before its last item, else None: such a run is judged by `quantkit.gate.sequential` alone.
+    """
 
     metric: str
     rows: tuple[ItemRow, ...]
     hash: str
+    early: int | None = None
 
     @property
     def n(self) -> int:
@@ -142,12 +149,17 @@ class TextResult:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything one model scored, with the fingerprint of the system that scored it."""
+    """Everything one model scored, with the fingerprint of the system that scored it.
+
+    ``noise`` and ``timings`` are there when they were measured.
+    """
 
     fingerprint: Mapping[str, Any]
     tasks: Mapping[str, TaskResult] = field(default_factory=dict)
     text: TextResult | None = None
     cost: Mapping[str, Any] = field(default_factory=dict)
+    noise: NoiseFloor | None = None
+    timings: Timings | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The document of the module docstring."""
@@ -173,10 +185,15 @@ class Results:
                 "value": t.value,
                 "hash": t.hash,
                 "rows": [asdict(r) for r in t.rows],
+                **({} if t.early is None else {"early": t.early}),
             }
             for name, t in self.tasks.items()
         }
         doc["cost"] = dict(self.cost)
+        if self.noise is not None:
+            doc["noise"] = self.noise.to_json()
+        if self.timings is not None:
+            doc["timings"] = self.timings.to_json()
         return doc
 
     def summary(self) -> dict[str, Any]:
@@ -232,7 +249,7 @@ class Results:
                     raise QuantkitError(
                         f"{source}: task {name} item {bad[0]!r} has no finite score"
                     )
-                tasks[name] = TaskResult(metric=t["metric"], rows=rows, hash=t["hash"])
+                tasks[name] = TaskResult(t["metric"], rows, t["hash"], t.get("early"))
             text = None
             if "text" in doc:
                 x = doc["text"]
@@ -258,6 +275,8 @@ class Results:
                 tasks=tasks,
                 text=text,
                 cost=dict(doc.get("cost", {})),
+                noise=NoiseFloor.from_json(doc["noise"]) if "noise" in doc else None,
+                timings=Timings.from_json(doc["timings"]) if "timings" in doc else None,
             )
         except (KeyError, TypeError, AttributeError, ValueError) as e:
             raise UsageError(f"{source}: not a results document ({e!r})") from e

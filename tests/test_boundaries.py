@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "quantkit"
 
 #: Layers from the bottom up; a module imports its own layer and those below.
 LAYERS = (
-    {"errors", "strict_yaml", "progress", "memory"},
+    {"errors", "strict_yaml", "progress", "memory", "noise", "timings"},
     {"schemes", "recipe", "results", "sensitivity", "allocate"},
     {"numerics", "packing", "hadamard", "ops"},
     {"observers", "algorithms", "layers"},
@@ -33,7 +33,7 @@ LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 
 #: Tighter than the layers: what may be imported at all.
 ONLY = {
-    "gate": {"errors", "results", "gate"},
+    "gate": {"errors", "results", "noise", "timings", "gate"},
     "report": {"errors", "results", "report"},
     "ops": {"errors", "ops"},
     "data": {"errors", "data"},

@@ -1,4 +1,4 @@
-"""``quantkit baseline``: record results, accept them as the reference, show what is stored."""
+"""``quantkit baseline``: record results, accept them as the reference, show and compare."""
 
 from __future__ import annotations
 
@@ -60,6 +60,61 @@ def show(
     _print(found, as_json)
     if not found and not as_json:
         typer.echo(f"no baselines in {folder}")
+
+
+@app.command()
+def diff(
+    name: Name,
+    other: Annotated[
+        str | None,
+        typer.Argument(help="Results or another baseline's name. Default: what NAME has pending."),
+    ] = None,
+    folder: Folder = _DEFAULT,
+    as_json: Json = False,
+) -> None:
+    """Show what differs between an accepted baseline and another one.
+
+    Exit codes: 0 the same experiment (scores may differ), 2 usage, 5 not comparable.
+    """
+    from quantkit.errors import EXIT_NOT_COMPARABLE, UsageError
+    from quantkit.gate import baselines
+    from quantkit.gate.baseline_diff import diff as compare
+    from quantkit.results import Results
+
+    before = baselines.load(name, folder)
+    if other is None:
+        waiting = [b for b in baselines.stored(folder, name) if b.pending]
+        if not waiting:
+            raise UsageError(
+                f"baseline {name!r} has nothing pending in {folder}",
+                remedy="name results or another baseline to compare it with",
+            )
+        after, source = waiting[0].results, str(waiting[0].path)
+    elif Path(other).is_file() or not baselines.is_name(other):
+        after, source = Results.load(other), other
+    else:
+        found = baselines.load(other, folder)
+        after, source = found.results, str(found.path)
+    made = compare(before.results, after)
+    if as_json:
+        sides = {"before": str(before.path), "after": source}
+        typer.echo(json.dumps({**sides, **made.to_json()}, sort_keys=True))
+    else:
+        typer.echo(f"{before.path} → {source}")
+        for change in made.changes:
+            mark = "  not comparable" if change.breaks else ""
+            values = f"{_value(change.before)} → {_value(change.after)}"
+            typer.echo(f"  {change.key}: {values}{mark}")
+        for task, (gains, losses) in made.flips.items():
+            typer.echo(f"  {task}: {losses} lost, {gains} gained")
+        if not made.changes:
+            typer.echo("  nothing differs")
+    raise typer.Exit(EXIT_NOT_COMPARABLE if made.breaking else 0)
+
+
+def _value(value: object) -> str:
+    text = "absent" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 24 else text[:12] + "…"
 
 
 def _print(found: list[Baseline], as_json: bool) -> None:

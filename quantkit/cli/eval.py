@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,6 +83,57 @@ def command(
     tensor_parallel: engines.TensorParallelOption = 1,
     engine_arg: engines.EngineArgumentOption = None,
     engine_timeout: engines.EngineTimeoutOption = 900.0,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Only print how many items each gate needs; a CKPT is timed on a few items.",
+        ),
+    ] = False,
+    policy: Annotated[
+        Path | None, typer.Option("--policy", help="Gates for --plan and --stop-early.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", help="A recipe with gates (and suites), as --policy."),
+    ] = None,
+    flip_rate: Annotated[
+        list[float] | None,
+        typer.Option("--flip-rate", help="Plan for this share of flipped items. Repeatable."),
+    ] = None,
+    noise_floor: Annotated[
+        Kernels | None,
+        typer.Option(
+            "--noise-floor",
+            help="Score CKPT again with these kernels, in other batches: flips without any "
+            "quantization, kept in the results.",
+        ),
+    ] = None,
+    stop_early: Annotated[
+        Path | None,
+        typer.Option(
+            "--stop-early",
+            metavar="BASELINE",
+            help="Stop a suite as soon as it decides against these results, by an e-process.",
+        ),
+    ] = None,
+    allow_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code",
+            help="Run the model's code for suites scored by `code`: limited, but not a sandbox.",
+        ),
+    ] = False,
+    judge: Annotated[
+        str | None,
+        typer.Option("--judge", help="OpenAI-compatible base URL for suites scored by `judge`."),
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option("--judge-model", help="Name of the judging model.")
+    ] = None,
+    judge_key: Annotated[
+        Path | None, typer.Option("--judge-key", help="File that holds the judge's API key.")
+    ] = None,
     validate: Annotated[
         bool, typer.Option("--validate", help="Only check the suites; needs no CKPT.")
     ] = False,
@@ -104,8 +156,34 @@ def command(
         specs = suite or [str(folder) for folder in [installed_folder()] if folder]
         _print_suites(load_suites(specs), as_json)
         return
+    gates, planned = None, list(suite or ())
+    if policy is not None or recipe is not None:
+        if not plan and stop_early is None:
+            raise UsageError(
+                "--policy and --recipe serve --plan and --stop-early",
+                remedy="give one of these, or hold the results with `quantkit gate --policy`",
+            )
+        from quantkit.cli.eval_plan import read_gates
+
+        gates, named = read_gates(policy, recipe)
+        planned = planned or list(named)
+    if plan:
+        from quantkit.cli.eval_plan import print_plan
+
+        if not planned:
+            raise UsageError("nothing to plan", remedy="give --suite, or a --recipe with suites")
+        print_plan(
+            load_suites(planned),
+            gates,
+            max_items=max_items,
+            flip_rates=flip_rate or (),
+            load=(lambda: _load(checkpoint, kernels.value, device)) if checkpoint else None,
+            as_json=as_json,
+        )
+        return
     if checkpoint is None:
         raise UsageError("no CKPT", remedy="give a checkpoint, or --validate to check suites")
+    suite = planned
     if not suite and text is None:
         raise UsageError("nothing to score", remedy="give --suite or --text")
     if reference is not None and text is None:
@@ -120,10 +198,27 @@ def command(
         if endpoint is not None and started:
             raise UsageError(f"--endpoint and --engine {engine}", remedy="give one of them")
         elsewhere.check_options(reference, kernels.value, device, threads)
+        if noise_floor is not None:
+            raise UsageError(
+                "--noise-floor compares kernels of quantkit's own",
+                remedy="drop it, or score the checkpoint without --endpoint and --engine",
+            )
     elif endpoint_model or endpoint_key_file:
         raise UsageError("there is no --endpoint that the other options are about")
     # Suites and text are read first: their mistakes cost seconds, a model costs minutes.
-    suites = load_suites(suite or ())
+    suites = load_suites(suite)
+    from quantkit.cli.eval_scorers import allowed_scorers
+
+    scorers = allowed_scorers(suites, allow_code, judge, judge_model, judge_key)
+    early = None
+    if stop_early is not None:
+        if noise_floor is not None:
+            raise UsageError(
+                "--noise-floor scores every item and --stop-early does not", remedy="drop one"
+            )
+        from quantkit.cli.eval_early import early_stops
+
+        early = early_stops(suites, stop_early, gates, max_items=max_items, seed=seed)
     from quantkit.data.held_out import read_held_out
 
     documents = None if text is None else read_held_out(text)
@@ -134,6 +229,7 @@ def command(
         "max_tokens": max_tokens,
         "max_items": max_items,
         "seed": seed,
+        "scorers": scorers,
     }
     if endpoint is None and not started:
         if threads:
@@ -143,9 +239,12 @@ def command(
         runtime = _load(checkpoint, kernels.value, device)
         base = None if reference is None else _load(reference, kernels.value, device)
         name = runtime.name
-        results = _score(runtime, base, documents, canary=bool(canary), **options)
+        results = _score(runtime, base, documents, canary=bool(canary), early=early, **options)
+        if noise_floor is not None:
+            again = _load(checkpoint, noise_floor.value, device)
+            results = _with_noise_floor(results, runtime, again, documents, **options)
     else:
-        options["canary"] = canary is not False
+        options |= {"canary": canary is not False, "early": early}
         asking = {"timeout": endpoint_timeout, "concurrency": concurrency}
         if endpoint is not None:
             config = elsewhere.configure(endpoint, endpoint_model, endpoint_key_file, **asking)
@@ -153,6 +252,8 @@ def command(
         else:
             results = elsewhere.score_started(checkpoint, asked, asking, documents, **options)
         name = results.fingerprint["served_model"]
+    if any(s.scoring is not None and s.scoring.name == "judge" for s in suites):
+        results = replace(results, fingerprint={**results.fingerprint, "judge": judge_model})
     if output is not None:
         results.save(output)
     if as_json:
@@ -172,6 +273,23 @@ def _score(
     text = None if documents is None else join_held_out(documents, runtime.tokenizer)
     with reporter("eval") as progress:
         return evaluate(runtime, reference=base, text=text, progress=progress, **options)
+
+
+def _with_noise_floor(
+    results: Results,
+    runtime: Runtime,
+    again: Runtime,
+    documents: list[Document] | None,
+    **options: Any,
+) -> Results:
+    """Results with what the same model scores in other kernels and batches."""
+    from quantkit.cli.progress import reporter
+    from quantkit.data.held_out import join_held_out
+    from quantkit.evals.noise_floor import with_noise_floor
+
+    text = None if documents is None else join_held_out(documents, runtime.tokenizer)
+    with reporter("noise floor") as progress:
+        return with_noise_floor(results, runtime, again, text=text, progress=progress, **options)
 
 
 def _load(source: str, kernels: str, device: str) -> Runtime:
@@ -204,10 +322,12 @@ def _print_suites(suites: list[Suite], as_json: bool) -> None:
         typer.echo(json.dumps({"suites": rows}))
         return
     shown = [{**row, "hash": str(row["hash"])[:12]} for row in rows]
-    _print_table([list(shown[0]) if shown else ["no suites"], *(list(r.values()) for r in shown)])
+    print_table([list(shown[0]) if shown else ["no suites"], *(list(r.values()) for r in shown)])
 
 
 def _print_results(results: Results, name: str, output: Path | None) -> None:
+    from quantkit.gate.noise_floor import flip_rate
+
     doc = results.summary()
     rows: list[list[Any]] = [["measure", "value", "over"]]
     if results.text is not None:
@@ -217,18 +337,22 @@ def _print_results(results: Results, name: str, output: Path | None) -> None:
                 rows.append([key, f"{doc[key]:.4f}", over])
     for task, result in results.tasks.items():
         rows.append([f"{task}.{result.metric}", f"{result.value:.4f}", f"{result.n} items"])
+        if results.noise is not None:
+            over = f"noise floor, {results.noise.kernels}"
+            rate = flip_rate(result, results.noise.tasks[task])
+            rows.append([f"{task} flips", f"{rate:.4f}", over])
     # Either may be unknown of a model that runs elsewhere.
     if "size_bytes" in doc["cost"]:
         rows.append(["size", f"{doc['cost']['size_bytes'] / 1e6:.1f} MB", ""])
     if "bits_per_weight" in doc["cost"]:
         rows.append(["bits a weight", f"{doc['cost']['bits_per_weight']:.2f}", ""])
     typer.echo(name)
-    _print_table(rows)
+    print_table(rows)
     if output is not None:
         typer.echo(f"wrote {output}")
 
 
-def _print_table(rows: list[list[Any]]) -> None:
+def print_table(rows: list[list[Any]]) -> None:
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:

@@ -54,6 +54,10 @@ def command(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the verdict as gate.json.")
     ] = None,
+    badge: Annotated[
+        Path | None,
+        typer.Option("--badge", help="Write the JSON of a shields.io endpoint badge."),
+    ] = None,
     on_inconclusive: Annotated[
         OnInconclusive | None,
         typer.Option("--on-inconclusive", help="End with 1 (fail) or 0 (warn) in place of 3."),
@@ -101,6 +105,8 @@ def command(
         write_text(flips, gate.flips_jsonl(flipped))
     if output:
         write_json(output, document)
+    if badge:
+        write_json(badge, gate.badge(verdict))
     _tell_github(verdict, flipped)
     if as_json:
         typer.echo(json.dumps({**document, "exit_code": code}, sort_keys=True, allow_nan=False))

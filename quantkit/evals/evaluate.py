@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from quantkit.errors import UsageError
 from quantkit.evals.divergence import measure_text
+from quantkit.evals.scorers import NONE_ALLOWED, Factory
 from quantkit.evals.suites import Suite
 from quantkit.models.runtime import Runtime
 from quantkit.progress import Progress, silent
 from quantkit.results import Results
+
+if TYPE_CHECKING:
+    from quantkit.evals.early import EarlyStop
 
 
 def evaluate(
@@ -29,6 +33,9 @@ def evaluate(
     max_items: int | None = None,
     seed: int = 0,
     canary: bool = False,
+    budget: int | None = None,
+    early: Mapping[str, EarlyStop] | None = None,
+    scorers: Mapping[str, Factory] = NONE_ALLOWED,
     progress: Progress = silent,
 ) -> Results:
     """Score a model.
@@ -39,7 +46,7 @@ def evaluate(
         suites: see `quantkit.evals.suites.load_suites`.
         text: held-out text for perplexity and divergence.
         seq_len, max_tokens: see `quantkit.evals.divergence.measure_text`.
-        max_items, seed, canary: see `quantkit.evals.run_suite.run_suites`.
+        max_items, seed, canary, budget, early, scorers: see `quantkit.evals.run_suite.run_suites`.
         progress: told of finished windows and requests.
 
     Raises:
@@ -63,7 +70,15 @@ def evaluate(
         from quantkit.evals.run_suite import run_suites
 
         tasks = run_suites(
-            runtime, suites, max_items=max_items, seed=seed, canary=canary, progress=progress
+            runtime,
+            suites,
+            max_items=max_items,
+            seed=seed,
+            canary=canary,
+            budget=budget,
+            early=early,
+            scorers=scorers,
+            progress=progress,
         )
     cost: dict[str, Any] = {
         "size_bytes": runtime.size_bytes,

@@ -12,6 +12,7 @@ from quantkit.evals.endpoint import Endpoint
 from quantkit.evals.endpoint_model import EndpointLM
 from quantkit.evals.evaluate import harness
 from quantkit.evals.run_suite import ask_suites
+from quantkit.evals.scorers import NONE_ALLOWED, Factory
 from quantkit.evals.suites import Suite
 from quantkit.model import template_hash, tokenizer_hash
 from quantkit.progress import Progress, silent
@@ -19,6 +20,8 @@ from quantkit.results import Results, TextResult, TextWindow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from quantkit.evals.early import EarlyStop
 
 #: What a server may say of its model that belongs into a results file.
 TOLD = ("model", "kernels", "dtype", "device")
@@ -37,6 +40,8 @@ def evaluate_endpoint(
     canary: bool = True,
     max_length: int | None = None,
     known: Mapping[str, Any] | None = None,
+    early: Mapping[str, EarlyStop] | None = None,
+    scorers: Mapping[str, Factory] = NONE_ALLOWED,
     cost: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Results:
@@ -48,6 +53,7 @@ def evaluate_endpoint(
         suites, text, seq_len, max_tokens, max_items, seed: see `quantkit.evals.evaluate`.
         canary: first check that the server's log-probabilities are those of a language model.
         max_length: see `EndpointLM`.
+        early, scorers: see `quantkit.evals.run_suite.run_suites`.
         known: what the caller knows of the server's model because it started the server.
         cost: size and bits per weight, if known.
         progress: told of answered requests.
@@ -72,7 +78,7 @@ def evaluate_endpoint(
     measured = None
     if text is not None:
         measured = _measure_text(lm, text, seq_len=seq_len, max_tokens=max_tokens)
-    tasks = ask_suites(lm, suites, max_items=max_items, seed=seed)
+    tasks = ask_suites(lm, suites, max_items=max_items, seed=seed, early=early, scorers=scorers)
     told = {key: endpoint.fingerprint[key] for key in TOLD if key in endpoint.fingerprint}
     return Results(
         fingerprint={

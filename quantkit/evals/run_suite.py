@@ -25,8 +25,10 @@ from tqdm import tqdm
 
 from quantkit.errors import QuantkitError
 from quantkit.evals.canary import check_canaries
+from quantkit.evals.early import EarlyStop, run_until_decided
 from quantkit.evals.language_model import QuantkitLM
 from quantkit.evals.metrics import METRICS
+from quantkit.evals.scorers import NONE_ALLOWED, Factory, Scorer, make_scorer
 from quantkit.evals.suites import Suite
 from quantkit.evals.token_model import TokenLM
 from quantkit.models.runtime import Runtime
@@ -41,6 +43,9 @@ def run_suites(
     max_items: int | None = None,
     seed: int = 0,
     canary: bool = False,
+    budget: int | None = None,
+    early: Mapping[str, EarlyStop] | None = None,
+    scorers: Mapping[str, Factory] = NONE_ALLOWED,
     progress: Progress = silent,
 ) -> dict[str, TaskResult]:
     """Score a model on suites.
@@ -52,6 +57,9 @@ def run_suites(
             draws the same items for every model.
         seed: see ``max_items``.
         canary: first check that the model's probabilities mean anything.
+        budget: rows of a batch, see `quantkit.evals.language_model.BUDGETS`.
+        early: suites that may end before their last item, by name.
+        scorers: ``code`` and ``judge``, where they are allowed; see `quantkit.evals.scorers`.
         progress: told of answered requests, a suite's name as the label.
 
     Returns:
@@ -60,8 +68,16 @@ def run_suites(
     Raises:
         QuantkitError: NaN, a canary that fails, or an error inside lm-eval.
     """
-    lm = QuantkitLM(runtime, progress=progress)
-    return ask_suites(lm, suites, max_items=max_items, seed=seed, canary=canary)
+    lm = QuantkitLM(runtime, progress=progress, budget=budget)
+    return ask_suites(
+        lm,
+        suites,
+        max_items=max_items,
+        seed=seed,
+        canary=canary,
+        early=early,
+        scorers=scorers,
+    )
 
 
 def ask_suites(
@@ -71,13 +87,22 @@ def ask_suites(
     max_items: int | None = None,
     seed: int = 0,
     canary: bool = False,
+    early: Mapping[str, EarlyStop] | None = None,
+    scorers: Mapping[str, Factory] = NONE_ALLOWED,
 ) -> dict[str, TaskResult]:
     """`run_suites` on anything that answers lm-eval's requests."""
     if canary and suites:
         check_canaries(lm)
-    return {
-        suite.name: run_suite(lm, suite, samples=draw(suite.n, max_items, seed)) for suite in suites
-    }
+    made = {s.name: make_scorer(s.scoring, scorers) for s in suites if s.scoring is not None}
+    results = {}
+    for suite in suites:
+        score = functools.partial(run_suite, lm, suite, scorer=made.get(suite.name))
+        stop = (early or {}).get(suite.name)
+        if stop is not None:
+            results[suite.name] = run_until_decided(score, suite, stop)
+        else:
+            results[suite.name] = score(draw(suite.n, max_items, seed))
+    return results
 
 
 def draw(n: int, max_items: int | None, seed: int) -> list[int] | None:
@@ -92,13 +117,19 @@ def draw(n: int, max_items: int | None, seed: int) -> list[int] | None:
     return sorted(order[:max_items])
 
 
-def run_suite(lm: TokenLM, suite: Suite, *, samples: list[int] | None = None) -> TaskResult:
+def run_suite(
+    lm: TokenLM,
+    suite: Suite,
+    samples: list[int] | None = None,
+    scorer: Scorer | None = None,
+) -> TaskResult:
     """Score a model on one suite.
 
     Args:
         lm: the model.
         suite: what to run.
         samples: sorted positions of the items to score; all when None.
+        scorer: scores written answers in place of the suite's metric.
     """
     lm.label = suite.name
     with _quiet():
@@ -127,21 +158,22 @@ def run_suite(lm: TokenLM, suite: Suite, *, samples: list[int] | None = None) ->
         raise QuantkitError(
             f"{suite.path}: lm-eval scored {len(logged)} items where {len(expected)} were asked"
         )
-    name, _ = METRICS[suite.metric]
-    return TaskResult(
-        metric=name, rows=tuple(_item(suite, sample) for sample in logged), hash=suite.hash
-    )
+    rows = tuple(_item(suite, sample, scorer) for sample in logged)
+    return TaskResult(metric=suite.score_name, rows=rows, hash=suite.hash)
 
 
-def _item(suite: Suite, sample: Mapping[str, Any]) -> ItemRow:
+def _item(suite: Suite, sample: Mapping[str, Any], scorer: Scorer | None) -> ItemRow:
     """One row from one of lm-eval's logged samples."""
     index = sample["doc_id"]
     row = suite.rows[index]
     name = suite.item_id(index)
-    score = METRICS[suite.metric][1](sample[suite.metric])
+    prediction, target, details = _answer(suite, sample)
+    if scorer is None:
+        score = METRICS[suite.metric][1](sample[suite.metric])
+    else:
+        score = scorer(prediction, target, row)
     if not math.isfinite(score):
         raise QuantkitError(f"{suite.name}: item {name!r} has the score {score}")
-    prediction, target, details = _answer(suite, sample)
     return ItemRow(
         id=name,
         score=score,

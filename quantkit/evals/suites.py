@@ -10,6 +10,7 @@ when it is started in their folder. What lm-eval does not know lives under ``met
       cluster: passage_id     # field: items that are not independent
       must_not_flip: critical # field: a right answer must stay right
       traffic: data/x.jsonl   # calibration data that looks like this suite
+      score: {f1: {}}         # in place of the metric: see `quantkit.evals.scorers`
       product: one sentence
       version: 1.0
 
@@ -24,12 +25,12 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
-
-import yaml
+from typing import Any
 
 from quantkit.errors import UsageError
 from quantkit.evals.metrics import BY_OUTPUT_TYPE, FILTERS, METRICS
+from quantkit.evals.scorers import Scoring, read_scoring
+from quantkit.evals.suite_lines import SuiteLines
 from quantkit.evals.suite_rows import LINE, check_rows
 
 #: Keys of lm-eval's task YAML that a suite may use.
@@ -59,17 +60,12 @@ KEYS = (
     "metadata",
 )
 REQUIRED = ("task", "dataset_path", "dataset_kwargs", "test_split", "output_type", "doc_to_text")
-METADATA_KEYS = ("version", "product", "slice", "cluster", "must_not_flip", "traffic")
+METADATA_KEYS = ("version", "product", "slice", "cluster", "must_not_flip", "traffic", "score")
 GENERATION_KEYS = ("until", "max_gen_toks", "do_sample", "temperature")
 FEWSHOT_KEYS = ("sampler", "split")
 METRIC_OPTIONS = (
-    "metric",
-    "aggregation",
-    "higher_is_better",
-    "ignore_case",
-    "ignore_punctuation",
-    "ignore_numbers",
-    "regexes_to_ignore",
+    *("metric", "aggregation", "higher_is_better"),
+    *("ignore_case", "ignore_punctuation", "ignore_numbers", "regexes_to_ignore"),
 )
 
 #: Python that lm-eval would run; named so that the refusal can say why.
@@ -92,6 +88,7 @@ class Suite:
         slice, cluster, must_not_flip: fields of the rows, or None.
         traffic: calibration data that looks like this suite, or None.
         splits: rows by split, as read.
+        scoring: what scores an item in place of the metric, or None.
     """
 
     name: str
@@ -104,6 +101,12 @@ class Suite:
     must_not_flip: str | None
     traffic: Path | None
     splits: Mapping[str, tuple[Mapping[str, Any], ...]] = field(repr=False)
+    scoring: Scoring | None = None
+
+    @property
+    def score_name(self) -> str:
+        """What the results call the score, and the gate's key holds after the dot."""
+        return METRICS[self.metric][0] if self.scoring is None else self.scoring.name
 
     @property
     def rows(self) -> tuple[Mapping[str, Any], ...]:
@@ -194,7 +197,7 @@ def load_suite(path: str | Path) -> Suite:
         text = raw.decode("utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(f"{path}: cannot be read ({e})") from e
-    lines = _Lines(path, text)
+    lines = SuiteLines(path, text)
     config = lines.config
     _check_keys(lines)
     _check_scoring(lines)
@@ -223,6 +226,14 @@ def load_suite(path: str | Path) -> Suite:
         if not traffic.is_file():
             lines.fail("metadata", f"traffic: {traffic} does not exist")
     check_rows(config, splits, lines.fail)
+    scoring = None
+    if "score" in metadata:
+        if config["output_type"] != "generate_until":
+            lines.fail("metadata", f"score: {config['output_type']} has no written answer")
+        try:
+            scoring = read_scoring(metadata["score"])
+        except UsageError as e:
+            lines.fail("metadata", e.message, e.remedy)
     return Suite(
         name=config["task"],
         path=path,
@@ -237,52 +248,11 @@ def load_suite(path: str | Path) -> Suite:
             split: tuple({k: v for k, v in row.items() if k != LINE} for row in rows)
             for split, rows in splits.items()
         },
+        scoring=scoring,
     )
 
 
-class _Lines:
-    """A YAML mapping that remembers the line of each of its top-level keys."""
-
-    def __init__(self, path: Path, text: str) -> None:
-        self.path = path
-        self.at: dict[str, int] = {}
-        try:
-            root = yaml.compose(text, Loader=yaml.SafeLoader)
-        except yaml.MarkedYAMLError as e:
-            mark = e.problem_mark or e.context_mark
-            self._raise(mark.line + 1 if mark else 1, f"is not YAML: {e.problem or e.context}")
-        if not isinstance(root, yaml.MappingNode):
-            self._raise(1, "is not a mapping of keys to values")
-        self._refuse_tags(root)
-        for key, _ in root.value:
-            if key.value in self.at:
-                self._raise(key.start_mark.line + 1, f"key {key.value!r} appears twice")
-            self.at[str(key.value)] = key.start_mark.line + 1
-        try:
-            self.config: dict[str, Any] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError) as e:
-            self._raise(1, f"is not YAML: {e}")
-
-    def fail(self, key: str, message: str, remedy: str | None = None) -> NoReturn:
-        """Raise a `UsageError` at the line of a top-level key."""
-        self._raise(self.at.get(key, 1), message, remedy)
-
-    def _raise(self, line: int, message: str, remedy: str | None = None) -> NoReturn:
-        raise UsageError(f"{self.path}:{line} {message}", remedy=remedy)
-
-    def _refuse_tags(self, node: yaml.Node) -> None:
-        line = node.start_mark.line + 1
-        if node.tag.startswith("!"):
-            self._raise(
-                line, f"{node.tag} is not allowed", "suites hold no code; use a Jinja template"
-            )
-        if not isinstance(node, yaml.ScalarNode):
-            for child in node.value:
-                for part in child if isinstance(child, tuple) else (child,):
-                    self._refuse_tags(part)
-
-
-def _check_keys(lines: _Lines) -> None:
+def _check_keys(lines: SuiteLines) -> None:
     config = lines.config
     for key in config:
         if key in CODE_KEYS:
@@ -318,7 +288,7 @@ def _check_keys(lines: _Lines) -> None:
         lines.fail("generation_kwargs", "sampling is not allowed", "suites are scored greedily")
 
 
-def _check_mapping(lines: _Lines, key: str, value: Any, known: Sequence[str]) -> None:
+def _check_mapping(lines: SuiteLines, key: str, value: Any, known: Sequence[str]) -> None:
     if value is None:
         return
     if not isinstance(value, dict):
@@ -328,7 +298,7 @@ def _check_mapping(lines: _Lines, key: str, value: Any, known: Sequence[str]) ->
             lines.fail(key, f"{key}: unknown key {name!r}", _nearest(str(name), known))
 
 
-def _check_scoring(lines: _Lines) -> None:
+def _check_scoring(lines: SuiteLines) -> None:
     config = lines.config
     kind = config["output_type"]
     if kind not in BY_OUTPUT_TYPE:
@@ -377,7 +347,7 @@ def _metrics(config: Mapping[str, Any]) -> list[str]:
     return listed or [BY_OUTPUT_TYPE[config["output_type"]][0]]
 
 
-def _data_files(lines: _Lines) -> dict[str, list[Path]]:
+def _data_files(lines: SuiteLines) -> dict[str, list[Path]]:
     config = lines.config
     files = config["dataset_kwargs"].get("data_files")
     if not isinstance(files, dict) or not files:

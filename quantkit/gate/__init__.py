@@ -5,14 +5,15 @@
     print(table(verdict))
     raise SystemExit(verdict.exit_code)
 
-Imports only `quantkit.errors` and `quantkit.results`, and never torch: a CI job without a
-model can hold a gate.
+Imports only `quantkit.errors`, `quantkit.results` and what results are made of, and never
+torch: a CI job without a model can hold a gate.
 """
 
 from quantkit.gate.compare import flips
 from quantkit.gate.policy import Policy, default_policy, load_policy, parse_policy
 from quantkit.gate.render import (
     MARKDOWN_BYTES,
+    badge,
     document,
     flips_jsonl,
     github_annotations,
@@ -32,6 +33,7 @@ __all__ = [
     "Flip",
     "Policy",
     "Preflight",
+    "badge",
     "default_policy",
     "document",
     "exit_code",

@@ -57,18 +57,32 @@ def check_comparable(candidate: Results, baseline: Results, policy: Policy) -> N
         NotComparableError: a fingerprint differs, or one side lacks what the policy names.
         UsageError: neither side has what the policy names.
     """
-    for key in COMPARABLE_KEYS:
+    for key in (*COMPARABLE_KEYS, "judge"):
         ours, theirs = candidate.fingerprint.get(key), baseline.fingerprint.get(key)
         if ours != theirs:
             raise NotComparableError(
                 f"{key} differs: candidate {_short(ours)}, baseline {_short(theirs)}",
                 remedy=_AGAIN,
             )
+    _check_original(candidate, baseline)
     for gate in policy.gates:
         if isinstance(gate, TaskGate):
             _check_task_present(gate, candidate, baseline, policy.source)
         elif gate.needs_text:
             _check_text_present(gate, candidate, baseline, policy.source)
+
+
+def _check_original(candidate: Results, baseline: Results) -> None:
+    """A checkpoint knows the weights that it was made from: a baseline must be of those, or of
+    another checkpoint made from them."""
+    made_from = candidate.fingerprint.get("original")
+    theirs = baseline.fingerprint.get("original", baseline.fingerprint.get("model"))
+    if made_from is not None and made_from != theirs:
+        raise NotComparableError(
+            f"the baseline is stale: the candidate was made from weights {_short(made_from)}, "
+            f"the baseline is of {_short(theirs)}",
+            remedy="score the candidate's original with `quantkit eval`, and record that",
+        )
 
 
 def _short(value: object) -> str:
@@ -114,7 +128,7 @@ def paired_rows(name: str, candidate: TaskResult, baseline: TaskResult) -> tuple
     """The items of a task as both scored them, ordered by id.
 
     The order is the gate's own: floating-point sums and resamples may not depend on the
-    order of a file.
+    order of a file. Of a candidate that could stop early only its items count.
 
     Raises:
         NotComparableError: task file, items or clusters differ.
@@ -127,7 +141,14 @@ def paired_rows(name: str, candidate: TaskResult, baseline: TaskResult) -> tuple
             f"baseline {_short(baseline.hash)})",
             remedy=_AGAIN,
         )
+    if baseline.early is not None:
+        raise NotComparableError(
+            f"task {name}: the baseline was scored with --stop-early, so its items are a choice",
+            remedy="score the baseline without --stop-early",
+        )
     ours, theirs = _by_id(name, candidate.rows), _by_id(name, baseline.rows)
+    if candidate.early is not None:
+        theirs = {key: row for key, row in theirs.items() if key in ours}
     if ours.keys() != theirs.keys():
         raise NotComparableError(
             f"task {name}: the items differ: {_listed(theirs.keys() - ours.keys())} only in the "

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.gate.latency import latency_check
 from quantkit.gate.policy import LimitGate
 from quantkit.gate.statistics import Bounds, agreement_bounds, ratio_bounds
 from quantkit.gate.words import NATS, PERCENT, RATIO, Unit, Word, against, outcome_of
@@ -46,7 +48,11 @@ def _kl_mean(gate: LimitGate, candidate: Results, baseline: Results) -> GateChec
     if len(sums) < len(windows):
         raise _needs_reference(gate)
     bounds = ratio_bounds(sums, [w.tokens for w in windows])
-    return _bounded(gate, bounds, "max", NATS, "nats/token", len(windows))
+    check = _bounded(gate, bounds, "max", NATS, "nats/token", len(windows))
+    if baseline.noise is None or baseline.noise.kl_mean is None:
+        return check
+    # What rounding alone costs: two runs of the unquantized model.
+    return replace(check, details={**check.details, "noise": baseline.noise.kl_mean})
 
 
 def _kl_p99(gate: LimitGate, candidate: Results, baseline: Results) -> GateCheck:
@@ -157,4 +163,6 @@ LIMIT_CHECKS: dict[str, Callable[[LimitGate, Results, Results], GateCheck]] = {
     "perplexity.ratio": _perplexity_ratio,
     "size.ratio": _size_ratio,
     "size.bits_per_weight": _bits_per_weight,
+    "latency.ttft": latency_check,
+    "latency.tpot": latency_check,
 }

@@ -8,6 +8,8 @@ The same mapping is a recipe's ``gate:`` section or a YAML file of its own::
     perplexity.ratio:     {max: 1.05}       # candidate / baseline; ΔNLL is held to its ln
     size.ratio:           {max: 0.45}       # bytes / bytes of the original
     size.bits_per_weight: {max: 5.0}
+    latency.ttft:         {max: 1.05}       # seconds to the first token / those of the baseline
+    latency.tpot:         {max: 0.90}       # seconds per output token after it, the same
     support_intent.acc:   {margin: 0.05, floor: 0.5}   # any other <task>.<metric>
 
 A margin is a share (0.05 is five points) and is the loss still allowed; a floor is a mean
@@ -56,8 +58,8 @@ class LimitGate:
 
     @property
     def needs_text(self) -> bool:
-        """True unless it limits the size alone."""
-        return not self.name.startswith("size.")
+        """True unless it limits the size or the speed alone."""
+        return not self.name.startswith(("size.", "latency."))
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ LIMITS: dict[str, LimitRule] = {
     ),
     "size.ratio": LimitRule("max", *_POSITIVE, "write a share of the original such as 0.45"),
     "size.bits_per_weight": LimitRule("max", *_POSITIVE, "write bits such as 5.0"),
+    "latency.ttft": LimitRule("max", *_POSITIVE, "1.05 allows five percent more time"),
+    "latency.tpot": LimitRule("max", *_POSITIVE, "1.05 allows five percent more time"),
 }
 
 #: Prefixes that no task may have, so that a misspelt limit is not taken for a task.

@@ -196,6 +196,20 @@ def _xml(text: str) -> str:
     return re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
 
 
+#: Colours of `badge`, as shields.io names them.
+_COLOURS = {Outcome.PASS: "brightgreen", Outcome.FAIL: "red", Outcome.INCONCLUSIVE: "yellow"}
+
+
+def badge(verdict: Verdict) -> dict[str, Any]:
+    """The JSON that https://shields.io/badges/endpoint-badge draws a badge from."""
+    return {
+        "schemaVersion": 1,
+        "label": "quantkit gate",
+        "message": summary(verdict),
+        "color": _COLOURS[verdict.outcome],
+    }
+
+
 # -- files -----------------------------------------------------------------------------------
 
 

@@ -199,6 +199,18 @@ def _bca(
     return float(low), float(high)
 
 
+def mean_bounds(values: ArrayLike, alpha: float = ALPHA) -> Bounds:
+    """BCa bootstrap bounds of the mean of independent values ``[n]``, never tighter than t's:
+    the bootstrap sees the skew, t what n values cannot show."""
+    s = np.sort(np.asarray(values, dtype=np.float64))
+    bounds = ratio_bounds(s, np.ones(len(s)), alpha)
+    if bounds.lower is None or bounds.upper is None or len(s) < FEW_CLUSTERS:
+        return bounds  # t and BCa joined already
+    low, high = _bca(s, np.ones(len(s)), alpha)
+    lower, upper = min(bounds.lower, low), max(bounds.upper, high)
+    return Bounds(bounds.estimate, lower, upper, f"t and BCa, {len(s)} values")
+
+
 def difference_bounds(
     differences: ArrayLike, clusters: Sequence[str], alpha: float = ALPHA
 ) -> Bounds:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from quantkit.gate.compare import Pair, paired_rows
+from quantkit.gate.early import judge_early
+from quantkit.gate.noise_floor import noise_floor
 from quantkit.gate.policy import TaskGate
 from quantkit.gate.sample_size import fewest_items, infeasible, items_needed
 from quantkit.gate.statistics import (
@@ -35,9 +38,16 @@ def judge_task(
 ) -> tuple[list[GateCheck], list[str]]:
     """Paired non-inferiority, and the floor and must-not-flip checks that go with it."""
     pairs = paired_rows(gate.task, candidate.tasks[gate.task], baseline.tasks[gate.task])
+    if candidate.tasks[gate.task].early is not None:
+        return judge_early(gate, pairs, candidate, baseline), []
     slices = _slices(pairs)
     check = _non_inferiority(gate, pairs, slices)
     checks, warnings = [check], []
+    if baseline.noise is not None and gate.task in baseline.noise.tasks:
+        floor = noise_floor(gate, pairs, baseline.tasks[gate.task], baseline.noise)
+        check = replace(check, details={**check.details, "noise": floor.to_json()})
+        checks = [check]
+        warnings += floor.warnings(gate)
     if gate.floor is not None:
         checks.append(_floor(gate, gate.floor, pairs))
     if any(p.must_not_flip for p in pairs):

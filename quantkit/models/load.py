@@ -166,7 +166,7 @@ def _load_quantized(
         model=model,
         tokenizer=tokenizer,
         name=str(folder),
-        fingerprint=_fingerprint(loaded, numerics, device),
+        fingerprint={**_fingerprint(loaded, numerics, device), **_original(manifest)},
         size_bytes=size,
         bits_per_weight=bits,
         manifest=manifest,
@@ -293,6 +293,13 @@ def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
         owner.register_buffer(
             leaf, tensor, persistent=leaf not in owner._non_persistent_buffers_set
         )
+
+
+def _original(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The hash of the weights that a checkpoint was made from; empty where none is noted."""
+    source = manifest.get("source")
+    made_from = source.get("hash") if isinstance(source, Mapping) else None
+    return {"original": made_from} if isinstance(made_from, str) else {}
 
 
 def _fingerprint(loaded: models.SourceModel, kernels: str, device: str) -> dict[str, Any]:

@@ -21,6 +21,8 @@ EVERYTHING = {
     "perplexity.ratio": {"max": 1.05},
     "size.ratio": {"max": 0.45},
     "size.bits_per_weight": {"max": 5},
+    "latency.ttft": {"max": 1.05},
+    "latency.tpot": {"max": 0.9},
     "intent.acc": {"margin": 0.05, "floor": 0.5},
     "v1.5-chat.exact_match": {"margin": 0.02},
 }
