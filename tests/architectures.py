@@ -183,7 +183,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrai
     model = make(make.config_class(**options))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim >= 2:
+            if parameter.ndim >= 2 and name != "t5":  # whose first weights are large
                 parameter.mul_(3.0)
     return model.to(dtype).eval()
 
