@@ -135,7 +135,7 @@ class _Trial:
     ) -> None:
         self.model, self.original = candidate.model, original.model
         source = Spine(self.original)
-        self.spine = Spine(self.model, source.prefix)
+        self.spine = Spine(self.model)
         # Padding on the right: no position sees what is behind it.
         longest = max(map(len, sequences))
         ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
@@ -229,7 +229,7 @@ def _not_exchangeable(candidate: nn.Module, original: nn.Module) -> str | None:
     Raises:
         UsageError: not even blocks fit, because the stream between them is another.
     """
-    prefix, _ = models.find_blocks(original)
+    prefix, _ = models.find_blocks(candidate)
     theirs = dict(original.named_parameters())
     inside = outside = None
     for name, parameter in candidate.named_parameters():

@@ -18,13 +18,21 @@ from torch import Tensor, nn
 from quantkit import memory, numerics
 from quantkit import model as models
 from quantkit.algorithms import Stats
+from quantkit.batches import (
+    Batch,
+    CalibrationData,
+    Probe,
+    cut_batches,
+    random_batch,
+    rows,
+)
 from quantkit.collector import EQUAL, Collector
 from quantkit.distill import Distilled, Teacher, distill
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.fisher import measure_gradients, token_weights
 from quantkit.folding import apply_scales
 from quantkit.kv_cache import BlockCache, CacheEntry, CacheRange, quantized_caches
-from quantkit.paused import Spine, head_input, run_paused, trace_groups
+from quantkit.paused import find_spines, head_input, run_paused, trace_groups
 from quantkit.plan import Plan, PlannedLayer
 from quantkit.progress import Progress, silent
 from quantkit.quantize import QuantizedLayer, quantize_group, quantized_inputs
@@ -32,22 +40,11 @@ from quantkit.recipe import Step
 from quantkit.reference import original_weights, unquantized
 from quantkit.rescale import choose_scales
 from quantkit.rotation import rotate_block, rotate_ends
+from quantkit.routing import ExpertTokens
 from quantkit.work import HEAD, WorkFolder
-
-#: Tokens of one paused forward pass. Large enough for the matrix products to run at their
-#: full rate, small enough that a pass's temporaries are a few tens of MB.
-BATCH_TOKENS = 4096
 
 #: Windows that a data-free recipe runs, only to measure output errors.
 PROBE_WINDOWS = 8
-
-
-@dataclass(frozen=True)
-class CalibrationData:
-    """Token ids int64 ``[samples, seq_len]`` and their content hash."""
-
-    ids: Tensor
-    hash: str
 
 
 def calibrate(
@@ -57,6 +54,8 @@ def calibrate(
     work: Path,
     *,
     observer: Step | None = None,
+    min_expert_tokens: int = 1,
+    all_experts: bool = False,
     resume: bool = False,
     release: bool = False,
     progress: Progress = silent,
@@ -69,6 +68,8 @@ def calibrate(
         data: calibration tokens; None only when the plan needs none.
         work: folder for finished blocks.
         observer: turns static activations into a range; min-max by default.
+        min_expert_tokens: that every expert must see; with fewer the run fails.
+        all_experts: observe every expert on every token, not on those routed to it.
         resume: continue from the finished blocks in ``work``.
         release: drop each block's weights when nothing needs them any more; the model
             cannot be run afterwards.
@@ -76,7 +77,8 @@ def calibrate(
 
     Raises:
         UsageError: no data where the plan needs some, or ``work`` belongs to another run.
-        QuantkitError: NaN, a Hessian that cannot be factored, a layer no token reached.
+        QuantkitError: NaN, a Hessian that cannot be factored, a layer no token reached, an expert
+            that too few did.
     """
     if plan.needs_data and data is None:
         raise UsageError("this recipe calibrates, and there is no data", remedy="give --data FILE")
@@ -87,36 +89,22 @@ def calibrate(
         "data": data.hash if data else None,
         "observer": [observer.name, {k: str(v) for k, v in sorted(observer.options.items())}],
     }
+    if all_experts:
+        state["all_experts"] = True
     blocks = WorkFolder(work, state, resume=resume)
     if plan.unties_head:
         models.untie(source.model)
-    spine = Spine(source.model)
     ids = None if data is None else data.ids if plan.needs_data else data.ids[:PROBE_WINDOWS]
     with torch.no_grad():
-        loop = _Loop(source, plan, spine, cut_batches(ids), observer, blocks, release, progress)
+        experts = ExpertTokens(source.model, min_expert_tokens, all_tokens=all_experts)
+        batches = _batches(data, ids)
+        loop = _Loop(source, plan, batches, observer, experts, blocks, release, progress)
         layers, probe, distilled = loop.run()
     return Calibrated(layers, probe, loop.solve_seconds, distilled, loop.caches)
 
 
-def cut_batches(ids: Tensor | None) -> list[Tensor]:
-    """Windows ``[samples, seq_len]`` cut into batches of about `BATCH_TOKENS`.
-
-    The first batch is one window: layers are traced on it, and the reloaded checkpoint is
-    run on it in exactly the same shapes.
-    """
-    if ids is None:
-        return []
-    rest = list(ids[1:].split(max(1, BATCH_TOKENS // ids.shape[1]))) if len(ids) > 1 else []
-    return [ids[:1], *rest]
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Token ids ``[1, T]`` and what the quantized model's head sees for them ``[1, T, hidden]``:
-    what a reloaded checkpoint must reproduce."""
-
-    ids: Tensor
-    head_input: Tensor
+def _batches(data: CalibrationData | None, ids: Tensor | None) -> Sequence[Batch]:
+    return data.batches if data is not None and data.batches else cut_batches(ids)
 
 
 @dataclass(frozen=True)
@@ -145,25 +133,27 @@ class _Loop:
         self,
         source: models.SourceModel,
         plan: Plan,
-        spine: Spine,
-        batches: Sequence[Tensor],
+        batches: Sequence[Batch],
         observer: Step,
+        experts: ExpertTokens,
         work: WorkFolder,
         release: bool,
         progress: Progress,
     ) -> None:
         self.model = source.model
         self.plan = plan
-        self.spine = spine
+        self.spines = find_spines(source.model)
+        self.spine = self.spines[0]  # whose blocks are at work
         self.batches = batches
         self.observer = observer
+        self.experts = experts
         self.work = work
         self.release = release
         self.linears = models.linear_layers(source.model)
         head = plan.in_block(None)
         rescaled = len({fold.block for fold in plan.folds})
         self.total = (plan.blocks + rescaled + (1 if head else 0)) * max(1, len(batches))
-        windows = sum(len(ids) for ids in batches)
+        windows = sum(rows(batch) for batch in batches)
         self.total += windows if plan.needs_fisher else 0
         self.total += windows + plan.distill.options["steps"] if plan.distill else 0
         self.done = 0
@@ -179,23 +169,27 @@ class _Loop:
 
     def run(self) -> tuple[dict[str, QuantizedLayer], Probe, Distilled | None]:
         results: dict[str, QuantizedLayer] = {}
-        models.bring_in(self.model, skip=self.spine.blocks)
+        models.bring_in(self.model, skip=[spine.blocks for spine in self.spines])
+        starts = {spine.first: spine for spine in self.spines}
         if self.plan.needs_fisher:
             self.weights = self._token_weights()
         teacher = self._teacher() if self.plan.distill else None
         if self.plan.rotation is not None:
             rotate_ends(self.model, self.plan.rotation)
-        hidden = self.spine.embed(self.batches)
-        self.exact = list(hidden) if self.plan.needs_drift else []
+        hidden: list[Tensor] = []
         for index in range(self.plan.blocks):
+            if index in starts:
+                self.spine = starts[index]
+                hidden = self.spine.embed(self.batches, hidden)
+                self.exact = list(hidden) if self.plan.needs_drift else []
             layers = self.plan.in_block(index)
-            models.bring_in(self.spine.blocks[index])
+            models.bring_in(self.spine.blocks[index - self.spine.first])
             if self.plan.rotation is not None:
                 rotate_block(self.model, index, self.plan.rotation)
             self._rescale(index, layers, hidden)
             saved = self.work.load(index, layers)
             if saved is not None:
-                self.exact = [run() for run in self.spine.calls(index, self.exact)]
+                self.exact = [run() for run in self._calls(index, self.exact)]
                 self._install(saved)
                 if self.plan.kv is not None:
                     self.caches |= self.work.load_caches(index, self.plan.kv)
@@ -226,15 +220,14 @@ class _Loop:
         return trained.layers, self._probe(trained.layers, []), trained
 
     def _probe(self, results: Mapping[str, QuantizedLayer], hidden: list[Tensor]) -> Probe:
+        ids: Batch
         if hidden:
             ids = self.batches[0]
             return Probe(ids, next(self.spine.head_inputs([ids], hidden[:1])))
         if self.batches:
             ids = self.batches[0]
         else:
-            vocabulary = models.embedding_shape(self.model)[0]
-            generator = torch.Generator().manual_seed(0)
-            ids = torch.randint(0, vocabulary, (1, 64), generator=generator)
+            ids = random_batch(self.model)
         planned = {layer.name: layer for layer in self.plan.layers}
         with quantized_inputs(self.linears, planned, results), self._quantized_caches():
             return Probe(ids, head_input(self.model, ids))
@@ -243,7 +236,7 @@ class _Loop:
         """Before anything is quantized: one pass through the model and back, or what an earlier
         run's gave."""
         asking = {layer.name: layer.fisher for layer in self.plan.layers if layer.fisher}
-        ids = torch.cat(list(self.batches))
+        ids = self._windows()
         squares = self.work.load_tensors("tokens")
         if squares is None:
             coupled = {layer.name: layer.fisher for layer in self.plan.layers if layer.coupled}
@@ -269,12 +262,16 @@ class _Loop:
         blocks = self.work.load_tensors(f"outputs/{name}") or {}
         return [blocks[str(i)] for i in range(len(blocks))]
 
+    def _windows(self) -> Tensor:
+        """All windows of token ids int64 ``[samples, seq_len]``."""
+        return torch.cat([batch for batch in self.batches if isinstance(batch, Tensor)])
+
     def _teacher(self) -> Teacher:
-        ids = torch.cat(list(self.batches))
+        ids = self._windows()
         return Teacher(self.model, ids, self.work, lambda: self._advance("the original's targets"))
 
     def _distill(self, results: Mapping[str, QuantizedLayer], teacher: Teacher) -> Distilled:
-        ids = torch.cat(list(self.batches))
+        ids = self._windows()
         with self._quantized_caches():
             return distill(self.model, self.plan, results, ids, teacher, self.work, self._advance)
 
@@ -301,7 +298,7 @@ class _Loop:
         label = f"block {index + 1}/{self.plan.blocks}: scaling"
         scales = self.work.load_scales(index)
         if scales is None:
-            runs = self.spine.calls(index, hidden)
+            runs = self._calls(index, hidden)
             scales = choose_scales(folds, layers, self.linears, runs, lambda: self._advance(label))
             self.work.save_scales(index, scales)
         else:
@@ -315,7 +312,7 @@ class _Loop:
 
         With feedback, each batch's unquantized pass runs in front of its quantized one.
         """
-        runs = self.spine.calls(index, hidden)
+        runs = self._calls(index, hidden)
         outputs: list[Tensor | None] = [None] * len(runs)
         streams = 2 if self.exact else 1
         exact_inputs: dict[tuple[int, str], Tensor] = {}
@@ -350,6 +347,7 @@ class _Loop:
                 cache.solve(leader, self.model.dtype)
                 return
             began = time.monotonic()
+            self.experts.add(leader, collectors[leader].tokens)
             solved = collectors.pop(leader).solve(self.linears)
             self.solve_seconds += time.monotonic() - began
             self._install(solved)
@@ -369,16 +367,23 @@ class _Loop:
             self._advance(f"block {index + 1}/{self.plan.blocks}")
 
         if self.exact:
-            exact = [unquantized(run) for run in self.spine.calls(index, self.exact)]
+            exact = [unquantized(run) for run in self._calls(index, self.exact)]
             runs = [run for pair in zip(exact, runs, strict=True) for run in pair]
         leaders = [*cache.sides.items(), *((g[0], self.linears[g[0]]) for g in groups)]
         planned = {name: self.linears[name] for name in (layers if self.exact else ())}
+        block = self.spine.blocks[index - self.spine.first]
         with (
             quantized_inputs(self.linears, layers, results),
             original_weights(planned),
             quantized_caches(self.attentions, cache.entries),
+            models.expert_inputs(block, self.experts.mode),
         ):
             run_paused(runs, leaders, observe, solve, finished)
+        if self.plan.needs_data:
+            self.experts.check(layers)
+        else:
+            unseen = {name: layer for name, layer in layers.items() if name not in results}
+            results |= self._solve_without_data(unseen) if unseen else {}
         self.caches |= cache.found()
         return results, [out for out in outputs if out is not None]
 
@@ -391,7 +396,7 @@ class _Loop:
     ) -> list[Tensor]:
         outputs = []
         with quantized_inputs(self.linears, layers, saved), self._quantized_caches(index):
-            for run in self.spine.calls(index, hidden):
+            for run in self._calls(index, hidden):
                 outputs.append(run())
                 self._advance(f"block {index + 1}/{self.plan.blocks} (resumed)")
         return outputs
@@ -423,13 +428,19 @@ class _Loop:
     ) -> list[list[str]]:
         """Names of the block's layers by common input; the first block is traced, and its
         pattern holds for every block with the same layers."""
-        prefix = f"{self.spine.prefix}.{index}."
+        local = index - self.spine.first
+        prefix = f"{self.spine.prefix}.{local}."
         relative = {name[len(prefix) :] for name in layers}
         if self.groups is None or {n for g in self.groups for n in g} != relative:
             modules = {name: self.linears[name] for name in layers}
-            traced = trace_groups(run, modules)
+            with models.expert_inputs(self.spine.blocks[local], self.experts.traced_mode):
+                traced = trace_groups(run, modules)
             self.groups = [[name[len(prefix) :] for name in group] for group in traced]
         return [[prefix + name for name in group] for group in self.groups]
+
+    def _calls(self, index: int, hidden: Sequence[Tensor]) -> list[Callable[[], Tensor]]:
+        """For each batch, a function that runs this block of the model on it."""
+        return self.spine.calls(index - self.spine.first, hidden)
 
     def _install(self, layers: Mapping[str, QuantizedLayer]) -> None:
         """Give layers their dequantized weights."""

@@ -11,18 +11,20 @@ from pathlib import Path
 from quantkit import gate
 from quantkit import model as models
 from quantkit.baseline import check_baseline
+from quantkit.batches import Batch
 from quantkit.checkpoint.write import MANIFEST
 from quantkit.data.contamination import overlap
 from quantkit.data.held_out import join_held_out, read_held_out
 from quantkit.data.rows import Document
 from quantkit.data.sources import Source, iter_documents, iter_texts
-from quantkit.data.tokens import TokenBatches, load_tokens
+from quantkit.data.tokens import TokenBatches
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.evals.divergence import cut_windows
 from quantkit.evals.evaluate import harness
 from quantkit.evals.scorers import SCORERS
 from quantkit.evals.suites import Suite, find_suites, installed_folder, load_suite, load_suites
 from quantkit.gate.policy import LimitGate, Policy, TaskGate
+from quantkit.inputs import load_inputs
 from quantkit.models.load import check_target
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import Recipe
@@ -79,7 +81,8 @@ class Prepared:
     """A job whose inputs are loaded and checked; nothing has been written yet.
 
     ``text`` is what to measure perplexity and divergence on, ``baseline`` the job's: both None
-    for a job that is not gated.
+    for a job that is not gated. ``batches`` are the inputs of a model that reads more than the
+    windows of ``tokens``.
     """
 
     job: Job
@@ -91,6 +94,7 @@ class Prepared:
     text: str | None
     baseline: Results | None
     load_seconds: float
+    batches: Sequence[Batch] = ()
 
 
 def prepare(job: Job) -> Prepared:
@@ -113,6 +117,8 @@ def prepare(job: Job) -> Prepared:
     if job.baseline is not None and policy is not None:
         baseline = Results.load(job.baseline)
     source = models.load_source(job.source, device=job.device)
+    if job.gated and policy is not None:
+        models.require_logits(source.model.config, "gates score")
     text = windows = None
     if documents:
         text = join_held_out(documents, source.tokenizer)
@@ -129,17 +135,11 @@ def prepare(job: Job) -> Prepared:
     calibration = job.recipe.calibrate
     samples, seq_len = calibration.samples, calibration.seq_len
     plan = make_plan(job.recipe, source.model, samples=samples, seq_len=seq_len)
-    tokens = None
+    tokens: TokenBatches | None = None
+    batches: list[Batch] = []
     sources = data_sources(job.recipe)
     if sources:
-        tokens = load_tokens(
-            sources,
-            source.tokenizer,
-            samples=samples,
-            seq_len=seq_len,
-            seed=calibration.seed,
-            chat_template=calibration.chat_template and source.tokenizer.chat_template is not None,
-        )
+        tokens, batches = load_inputs(sources, source, calibration)
         _check_contamination(sources, job.suites)
         if len(tokens.ids) != samples:
             plan = make_plan(job.recipe, source.model, samples=len(tokens.ids), seq_len=seq_len)
@@ -155,6 +155,7 @@ def prepare(job: Job) -> Prepared:
         text=text,
         baseline=baseline,
         load_seconds=time.monotonic() - began,
+        batches=batches,
     )
 
 

@@ -38,6 +38,9 @@ class QuantLinear(nn.Module):
     global_scale: Tensor | None
     input_scale: Tensor | None
 
+    #: T5's feed-forward layers ask for its dtype, and take no tensor for an answer.
+    weight = None
+
     def __init__(
         self,
         q: QTensor,

@@ -11,7 +11,7 @@ quantization, on any architecture, and only one block's intermediate tensors are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import model as models
+from quantkit.batches import Batch, model_inputs, rows
 from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
@@ -39,43 +40,54 @@ class _Call:
 
 
 class Spine:
-    """A decoder as a sequence of blocks that can be run one at a time.
+    """A list of blocks that can be run one at a time.
 
     Args:
-        model: a causal language model whose decoder is a list of blocks.
-        prefix: the name of that list, where it is known; found among plain linear layers else.
+        model: has one such list, or an encoder's and a decoder's.
+        before: the spine of the encoder, for the decoder's; see `find_spines`.
     """
 
-    def __init__(self, model: PreTrainedModel, prefix: str | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, before: Spine | None = None) -> None:
+        stacks = models.find_stacks(model)
         self.model = model
-        if prefix is None:
-            self.prefix, self.blocks = models.find_blocks(model)
-        else:
-            blocks = model.get_submodule(prefix)
-            assert isinstance(blocks, nn.ModuleList)
-            self.prefix, self.blocks = prefix, blocks
-        self._calls: dict[tuple[int, int], _Call] = {}  # (block, batch size) → call
+        self.before = before
+        #: Index of the first block, counted through all lists.
+        self.first = 0 if before is None else before.first + len(before.blocks)
+        self.prefix, self.blocks = stacks[0 if before is None else 1]
+        # A decoder's blocks are passed what the encoder made of a batch: calls are a batch's own.
+        # With one list they depend on nothing but the number of rows.
+        self._alike = len(stacks) == 1
+        self._calls: dict[tuple[int, int], _Call] = {}  # (block, rows or batch) → call
         self._returns_tuple = False
+        self._extras = 0  # what blocks return beside hidden states
+        self._learned = False
 
-    def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
+    def embed(self, batches: Sequence[Batch], encoded: Sequence[Tensor] = ()) -> list[Tensor]:
         """Hidden states in front of block 0.
 
         Args:
-            batches: token ids int64 ``[B, T]``.
+            batches: token ids int64 ``[B, T]``, or a model's inputs by name.
+            encoded: for each batch the hidden states behind the last block of ``before``.
 
         Returns:
             one ``[B, T, hidden]`` a batch, in the model's dtype.
         """
         hidden: list[Tensor] = []
-        for ids in batches:
-            first = (0, ids.shape[0]) not in self._calls
+        for number, batch in enumerate(batches):
+            key = rows(batch) if self._alike else number
+            first = (0, key) not in self._calls
+            # What the first block makes beside hidden states, later ones are passed (T5's biases).
+            extras: list[Any] = [None] * self._extras
+            run_first = self.blocks[0].forward
 
             def record(
                 index: int,
                 args: tuple[Any, ...],
                 kwargs: dict[str, Any],
                 first: bool = first,
-                rows: int = ids.shape[0],
+                key: int = key,
+                extras: list[Any] = extras,
+                run_first: Callable[..., Any] = run_first,
             ) -> Any:
                 rest = dict(kwargs)
                 x = args[0] if args else rest.pop("hidden_states")
@@ -83,23 +95,27 @@ class Spine:
                     hidden.append(x)
                 if not first:
                     raise _Stop
-                self._calls[index, rows] = _Call(tuple(args[1:]), rest)
+                self._calls[index, key] = _Call(tuple(args[1:]), rest)
                 if index == len(self.blocks) - 1:
                     raise _Stop
-                return (x,) if self._returns_tuple else x
+                if index == 0 and self._extras:
+                    extras[:] = run_first(*args, **kwargs)[1:]
+                return self._made(x, extras)
 
-            if not self._calls:
-                self._learn_return_type(ids[:1, : min(ids.shape[1], 8)])
-            with self._replaced_blocks(record):
-                self._forward(ids)
+            with self._encoder_skipped(encoded[number] if encoded else None):
+                if not self._learned:
+                    self._learn_return_type(batch)
+                    extras[:] = [None] * self._extras
+                with self._replaced_blocks(record):
+                    self._forward(batch)
         return hidden
 
     def calls(self, block: int, hidden: Sequence[Tensor]) -> list[Callable[[], Tensor]]:
         """For each batch, a function that runs the block on it."""
         module = self.blocks[block]
 
-        def bind(x: Tensor) -> Callable[[], Tensor]:
-            call = self._calls[block, x.shape[0]]
+        def bind(number: int, x: Tensor) -> Callable[[], Tensor]:
+            call = self._calls[block, x.shape[0] if self._alike else number]
 
             def run() -> Tensor:
                 out = module(x, *call.args, **call.kwargs)
@@ -107,19 +123,13 @@ class Spine:
 
             return run
 
-        return [bind(x) for x in hidden]
+        return [bind(i, x) for i, x in enumerate(hidden)]
 
-    def head_inputs(self, batches: Sequence[Tensor], hidden: Sequence[Tensor]) -> Iterator[Tensor]:
-        """What the output head sees, from the hidden states behind the last block."""
-        for ids, x in zip(batches, hidden, strict=True):
-
-            def skip(
-                index: int, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor = x
-            ) -> Any:
-                return (x,) if self._returns_tuple else x
-
-            with self._replaced_blocks(skip):
-                yield head_input(self.model, ids)
+    def head_inputs(self, batches: Sequence[Batch], hidden: Sequence[Tensor]) -> Iterator[Tensor]:
+        """What `head_input` gives, from the hidden states behind the last block."""
+        for batch, x in zip(batches, hidden, strict=True):
+            with self._skipped(x):
+                yield head_input(self.model, batch)
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """The model's logits ``[B, T, vocab]`` from the hidden states behind the last block.
@@ -130,31 +140,50 @@ class Spine:
             ids: token ids int64 ``[B, T]``; only their shape matters.
             hidden: ``[B, T, hidden]``.
         """
-
-        def skip(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return (hidden,) if self._returns_tuple else hidden
-
-        with self._replaced_blocks(skip):
+        with self._skipped(hidden):
             logits: Tensor = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits
         return logits
 
-    def _forward(self, ids: Tensor) -> None:
+    def _made(self, x: Tensor, extras: Sequence[Any]) -> Any:
+        """Hidden states in the form in which a block returns them."""
+        return (x, *extras) if self._returns_tuple else x
+
+    def _forward(self, batch: Batch) -> None:
         try:
             with torch.no_grad():
-                self.model(input_ids=ids.to(self.model.device), use_cache=False)
+                self.model(**model_inputs(self.model, batch))
         except _Stop:
             pass
 
-    def _learn_return_type(self, ids: Tensor) -> None:
+    def _learn_return_type(self, batch: Batch) -> None:
         def look(_: nn.Module, __: Any, out: Any) -> None:
             self._returns_tuple = isinstance(out, tuple)
+            self._extras = len(out) - 1 if isinstance(out, tuple) else 0
+            self._learned = True
             raise _Stop
 
+        if isinstance(batch, Tensor) and self._alike:
+            batch = batch[:1, : min(batch.shape[1], 8)]
         hook = self.blocks[0].register_forward_hook(look)
         try:
-            self._forward(ids)
+            self._forward(batch)
         finally:
             hook.remove()
+
+    @contextmanager
+    def _skipped(self, hidden: Tensor | None) -> Iterator[None]:
+        """While active, every block, the encoder's included, gives these hidden states, or its
+        own input back."""
+
+        def skip(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x = hidden if hidden is not None else args[0] if args else kwargs["hidden_states"]
+            return self._made(x, [None] * self._extras)
+
+        with self._encoder_skipped(None), self._replaced_blocks(skip):
+            yield
+
+    def _encoder_skipped(self, hidden: Tensor | None) -> AbstractContextManager[None]:
+        return nullcontext() if self.before is None else self.before._skipped(hidden)
 
     @contextmanager
     def _replaced_blocks(
@@ -176,11 +205,25 @@ class Spine:
                     block.forward = forward
 
 
-def head_input(model: PreTrainedModel, ids: Tensor, *, graph: bool = False) -> Tensor:
-    """The hidden states ``[B, T, hidden]`` that the output head sees for token ids ``[B, T]``.
+def find_spines(model: PreTrainedModel) -> list[Spine]:
+    """A model's lists of blocks in the order in which they run."""
+    spines = [Spine(model)]
+    if len(models.find_stacks(model)) == 2:
+        spines.append(Spine(model, spines[0]))
+    return spines
 
-    With ``graph``, gradients go back from there to whatever asks for them.
+
+def head_input(model: PreTrainedModel, batch: Batch, *, graph: bool = False) -> Tensor:
+    """The hidden states ``[B, T, hidden]`` that the output head sees for a batch.
+
+    An encoder's are its last ones. With ``graph``, gradients go back from there to whatever asks
+    for them.
     """
+    inputs = model_inputs(model, batch)
+    if models.family_of(model.config) is models.FAMILIES["encoder"]:
+        with torch.set_grad_enabled(graph):
+            states: Tensor = model.base_model(**inputs).last_hidden_state
+        return states
     caught: list[Tensor] = []
 
     def catch(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -190,7 +233,7 @@ def head_input(model: PreTrainedModel, ids: Tensor, *, graph: bool = False) -> T
     hook = model.get_output_embeddings().register_forward_pre_hook(catch)
     try:
         with torch.set_grad_enabled(graph):
-            model(input_ids=ids.to(model.device), use_cache=False)
+            model(**inputs)
     except _Stop:
         pass
     finally:

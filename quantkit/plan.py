@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from quantkit import model as models
 from quantkit.algorithms import ROTATE, SOLVERS
@@ -21,9 +22,14 @@ from quantkit.recipe import Recipe, Step
 from quantkit.rotation import PlannedRotation, plan_rotation
 from quantkit.schemes import Granularity, QuantSpec, Scheme
 from quantkit.steps import check_trainable, layer_steps, one_refiner
+from quantkit.support import check_family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+#: What recipes call the output head.
+HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -217,11 +223,16 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
         UsageError: a group that does not divide a layer, a pattern that matches nothing, an
             algorithm chain that cannot run, or nothing to quantize.
     """
-    prefix, blocks = models.find_blocks(model)
-    caches = () if recipe.kv_cache is None else _caches(model, prefix, len(blocks))
-    head = models.head_name(model)
+    stacks = models.find_stacks(model)
+    numbers = models.block_numbers(model)
+    blocks = [block for _, stack in stacks for block in stack]
+    caches = () if recipe.kv_cache is None else _caches(model, stacks)
+    encoder = models.family_of(model.config) is models.FAMILIES["encoder"]
+    head = None if encoder else models.head_name(model)
     linears = models.linear_layers(model)
-    unmatched = recipe.unmatched(linears)
+    # Recipes call every architecture's output head lm_head, and encoders have none.
+    kept_head = HEAD in recipe.keep and HEAD not in linears
+    unmatched = [p for p in recipe.unmatched(linears) if not (p == HEAD and kept_head)]
     if unmatched:
         raise UsageError(
             f"pattern {unmatched[0]!r} matches no layer",
@@ -229,8 +240,8 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
         )
     layers, kept, refiners = [], [], {}
     for name, module in linears.items():
-        block = _block_of(name, prefix)
-        scheme = recipe.scheme_for(name)
+        block = models.block_of(name, numbers)
+        scheme = None if name == head and kept_head else recipe.scheme_for(name)
         # What lies outside of the decoder (a vision tower, say) never meets its traffic.
         if scheme is None or (block is None and name != head):
             kept.append(name)
@@ -250,6 +261,7 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
         raise UsageError("the recipe keeps every layer: nothing to quantize")
     # Refused before any work, not at the first static layer.
     Candidates.of(recipe.calibrate.observer.name, recipe.calibrate.observer.options)
+    check_family(model, layers)
     folds, unscaled = _plan_folds(model, layers)
     scaled = {name: fold.steps for fold in folds for name in fold.consumers}
     rotation = plan_rotation(recipe, model, [layer.name for layer in layers])
@@ -268,6 +280,8 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
     element = torch.finfo(next(model.parameters()).dtype).bits // 8
     width = max(layer.shape[1] for layer in layers)
     hidden = models.embedding_shape(model)[1]
+    if models.family_of(model.config).stacks == 2:
+        hidden *= 3  # the encoder's outputs stay beside the decoder's hidden states
     original = sum(layer.weights * element for layer in layers)
     if unties and quantized_head:
         original -= next(x.weights * element for x in layers if x.name == head)
@@ -307,26 +321,24 @@ def layer_bits(layer: PlannedLayer, model_dtype_bits: int = 16) -> int:
     return bits
 
 
-def _caches(model: PreTrainedModel, prefix: str, blocks: int) -> tuple[str, ...]:
+def _caches(
+    model: PreTrainedModel, stacks: Sequence[tuple[str, Sequence[nn.Module]]]
+) -> tuple[str, ...]:
     """The attention modules of the decoder.
 
     Raises:
         UsageError: there is not exactly one in each block.
     """
+    prefix, blocks = stacks[-1]
     found = tuple(find_attentions(model, prefix))
-    if [_block_of(name, prefix) for name in found] != list(range(blocks)):
+    inside = [models.block_of(name, {prefix: 0}) for name in found]
+    if len(stacks) > 1 or inside != list(range(len(blocks))):
         raise UsageError(
-            f"kv_cache: {len(found)} modules with a key-value cache were found in {blocks} blocks, "
-            "and each block needs one",
+            f"kv_cache: {len(found)} modules with a key-value cache were found in {len(blocks)} "
+            "blocks, and each block needs one",
             remedy="drop the key",
         )
     return found
-
-
-def _block_of(name: str, prefix: str) -> int | None:
-    if not name.startswith(prefix + "."):
-        return None
-    return int(name[len(prefix) + 1 :].split(".", 1)[0])
 
 
 def _check_fits(name: str, shape: tuple[int, int], scheme: Scheme) -> None:
@@ -380,11 +392,5 @@ def _plan_folds(
 
 
 def _weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the parameters and persistent buffers, a tied head once."""
-    head = models.head_name(model)
-    tied = f"{head}.weight" if models.is_tied(model) else None
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for name, tensor in model.state_dict().items()
-        if name != tied
-    )
+    """Bytes of the parameters and persistent buffers, a tied tensor once."""
+    return sum(t.numel() * t.element_size() for t in models.stored_tensors(model).values())

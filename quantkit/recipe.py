@@ -21,6 +21,8 @@ The format, with every key (only ``scheme`` is required)::
       seed: 0
       chat_template: true
       observer: {percentile: {p: 99.99}}
+      min_expert_tokens: 1                       # of a mixture of experts; fewer is an error
+      all_experts: false                         # true: experts are calibrated on every token
     suites: [support_intent]
     gate: {kl.mean: {max: 0.05}}                 # checked by the gate, which owns its words
 
@@ -55,7 +57,10 @@ KV_CACHES: dict[str, QuantSpec] = {
 _RECIPE_KEYS = (
     "model", "scheme", "algorithm", "keep", "rules", "kv_cache", "calibrate", "suites", "gate",
 )  # fmt: skip
-_CALIBRATE_KEYS = ("data", "samples", "seq_len", "seed", "chat_template", "observer")
+_CALIBRATE_KEYS = (
+    "data", "samples", "seq_len", "seed", "chat_template", "observer", "min_expert_tokens",
+    "all_experts",
+)  # fmt: skip
 _SOURCE_KEYS = ("path", "weight", "field", "split")
 _RULE_KEYS = ("match", "scheme", "algorithm")
 _SPEC_KEYS = tuple(f.name for f in fields(QuantSpec))
@@ -116,6 +121,8 @@ class Calibration:
         seed: of the sampling.
         chat_template: render conversations with the model's template.
         observer: turns what static activations look like into a range.
+        min_expert_tokens: tokens that a router must send to every expert that is quantized.
+        all_experts: every expert is observed on every token, whatever the router says.
     """
 
     data: tuple[SourceSpec, ...] = ()
@@ -124,6 +131,8 @@ class Calibration:
     seed: int = 0
     chat_template: bool = True
     observer: Step = Step("minmax")
+    min_expert_tokens: int = 1
+    all_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -348,11 +357,13 @@ def _calibrate(node: Node, known_observers: Options | None) -> Calibration:
     given: dict[str, Any] = {}
     if "data" in keys:
         given["data"] = tuple(_source(n) for n in keys["data"].items())
-    for key, least in (("samples", 1), ("seq_len", 2), ("seed", 0)):
+    wholes = (("samples", 1), ("seq_len", 2), ("seed", 0), ("min_expert_tokens", 1))
+    for key, least in wholes:
         if key in keys:
             given[key] = keys[key].whole(least)
-    if "chat_template" in keys:
-        given["chat_template"] = keys["chat_template"].truth()
+    for key in ("chat_template", "all_experts"):
+        if key in keys:
+            given[key] = keys[key].truth()
     if "observer" in keys:
         steps = _steps(keys["observer"], "observer", known_observers)
         if len(steps) != 1:

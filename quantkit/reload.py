@@ -75,6 +75,7 @@ def check_reload(folder: Path, runtime: Runtime, probe: Probe, device: str) -> N
                     "report it",
                 )
     if runtime.decoder is not None:
+        assert isinstance(probe.ids, torch.Tensor)  # the decoder reads tokens alone
         ids = probe.ids[0].tolist()
         runner = PagedRunner(runtime.decoder, pages_for(len(ids)))
         [states] = runner.states([Work(PagedSequence(), ids)])

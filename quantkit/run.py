@@ -56,9 +56,11 @@ def _execute(prepared: Prepared, reporter: Reporter) -> Outcomes:
         calibrated = calibrate(
             source,
             plan,
-            CalibrationData(prepared.tokens.ids, prepared.tokens.hash) if prepared.tokens else None,
+            _data(prepared),
             work,
             observer=job.recipe.calibrate.observer,
+            min_expert_tokens=job.recipe.calibrate.min_expert_tokens,
+            all_experts=job.recipe.calibrate.all_experts,
             resume=job.resume,
             release=True,
             progress=progress,
@@ -80,6 +82,11 @@ def _execute(prepared: Prepared, reporter: Reporter) -> Outcomes:
         raise
     empty_work(work)
     return outcomes
+
+
+def _data(prepared: Prepared) -> CalibrationData | None:
+    tokens = prepared.tokens
+    return None if tokens is None else CalibrationData(tokens.ids, tokens.hash, prepared.batches)
 
 
 def _judge(

@@ -21,6 +21,7 @@ LAYERS = (
         *("input_range", "kv_cache", "steps"),
         *("data", "model", "folding", "plan", "paused", "quantize", "reference", "collector"),
         *("rescale", "rotation", "work", "calibrate", "fisher", "distill"),
+        *("batches", "inputs", "routing", "support"),
         *("gradients", "curvature", "ablation", "mixture", "measurement"),
         "checkpoint",
     },

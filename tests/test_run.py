@@ -207,7 +207,7 @@ def test_a_held_out_text_that_cannot_be_used_is_refused_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("quantkit.job.load_tokens", not_reached)
+    monkeypatch.setattr("quantkit.job.load_inputs", not_reached)
     recipe = write_recipe(tmp_path, "w8a16", "  kl.mean: {max: 0.5}\n")
     short, binary = tmp_path / "short.txt", tmp_path / "binary.txt"
     short.write_text("too short")
@@ -325,7 +325,7 @@ def test_a_baseline_of_something_else_is_refused_before_any_work(
     change(results)
     changed = tmp_path / "baseline.json"
     changed.write_text(json.dumps(results))
-    monkeypatch.setattr("quantkit.job.load_tokens", not_reached)
+    monkeypatch.setattr("quantkit.job.load_inputs", not_reached)
     code, out = calibrate(tmp_path, tiny, traffic, text, recipe, "--baseline", str(changed), *argv)
     assert code == 5
     err = capfd.readouterr().err

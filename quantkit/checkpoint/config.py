@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,26 +83,39 @@ def format_name(scheme: Scheme) -> str:
 
 
 def build_config(
-    layers: Mapping[str, Scheme], linears: Sequence[str], kv: QuantSpec | None = None
+    layers: Mapping[str, Scheme],
+    linears: Sequence[str],
+    kv: QuantSpec | None = None,
+    on_disk: Callable[[str], str] = str,
 ) -> dict[str, Any]:
     """``quantization_config`` for config.json.
 
+    Layers are named as in memory, which transformers looks for, and as on disk where that is
+    another name, which vLLM looks for.
+
     Args:
         layers: every quantized layer's name and scheme.
-        linears: the names of every linear layer of the model; those that are not quantized
-            are listed in ``ignore``.
+        linears: the names of every linear layer of the model, routers included; those that are
+            not quantized are listed in ``ignore``.
         kv: spec of the KV cache.
+        on_disk: a module's name on disk by its name in memory.
     """
     distinct: dict[tuple[QuantSpec, QuantSpec | None], list[str]] = {}
-    for name, scheme in layers.items():
+    # transformers gives fused experts the scheme of the first group that names layers.
+    for name in sorted(layers, key=lambda name: ".experts." not in name):
+        scheme = layers[name]
         distinct.setdefault((scheme.weight, scheme.input), []).append(name)
+
+    def both(names: Sequence[str]) -> list[str]:
+        return list(dict.fromkeys(x for name in names for x in (name, on_disk(name))))
+
     groups = {}
     formats = set()
     for i, ((weight, inputs), names) in enumerate(distinct.items()):
         fmt = format_name(Scheme("", weight, inputs))
         formats.add(fmt)
         groups[f"group_{i}"] = QuantizationScheme(
-            targets=["Linear"] if len(distinct) == 1 else names,
+            targets=["Linear"] if len(distinct) == 1 else both(names),
             weights=to_args(weight),
             input_activations=to_args(inputs) if inputs else None,
             format=fmt,
@@ -113,7 +126,7 @@ def build_config(
         kv_cache_scheme=to_args(kv) if kv else None,
         format=formats.pop() if len(formats) == 1 else "mixed-precision",
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=[name for name in linears if name not in layers],
+        ignore=both([name for name in linears if name not in layers]),
     )
     return config.to_dict()
 

@@ -33,6 +33,15 @@ SHARD_BYTES = 5 * 1000**3
 
 MANIFEST = "quantkit.json"
 
+#: What an original has beside weights and tokenizer: how images and audio are read, and how an
+#: embedding model pools (sentence-transformers).
+_BESIDE = (
+    "*processor_config.json",
+    "modules.json",
+    "*sentence*.json",
+    "*_Pooling/config.json",
+)
+
 
 def write_checkpoint(
     folder: Path,
@@ -72,7 +81,8 @@ def write_checkpoint(
     tensors = _state(source.model, plan, layers)
     for name, found in caches.items():
         scales = found.scales(source.model.dtype)
-        tensors.update({f"{name}.{side}": scale for side, scale in scales.items()})
+        stem = models.disk_module(source.model, name)
+        tensors.update({f"{stem}.{side}": scale for side, scale in scales.items()})
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     _check_size(size, plan, len(tensors))
     with guarded_disk(folder):
@@ -81,16 +91,24 @@ def write_checkpoint(
         config = source.model.config.to_dict()
         config["quantization_config"] = build_config(
             {layer.name: layer.scheme for layer in plan.layers},
-            list(models.linear_layers(source.model)),
+            [*models.linear_layers(source.model), *models.routers(source.model)],
             plan.kv,
+            on_disk=lambda name: models.disk_module(source.model, name),
         )
-        config["tie_word_embeddings"] = models.is_tied(source.model)
+        for part in (config, config.get("text_config", {})):
+            if part is config or "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = models.is_tied(source.model)
         config["dtype"] = str(source.model.dtype).removeprefix("torch.")
         config.pop("_name_or_path", None)
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        if source.model.generation_config is not None:
-            source.model.generation_config.save_pretrained(folder)
+        generation = getattr(source.model, "generation_config", None)  # encoders have none
+        if generation is not None:
+            generation.save_pretrained(folder)
         source.tokenizer.save_pretrained(folder)
+        for pattern in _BESIDE:
+            for path in source.folder.glob(pattern):
+                (folder / path.relative_to(source.folder)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, folder / path.relative_to(source.folder))
         if len(index) > 1:
             listing = {name: file for file, names in index.items() for name in names}
             document = {"metadata": {"total_size": size}, "weight_map": listing}
@@ -233,21 +251,20 @@ def guarded_disk(folder: Path | None) -> Iterator[None]:
 def _state(
     model: PreTrainedModel, plan: Plan, layers: Mapping[str, QuantizedLayer]
 ) -> dict[str, Tensor]:
-    """Every tensor of the export, in the model's order; tied weights once."""
+    """Every tensor of the export by its name on disk, in the model's order; tied weights once."""
     planned = {layer.name: layer for layer in plan.layers}
-    head = models.head_name(model)
-    tied = models.is_tied(model)
     tensors: dict[str, Tensor] = {}
-    for key, value in model.state_dict().items():
+    for key, value in models.stored_tensors(model).items():
         module, _, leaf = key.rpartition(".")
-        if tied and module == head and leaf == "weight":
-            continue
         if module in planned and leaf == "weight":
             layer = layers[module]
             on_disk = to_disk(layer.qtensor, planned[module].scheme, layer.input_scale)
-            tensors.update({f"{module}.{name}": t for name, t in on_disk.items()})
+            stem = models.disk_module(model, module)
+            tensors.update({f"{stem}.{name}": t for name, t in on_disk.items()})
         else:
-            tensors[key] = value.contiguous()
+            # One matrix of fused experts is a view, and would be stored with all of them.
+            whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+            tensors[models.disk_name(model, key)] = value.contiguous() if whole else value.clone()
     return tensors
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +13,7 @@ import typer
 from quantkit.cli.kernels import Kernels, KernelsOption
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from quantkit.recipe import Recipe
     from quantkit.run import Outcomes, Prepared
@@ -188,8 +190,7 @@ def _show_plan(prepared: Prepared) -> None:
             f"{bits:.3f}",
         )
     console.print(table)
-    kept = ", ".join(plan.kept[:3]) + (f" and {len(plan.kept) - 3} more" if plan.kept[3:] else "")
-    console.print(f"kept as they are   {kept or 'none'}")
+    console.print(f"kept as they are   {_kept(plan.kept) or 'none'}")
     if plan.rotation is not None:
         what = ["the residual stream"] if plan.rotation.residual else []
         what += ["the heads' values"] if plan.rotation.heads else []
@@ -229,6 +230,13 @@ def _show_plan(prepared: Prepared) -> None:
         for check in prepared.preflight:
             if check.message:
                 console.print(f"[yellow]warning[/yellow]: {check.message}")
+
+
+def _kept(names: Sequence[str]) -> str:
+    """Layers in the model's dtype; those of a list of blocks, such as a vision tower, as one."""
+    parts = Counter(re.split(r"\.\d+\.", name, maxsplit=1)[0] for name in names)
+    listed = [f"{part} ({n} layers)" if n > 1 else part for part, n in parts.items()]
+    return ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if listed[6:] else "")
 
 
 def _by_reason(unscaled: Mapping[str, str]) -> dict[str, list[str]]:

@@ -293,10 +293,12 @@ def _with_noise_floor(
 
 
 def _load(source: str, kernels: str, device: str) -> Runtime:
+    from quantkit import model as models
     from quantkit.models.load import load_runtime
 
     typer.echo(f"loading {source}", err=True)
     runtime = load_runtime(source, kernels=kernels, device=device)
+    models.require_logits(runtime.model.config, "quantkit eval scores")
     if runtime.fallback:
         typer.echo(f"in transformers' modules: {runtime.fallback}", err=True)
     return runtime

@@ -112,6 +112,7 @@ def _sensitivity(request: Request) -> Sensitivity:
     from quantkit.job import suite_traffic
     from quantkit.measurement import measure_sensitivity, origin
     from quantkit.mixture import CANDIDATES, candidate
+    from quantkit.support import check_measurable
 
     if request.solver not in SOLVERS:
         raise UsageError(
@@ -121,6 +122,7 @@ def _sensitivity(request: Request) -> Sensitivity:
     for label in schemes:
         candidate(label)  # a mistake in a name costs nothing yet
     source = models.load_source(request.model)
+    check_measurable(source.model)
     tokens = load_tokens(
         [
             Source(str(suite_traffic(path[6:])) if path.startswith("evals:") else path)

@@ -91,7 +91,7 @@ def load_tokens(
 
     Args:
         sources: at least one.
-        tokenizer: a transformers tokenizer with an end-of-text token.
+        tokenizer: a transformers tokenizer with an end-of-text or separator token.
         samples: windows wanted.
         seq_len: tokens a window.
         seed: of the shuffle within each source.
@@ -109,7 +109,9 @@ def load_tokens(
     for name, value in (("samples", samples), ("seq_len", seq_len)):
         if value < 1:
             raise UsageError(f"calibrate.{name} {value} is below 1")
-    if tokenizer.eos_token_id is None:
+    # An encoder's texts end with a separator.
+    end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    if end is None:
         raise UsageError(
             "the tokenizer has no end-of-text token, so documents cannot be told apart",
             remedy="set eos_token in its tokenizer_config.json",
@@ -124,7 +126,7 @@ def load_tokens(
         [corpora[i].source.weight for i in order],
         samples=samples,
         seq_len=seq_len,
-        eos=tokenizer.eos_token_id,
+        eos=end,
     )
     if not len(packed.ids):
         held = sum(use.read for use in packed.uses)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from quantkit import model as models
 from quantkit.evals.token_tree import TreeRow
 from quantkit.models.decoder import Decoder
 from quantkit.models.paged import PagedRunner, PagedSequence, Work, pages_for
@@ -81,7 +82,12 @@ class Forward(Protocol):
 
 
 def make_forward(runtime: Runtime) -> Forward:
-    """The native decoder's forward pass, or transformers' modules'."""
+    """The native decoder's forward pass, or transformers' modules'.
+
+    Raises:
+        UsageError: the model predicts no next tokens.
+    """
+    models.require_logits(runtime.model.config, "quantkit eval scores")
     if runtime.decoder is not None:
         return DecoderForward(runtime.decoder)
     return ModuleForward(runtime.model)

@@ -27,6 +27,8 @@ from quantkit.ops.decoder import CacheScales
 from quantkit.results import read_json
 from quantkit.schemes import DType, QuantSpec, Scheme
 
+CAUSAL = models.FAMILIES["causal"]
+
 #: How a model computes; what came of it is part of every results file's fingerprint.
 KERNELS: Mapping[str, str] = MappingProxyType(
     {
@@ -70,7 +72,9 @@ def load_runtime(
         runtime = _load_quantized(path, raw, layers, device, dtype)
     if kernels in ("modules", "reference"):
         return _in_modules(runtime, f"--kernels {kernels} was asked for")
-    reason = why_not(runtime.model)
+    family = models.family_of(runtime.model.config)
+    reason = f"the native decoder runs no {family.title}" if family is not CAUSAL else None
+    reason = reason or why_not(runtime.model)
     if reason is not None:
         return _in_modules(runtime, reason)
     decoder = build_decoder(
@@ -129,14 +133,16 @@ def _load_quantized(
     folder: Path, raw: Mapping[str, Any], kernels: str, device: str, dtype: torch.dtype | str
 ) -> Runtime:
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer, GenerationConfig
 
     config = models.load_config(folder, str(folder))
     del config.quantization_config
     wanted = config.dtype if dtype == "auto" else dtype
     wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted or torch.float32
     with models.quiet_transformers(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
+        auto = models.auto_class(config)
+        model = auto.from_config(config, dtype=wanted, trust_remote_code=False)
+        models.linearize(model)
     schemes = read_config(raw, list(models.linear_layers(model)))
     if not schemes:
         raise QuantkitError(f"{folder}: the quantization_config matches no layer of the model")
@@ -213,8 +219,8 @@ def _fill(
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118 - not a mapping
-                    tensor = file.get_tensor(key)
+                for on_disk, key in models.memory_names(model, file.keys()).items():
+                    tensor = file.get_tensor(on_disk)
                     size += tensor.numel() * tensor.element_size()
                     module, _, leaf = key.rpartition(".")
                     if module in parts:

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from quantkit import model as models
+from quantkit.batches import random_batch
 from quantkit.checkpoint.write import MANIFEST
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.paused import head_input
 from quantkit.results import read_json
 
 
@@ -68,9 +70,13 @@ def verify_reload(folder: Path, *, kernels: str = "native") -> list[Finding]:
             + ("" if planned == loaded else f", the manifest names {len(planned)}"),
         )
     ]
-    logits = runtime.logits(range(1, 9))
-    finite = bool(torch.isfinite(logits).all())
-    findings.append(Finding("forward", finite, "finite logits" if finite else "NaN or infinity"))
+    if models.family_of(runtime.model.config).logits:
+        what, out = "logits", runtime.logits(range(1, 9))
+    else:
+        with torch.no_grad():
+            what, out = "hidden states", head_input(runtime.model, random_batch(runtime.model, 8))
+    finite = bool(torch.isfinite(out).all())
+    findings.append(Finding("forward", finite, f"finite {what}" if finite else "NaN or infinity"))
     wanted = runtime.manifest.get("bits_per_weight")
     if wanted is not None:
         close = math.isclose(runtime.bits_per_weight, wanted, rel_tol=0.01)

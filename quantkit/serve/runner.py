@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from quantkit import model as models
 from quantkit.models.paged import PagedRunner, PagedSequence, pages_for
 from quantkit.models.paged import Work as PagedWork
 from quantkit.serve.kv_cache import KVCache
@@ -63,7 +64,12 @@ class Runner(Protocol):
 
 
 def make_runner(runtime: Runtime, kv_tokens: int) -> Runner:
-    """The native decoder with pages for so many tokens, or transformers' modules."""
+    """The native decoder with pages for so many tokens, or transformers' modules.
+
+    Raises:
+        UsageError: the model predicts no next tokens.
+    """
+    models.require_logits(runtime.model.config, "quantkit serve samples")
     if runtime.decoder is not None:
         return DecoderRunner(runtime.decoder, kv_tokens)
     return ModuleRunner(runtime.model)

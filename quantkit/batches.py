@@ -1,0 +1,97 @@
+"""What the forward passes of calibration read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from quantkit import model as models
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Token ids int64 ``[B, T]``, or a model's inputs by name where there are others beside them.
+Batch = Tensor | Mapping[str, Tensor]
+
+#: Tokens of one paused forward pass. Large enough for the matrix products to run at their
+#: full rate, small enough that a pass's temporaries are a few tens of MB.
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Token ids int64 ``[samples, seq_len]`` and their content hash.
+
+    ``batches`` stand in for the windows of a model that reads more than tokens.
+    """
+
+    ids: Tensor
+    hash: str
+    batches: Sequence[Batch] = ()
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A batch, token ids ``[1, T]`` as a rule, and what the quantized model's head sees for it
+    ``[1, T, hidden]``: what a reloaded checkpoint must reproduce."""
+
+    ids: Batch
+    head_input: Tensor
+
+
+def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """The arguments of a model's forward pass over a batch.
+
+    An encoder–decoder given plain token windows reads the first half of each and predicts the
+    second, as T5's prefix language model does (Raffel et al., "Exploring the Limits of Transfer
+    Learning", section 3.2.1).
+    """
+    family = models.family_of(model.config)
+    if not isinstance(batch, Tensor):
+        inputs = dict(batch)
+    elif family.stacks == 2:
+        half = batch.shape[1] // 2
+        start = torch.full_like(batch[:, :1], model.config.decoder_start_token_id or 0)
+        inputs = {
+            "input_ids": batch[:, :half],
+            "decoder_input_ids": torch.cat([start, batch[:, half:-1]], dim=1),
+        }
+    else:
+        inputs = {"input_ids": batch}
+    arguments: dict[str, Any] = {name: x.to(model.device) for name, x in inputs.items()}
+    if family is not models.FAMILIES["encoder"]:
+        arguments["use_cache"] = False
+    return arguments
+
+
+def rows(batch: Batch) -> int:
+    """B: how many sequences a batch holds."""
+    return len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
+
+
+def cut_batches(ids: Tensor | None) -> list[Tensor]:
+    """Windows ``[samples, seq_len]`` cut into batches of about `BATCH_TOKENS`.
+
+    The first batch is one window: layers are traced on it, and the reloaded checkpoint is
+    run on it in exactly the same shapes.
+    """
+    if ids is None:
+        return []
+    rest = list(ids[1:].split(max(1, BATCH_TOKENS // ids.shape[1]))) if len(ids) > 1 else []
+    return [ids[:1], *rest]
+
+
+def random_batch(model: PreTrainedModel, length: int = 64) -> Batch:
+    """A batch of random tokens ``[1, length]``, with silence for a model that reads audio."""
+    vocabulary = models.embedding_shape(model)[0]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (1, length), generator=generator)
+    if not models.family_of(model.config).audio:
+        return ids
+    frames = 2 * model.config.max_source_positions
+    features = torch.zeros(1, model.config.num_mel_bins, frames, dtype=model.dtype)
+    return {"input_features": features, "decoder_input_ids": ids}
