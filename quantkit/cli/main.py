@@ -22,6 +22,7 @@ from quantkit.cli import (
     calibrate,
     doctor,
     eval,
+    export,
     gate,
     inspect,
     report,
@@ -46,6 +47,7 @@ app.command("serve")(serve.command)
 app.add_typer(bench.app, name="bench")
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
+app.command("export")(export.command)
 app.command("report")(report.command)
 app.command("doctor")(doctor.command)
 
