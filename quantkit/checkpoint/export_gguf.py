@@ -6,6 +6,7 @@ llama.cpp, ``convert_hf_to_gguf.py`` and ``src/llama-model.cpp``.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -94,9 +95,9 @@ def write_gguf(source: OpenCheckpoint, path: Path) -> tuple[dict[str, int], Roun
         add_tokenizer(writer, source.folder, config.vocab_size)
         for name, entry in entries.items():
             raw = None if entry.kind == "F32" else gguf.GGMLQuantizationType[entry.kind]
-            dtype, size = (np.float32, 4) if raw is None else (np.uint8, 1)
-            nbytes = int(np.prod(entry.shape)) * size
-            writer.add_tensor_info(name, entry.shape, np.dtype(dtype), nbytes, raw)
+            dtype = np.dtype(np.float32 if raw is None else np.uint8)
+            nbytes = math.prod(entry.shape) * dtype.itemsize
+            writer.add_tensor_info(name, entry.shape, dtype, nbytes, raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -121,21 +122,21 @@ def _entries(
     for layer, scheme in source.schemes.items():
         shape = source.shapes[layer]
         kind = block_type(scheme.weight, shape, layer)
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+        block, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
         rows = _row_order(f"{layer}.weight", source.config, architecture)
         found[_rename(f"{layer}.weight", names)] = _Entry(
             kind,
-            (shape[0], shape[1] // block * size),
+            (shape[0], shape[1] // block * width),
             partial(_blocks, source, layer, rows),
         )
     for key, tensor in source.plain():
         # llama.cpp adds and multiplies vectors in fp32.
         kind = "F32" if tensor.ndim == 1 else _FLOATS[tensor.dtype]
-        shape = tuple(tensor.shape)
+        size = tuple(tensor.shape)
         if kind != "F32":
-            shape = (*shape[:-1], shape[-1] * 2)
+            size = (*size[:-1], size[-1] * 2)
         rows = _row_order(key, source.config, architecture)
-        found[_rename(key, names)] = _Entry(kind, shape, partial(_floats, source, key, rows))
+        found[_rename(key, names)] = _Entry(kind, size, partial(_floats, source, key, rows))
     factors = _rotary_factors(source.config)
     if factors is not None:
         data = factors.numpy()

@@ -130,7 +130,7 @@ def _config(schemes: Mapping[str, Scheme], version: int, ordered: bool) -> dict[
     """``quantization_config``: the commonest spec for all, ``dynamic`` rules for the others."""
     specs = Counter(scheme.weight for scheme in schemes.values())
     usual = specs.most_common(1)[0][0]
-    config = {
+    config: dict[str, Any] = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
         "pack_dtype": "int32",

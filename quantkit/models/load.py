@@ -61,7 +61,8 @@ def load_runtime(
         KernelMissingError: the native library is not built.
     """
     check_target(kernels, device)
-    path, raw = Path(source), None
+    path = Path(source)
+    raw: Mapping[str, Any] | None = None
     if path.suffix != ".gguf" or path.is_dir():
         path = path if path.is_dir() else models.resolve(str(source))
         raw = read_quantization_config(path)
