@@ -90,7 +90,10 @@ class GptqReader:
                 remedy="save the model in version 2 (checkpoint_format: gptq_v2)",
             )
         zero = stored + self.zero_offset
-        return check_symmetric(zero, name, "sym: true") if spec.symmetric else zero
+        if not spec.symmetric:
+            return zero
+        check_symmetric(zero, name, "sym: true")
+        return None
 
 
 def check_symmetric(zero: Tensor, name: str, claim: str) -> None:
