@@ -83,7 +83,7 @@ def calibrate(
     if plan.needs_data and data is None:
         raise UsageError("this recipe calibrates, and there is no data", remedy="give --data FILE")
     observer = observer or Step("minmax")
-    state = {
+    state: dict[str, Any] = {
         "weights": source.weight_hash,
         "plan": plan.digest,
         "data": data.hash if data else None,

@@ -27,6 +27,8 @@ class QuantLinear(nn.Module):
         bias: ``[N]`` or None.
         input_scale: ``[1]``, for static activations.
         kernels: ``native`` or ``reference``.
+        order: int64 ``[K]``: column j of the weight multiplies input ``order[j]``; None where
+            columns lie as the inputs do.
     """
 
     # Buffers are registered by name, so their types are told to the checker here.
@@ -37,6 +39,7 @@ class QuantLinear(nn.Module):
     zero: Tensor | None
     global_scale: Tensor | None
     input_scale: Tensor | None
+    order: Tensor | None
 
     #: T5's feed-forward layers ask for its dtype, and take no tensor for an answer.
     weight = None
@@ -49,6 +52,7 @@ class QuantLinear(nn.Module):
         input_scale: Tensor | None = None,
         *,
         kernels: str = "native",
+        order: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = q.shape
@@ -57,6 +61,7 @@ class QuantLinear(nn.Module):
         self.kernels = kernels
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._keep("input_scale", input_scale)
+        self._keep("order", order)
         if kernels == "reference":
             for name in ("codes", "scale", "zero", "global_scale"):
                 self._keep(name, getattr(q, name))
@@ -79,6 +84,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` → ``[..., N]`` in x's dtype."""
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
         if self.kind == "w8a8":
             return self._int8(x)
         spec = self.scheme.input

@@ -52,7 +52,9 @@ class Spine:
         self.model = model
         self.before = before
         #: Index of the first block, counted through all lists.
-        self.first = 0 if before is None else before.first + len(before.blocks)
+        self.first: int = 0 if before is None else before.first + len(before.blocks)
+        self.prefix: str
+        self.blocks: nn.ModuleList
         self.prefix, self.blocks = stacks[0 if before is None else 1]
         # A decoder's blocks are passed what the encoder made of a batch: calls are a batch's own.
         # With one list they depend on nothing but the number of rows.

@@ -321,9 +321,7 @@ def layer_bits(layer: PlannedLayer, model_dtype_bits: int = 16) -> int:
     return bits
 
 
-def _caches(
-    model: PreTrainedModel, stacks: Sequence[tuple[str, Sequence[nn.Module]]]
-) -> tuple[str, ...]:
+def _caches(model: PreTrainedModel, stacks: Sequence[tuple[str, nn.ModuleList]]) -> tuple[str, ...]:
     """The attention modules of the decoder.
 
     Raises:

@@ -18,6 +18,17 @@ from quantkit.errors import UsageError
 from quantkit.recipe import KV_CACHES
 from quantkit.schemes import SCHEMES, DType, Granularity, QuantSpec, ScaleFormat, Scheme
 
+#: Storage formats that `quantkit.checkpoint.tensors` reads.
+FORMATS = (
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "naive-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+    "mixed-precision",
+)
+
 _SCALE_DTYPES = {
     ScaleFormat.MODEL: None,
     ScaleFormat.E8M0: torch.uint8,
@@ -48,17 +59,25 @@ def from_args(args: QuantizationArgs) -> QuantSpec:
     Raises:
         UsageError: a format that quantkit does not know (such as 6-bit floats).
     """
+    if args.type == "float" and args.num_bits == 8 and args.scale_dtype == torch.uint8:
+        raise UsageError(
+            "MXFP8 (8-bit floats under E8M0 scales): not a format that quantkit runs",
+            remedy="fp8 and fp8-block are",
+        )
     scale = ScaleFormat.MODEL
     if args.type == "float" and args.num_bits == 4:
         scale = ScaleFormat.E8M0 if args.group_size == 32 else ScaleFormat.E4M3
-    strategy = "group" if args.strategy == "tensor_group" else str(args.strategy)
+    # What the library fills in itself is an enum, what a config says is a string.
+    strategy, kind = (getattr(x, "value", x) for x in (args.strategy, args.type))
+    if strategy == "tensor_group":
+        strategy = "group"
     try:
         granularity = Granularity(strategy)
     except ValueError:
         raise UsageError(f"strategy {strategy!r}: not one that quantkit runs") from None
     return QuantSpec(
         bits=args.num_bits,
-        dtype=DType(str(args.type)),
+        dtype=DType(kind),
         granularity=granularity,
         group_size=args.group_size if granularity is Granularity.GROUP else None,
         block=tuple(args.block_structure) if args.block_structure else None,
@@ -139,7 +158,7 @@ def read_config(raw: Mapping[str, Any], linears: Sequence[str]) -> dict[str, Sch
         linears: the names of the model's linear layers.
 
     Raises:
-        UsageError: another quantization method, or a format that quantkit does not run.
+        UsageError: a format that quantkit does not run.
     """
     config = _parse(raw)
     ignored = config.ignore or []
@@ -166,11 +185,7 @@ def read_schemes(raw: Mapping[str, Any]) -> list[Scheme]:
 
 
 def _parse(raw: Mapping[str, Any]) -> QuantizationConfig:
-    if raw.get("quant_method") != "compressed-tensors":
-        raise UsageError(
-            f"quant_method {raw.get('quant_method')!r}: quantkit reads compressed-tensors "
-            "checkpoints"
-        )
+    _check_readable(raw)
     try:
         return QuantizationConfig(**{k: v for k, v in raw.items() if v is not None})
     except Exception as e:  # pydantic's own error types vary with its version
@@ -181,9 +196,13 @@ def _groups(config: QuantizationConfig) -> Iterator[tuple[Scheme, list[str]]]:
     """(scheme, targets) of each group that quantizes weights."""
     for group in config.config_groups.values():
         assert isinstance(group, QuantizationScheme)
-        if group.weights is not None:
-            inputs = from_args(group.input_activations) if group.input_activations else None
-            yield _named(from_args(group.weights), inputs), group.targets
+        if group.weights is None:
+            continue
+        weight = from_args(group.weights)
+        if group.output_activations is not None:
+            raise UsageError("output_activations: quantkit quantizes the inputs of layers only")
+        inputs = _input_spec(group.input_activations) if group.input_activations else None
+        yield named_scheme(weight, inputs), group.targets
 
 
 def read_cache_spec(raw: Mapping[str, Any]) -> QuantSpec | None:
@@ -207,7 +226,42 @@ def read_cache_spec(raw: Mapping[str, Any]) -> QuantSpec | None:
     return spec
 
 
-def _named(weight: QuantSpec, inputs: QuantSpec | None) -> Scheme:
+def _check_readable(raw: Mapping[str, Any]) -> None:
+    """Raise UsageError for what would change a layer's output and is not in its tensors."""
+    groups = raw.get("config_groups") or {}
+    named = [raw.get("format"), *(g.get("format") for g in groups.values() if isinstance(g, dict))]
+    for fmt in named:
+        if fmt is not None and fmt not in FORMATS:
+            raise UsageError(
+                f"format {fmt!r}: not one that quantkit reads",
+                remedy=f"known: {', '.join(FORMATS)}",
+            )
+    if raw.get("transform_config"):
+        raise UsageError(
+            "transform_config: rotations that run at inference are not a format that quantkit runs",
+            remedy="fold them into the weights, as quantkit's own `rotate` does",
+        )
+    sparsity = raw.get("sparsity_config") or {}
+    if sparsity.get("format", "dense") != "dense":
+        raise UsageError(
+            f"sparsity_config {sparsity['format']!r}: quantkit reads dense weights",
+            remedy="save the model without sparse compression",
+        )
+
+
+def _input_spec(args: QuantizationArgs) -> QuantSpec:
+    """The spec of a layer's input. Raises UsageError for one that no kernel rounds."""
+    if args.num_bits != 8 or not args.symmetric or args.dynamic == "local":
+        kind = f"{'symmetric' if args.symmetric else 'asymmetric'} {args.num_bits}-bit"
+        raise UsageError(
+            f"input_activations: {kind} activations are not a format that quantkit runs",
+            remedy="activations are symmetric int8 or fp8",
+        )
+    return from_args(args)
+
+
+def named_scheme(weight: QuantSpec, inputs: QuantSpec | None) -> Scheme:
+    """The row of the scheme table with these specs, or a scheme named after them."""
     for scheme in SCHEMES.values():
         if (scheme.weight, scheme.input) == (weight, inputs):
             return scheme

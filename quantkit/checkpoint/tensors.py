@@ -11,6 +11,7 @@ float-quantized        weight float8_e4m3fn ``[N, K]``, weight_scale; static: in
 nvfp4-pack-quantized   weight_packed uint8 ``[N, K/2]``, weight_scale float8_e4m3fn,
                        weight_global_scale fp32 ``[1]``
 mxfp4-pack-quantized   weight_packed uint8 ``[N, K/2]``, weight_scale uint8 (E8M0)
+any, in groups         weight_g_idx int32 ``[K]`` where GPTQ scattered the groups' columns
 =====================  =====================================================================
 """
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from quantkit import packing
 from quantkit.checkpoint.config import format_name
+from quantkit.checkpoint.layer import LayerTensors, StoredLayer, column_order
 from quantkit.errors import QuantkitError
 from quantkit.numerics import QTensor
 from quantkit.schemes import Granularity, ScaleFormat, Scheme
@@ -52,42 +54,40 @@ def to_disk(q: QTensor, scheme: Scheme, input_scale: Tensor | None) -> dict[str,
 
 def from_disk(
     tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str
-) -> tuple[QTensor, Tensor | None]:
-    """The inverse of `to_disk`: (weight, input scale).
+) -> StoredLayer:
+    """The inverse of `to_disk`.
+
+    A ``weight_g_idx`` (activation order, ``actorder: group``) makes columns move together.
 
     Args:
-        tensors: by local name; ``bias`` and unknown names are ignored.
+        tensors: by local name, without the bias.
         scheme: how the layer is stored.
         shape: ``(out_features, in_features)`` of the layer.
         name: of the layer, for messages.
 
     Raises:
-        QuantkitError: a tensor is missing or has another shape than the layer.
+        QuantkitError: a tensor is missing, unknown, or has another shape than the layer.
+        UsageError: groups of columns that cannot be brought together.
     """
     spec = scheme.weight
-
-    def take(key: str) -> Tensor:
-        if key not in tensors:
-            raise QuantkitError(
-                f"{name}.{key}: missing from the checkpoint",
-                remedy="the file is incomplete; `quantkit verify` names all that is missing",
-            )
-        return tensors[key]
-
-    scale, zero, global_scale = take("weight_scale"), None, None
+    parts = LayerTensors(name, tensors)
+    scale, zero, global_scale = parts.take("weight_scale"), None, None
     try:
-        if format_name(scheme) == "pack-quantized":
-            codes = packing.unpack_int(take("weight_packed"), spec.bits, shape)
+        if spec.scale is not ScaleFormat.MODEL:
+            codes = packing.unpack_fp4(parts.take("weight_packed"))
+            if spec.scale is ScaleFormat.E4M3:
+                global_scale = parts.take("weight_global_scale")
+        elif _is_packed(tensors, scheme):
+            parts.find("weight_shape")
+            codes = packing.unpack_int(parts.take("weight_packed"), spec.bits, shape)
             if not spec.symmetric:
                 rows = (shape[0], spec.scale_shape(shape)[-1])
-                zero = packing.unpack_int(take("weight_zero_point"), spec.bits, rows, dim=0)
-        elif spec.scale is not ScaleFormat.MODEL:
-            codes = packing.unpack_fp4(take("weight_packed"))
-            if spec.scale is ScaleFormat.E4M3:
-                global_scale = take("weight_global_scale")
+                packed = parts.take("weight_zero_point")
+                zero = packing.unpack_int(packed, spec.bits, rows, dim=0)
         else:
-            codes = take("weight")
-            zero = None if spec.symmetric else take("weight_zero_point")
+            codes = parts.take("weight")
+            if not spec.symmetric:
+                zero = parts.take("weight_zero_point").reshape(spec.scale_shape(shape))
     except (RuntimeError, IndexError) as e:
         raise QuantkitError(
             f"{name}: stored with another shape than {list(shape)} ({str(e).splitlines()[0]})"
@@ -96,5 +96,33 @@ def from_disk(
         scale = scale.reshape(spec.scale_shape(shape))
     if tuple(codes.shape) != shape:
         raise QuantkitError(f"{name}: codes {list(codes.shape)} where the layer is {list(shape)}")
-    input_scale = take("input_scale") if scheme.needs_static_input else None
-    return QTensor(codes, scale, zero, spec, global_scale), input_scale
+    input_scale = parts.take("input_scale") if scheme.needs_static_input else None
+    order = None
+    columns = parts.find("weight_g_idx")
+    if columns is not None and spec.granularity is Granularity.GROUP:
+        order = column_order(columns, scale.shape[-1], name)
+    if order is not None:
+        codes = codes[:, order].contiguous()
+    _check_zero_points(parts, spec.symmetric)
+    parts.check_all_read()
+    return StoredLayer(QTensor(codes, scale, zero, spec, global_scale), input_scale, order)
+
+
+def _is_packed(tensors: Mapping[str, Tensor], scheme: Scheme) -> bool:
+    """Whether codes share words. Writers differ: some leave 4-bit codes one a byte, some pack 8-bit
+    ones; where the files do not tell, the scheme does."""
+    if ("weight" in tensors) == ("weight_packed" in tensors):
+        return format_name(scheme) == "pack-quantized"
+    return "weight_packed" in tensors
+
+
+def _check_zero_points(parts: LayerTensors, symmetric: bool) -> None:
+    """Writers of some versions store zero points of symmetric tensors, too: they must be 0."""
+    for key in ("weight_zero_point", "input_zero_point") if symmetric else ("input_zero_point",):
+        found = parts.find(key)
+        if found is not None and found.float().count_nonzero():
+            raise QuantkitError(
+                f"{parts.name}.{key}: holds zero points other than 0, where the config says "
+                "symmetric",
+                remedy="the config does not belong to these tensors",
+            )

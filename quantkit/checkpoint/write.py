@@ -87,7 +87,7 @@ def write_checkpoint(
     _check_size(size, plan, len(tensors))
     with guarded_disk(folder):
         folder.mkdir(parents=True)
-        index = _write_shards(folder, tensors)
+        write_tensors(folder, tensors)
         config = source.model.config.to_dict()
         config["quantization_config"] = build_config(
             {layer.name: layer.scheme for layer in plan.layers},
@@ -109,11 +109,6 @@ def write_checkpoint(
             for path in source.folder.glob(pattern):
                 (folder / path.relative_to(source.folder)).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, folder / path.relative_to(source.folder))
-        if len(index) > 1:
-            listing = {name: file for file, names in index.items() for name in names}
-            document = {"metadata": {"total_size": size}, "weight_map": listing}
-            text = json.dumps(document, indent=2, sort_keys=True) + "\n"
-            (folder / "model.safetensors.index.json").write_text(text)
         manifest = {
             "schema": 1,
             "quantkit": __version__,
@@ -278,8 +273,8 @@ def _check_size(size: int, plan: Plan, count: int) -> None:
         )
 
 
-def _write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Safetensors files of at most `SHARD_BYTES`; returns file → names."""
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Safetensors files of at most `SHARD_BYTES`, and their index where they are several."""
     shards: list[dict[str, Tensor]] = [{}]
     room = SHARD_BYTES
     for name, tensor in tensors.items():
@@ -298,4 +293,9 @@ def _write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, list
         )
         save_file(shard, folder / file, metadata={"format": "pt"})
         index[file] = list(shard)
-    return index
+    if len(index) > 1:
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        listing = {name: file for file, names in index.items() for name in names}
+        document = {"metadata": {"total_size": size}, "weight_map": listing}
+        text = json.dumps(document, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text)

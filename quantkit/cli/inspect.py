@@ -115,16 +115,9 @@ def command(
 
 
 def _inspect(checkpoint: Path, as_json: bool) -> None:
-    from quantkit.checkpoint.write import MANIFEST
-    from quantkit.errors import UsageError
-    from quantkit.results import read_json
+    from quantkit.checkpoint.describe import describe
 
-    path = checkpoint / MANIFEST
-    if not path.is_file():
-        raise UsageError(
-            f"{checkpoint}: has no {MANIFEST}", remedy="inspect reads what quantkit wrote"
-        )
-    manifest = read_json(path)
+    manifest = describe(checkpoint)
     if as_json:
         typer.echo(json.dumps(manifest, indent=1))
         return
@@ -146,14 +139,15 @@ def _show(manifest: dict[str, Any]) -> None:
             name,
             "×".join(map(str, layer["shape"])),
             layer["scheme"],
-            layer["solver"],
+            layer["solver"] or "–",
             f"{layer['bits']:.3f}",
             _percent(layer["weight_error"]),
             _percent(layer["output_error"]),
         )
     console.print(table)
     _show_ranges(console, manifest)
-    recipe = manifest.get("recipe", {})
+    if "format" in manifest:
+        typer.echo(f"format            {manifest['format']}, of another program: no provenance")
     typer.echo(f"kept              {', '.join(manifest['kept']) or 'none'}")
     typer.echo(
         f"size              {manifest['size_bytes'] / 1e6:.1f} MB of "
@@ -161,6 +155,9 @@ def _show(manifest: dict[str, Any]) -> None:
         f"({manifest['size_bytes'] / manifest['source_bytes']:.1%})"
     )
     typer.echo(f"bits per weight   {manifest['bits_per_weight']:.3f} on the quantized layers")
+    if "format" in manifest:
+        return
+    recipe = manifest.get("recipe", {})
     typer.echo(f"recipe            {recipe.get('name')} sha256 {str(recipe.get('sha256'))[:12]}…")
     typer.echo(f"source weights    sha256 {manifest['source']['hash'][:12]}…")
     data = manifest.get("data")

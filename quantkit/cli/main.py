@@ -24,6 +24,7 @@ from quantkit.cli import (
     doctor,
     eval,
     explain,
+    export,
     gate,
     inspect,
     report,
@@ -50,6 +51,7 @@ app.command("deploy")(deploy.command)
 app.add_typer(bench.app, name="bench")
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
+app.command("export")(export.command)
 app.command("report")(report.command)
 app.command("doctor")(doctor.command)
 

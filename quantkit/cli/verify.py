@@ -18,7 +18,8 @@ def command(
 ) -> None:
     """Re-hash a checkpoint's files, look for missing ones, and reload it.
 
-    Exit 0 when it is what its manifest says, 4 when it is not.
+    Of another program's checkpoint: that every tensor is there and finite, and the reload.
+    Exit 0 when it is what its manifest or config says, 4 when it is not.
     """
     from dataclasses import asdict
 

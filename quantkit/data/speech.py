@@ -131,7 +131,7 @@ def _read_wave(path: Path, rate: int, where: str) -> npt.NDArray[np.float32]:
             f"model hears one of 16 bits at {rate} Hz",
             remedy=f"convert it: ffmpeg -i IN -ac 1 -ar {rate} -c:a pcm_s16le OUT.wav",
         )
-    return np.frombuffer(data, dtype="<i2").astype(np.float32) / 32768
+    return np.frombuffer(data, dtype="<i2").astype(np.float32) / np.float32(32768)
 
 
 def _report(

@@ -36,9 +36,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             continue
         # Quantized layers are no nn.Linear, but have its two sizes.
         size = sum(
-            m.in_features * m.out_features
+            int(getattr(m, "in_features", 0)) * int(getattr(m, "out_features", 0))
             for m in module.modules()
-            if hasattr(m, "in_features") and hasattr(m, "out_features")
         )
         if size and (best is None or size > best[0]):
             best = (size, name, module)

@@ -381,6 +381,8 @@ def _narrow(scale: Tensor) -> Tensor:
 
 
 def _unknown_input(module: QuantLinear) -> str | None:
+    if module.order is not None:
+        return "its inputs are gathered in activation order, which is not native"
     spec: QuantSpec | None = module.scheme.input
     if spec is None:
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 
 from quantkit import model as models
 from quantkit import ops
-from quantkit.checkpoint.config import read_cache_spec, read_config
-from quantkit.checkpoint.tensors import from_disk
+from quantkit.checkpoint.formats import Reader, open_format
+from quantkit.checkpoint.read import TensorFiles, build_empty, read_quantization_config
 from quantkit.checkpoint.write import MANIFEST
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.kv_cache import SIDES, CacheEntry, find_attentions, install_entry
@@ -25,7 +24,7 @@ from quantkit.models.decoder import build_decoder, why_not
 from quantkit.models.runtime import Runtime
 from quantkit.ops.decoder import CacheScales
 from quantkit.results import read_json
-from quantkit.schemes import DType, QuantSpec, Scheme
+from quantkit.schemes import DType, QuantSpec
 
 CAUSAL = models.FAMILIES["causal"]
 
@@ -51,8 +50,9 @@ def load_runtime(
     """Load a quantized checkpoint, or an original model as the reference.
 
     Args:
-        source: a folder that `quantkit calibrate` (or another compressed-tensors tool)
-            wrote; or a hub id, local folder or `.gguf` file of an original model.
+        source: a quantized checkpoint, quantkit's own or one of another program in a format of
+            `quantkit.checkpoint.formats.READERS`, or an original model; as a local folder, a hub
+            id or, dequantized, a `.gguf` file.
         kernels: a key of `KERNELS`.
         device: ``cpu`` or ``cuda``.
         dtype: of activations and of what is not quantized; the checkpoint's by default.
@@ -64,12 +64,15 @@ def load_runtime(
     """
     check_target(kernels, device)
     path = Path(source)
-    raw = _quantization_config(path) if path.is_dir() else None
+    raw: Mapping[str, Any] | None = None
+    if path.suffix != ".gguf" or path.is_dir():
+        path = path if path.is_dir() else models.resolve(str(source))
+        raw = read_quantization_config(path)
     layers = "reference" if kernels == "reference" else "native"
     if raw is None:
         runtime = _load_original(str(source), device, dtype)
     else:
-        runtime = _load_quantized(path, raw, layers, device, dtype)
+        runtime = _load_quantized(path, str(source), open_format(raw), layers, device, dtype)
     if kernels in ("modules", "reference"):
         return _in_modules(runtime, f"--kernels {kernels} was asked for")
     family = models.family_of(runtime.model.config)
@@ -105,16 +108,6 @@ def _in_modules(runtime: Runtime, reason: str) -> Runtime:
     return replace(runtime, fallback=reason)
 
 
-def _quantization_config(folder: Path) -> Mapping[str, Any] | None:
-    config = folder / "config.json"
-    if not config.is_file():
-        raise UsageError(f"{folder}: no config.json in this folder")
-    try:
-        return json.loads(config.read_text()).get("quantization_config")
-    except json.JSONDecodeError as e:
-        raise QuantkitError(f"{config}:{e.lineno}: not JSON ({e.msg})") from e
-
-
 def _load_original(source: str, device: str, dtype: torch.dtype | str) -> Runtime:
     loaded = models.load_source(source, device=device, dtype=dtype)
     size = sum(p.stat().st_size for p in loaded.folder.glob("*.safetensors"))
@@ -130,25 +123,24 @@ def _load_original(source: str, device: str, dtype: torch.dtype | str) -> Runtim
 
 
 def _load_quantized(
-    folder: Path, raw: Mapping[str, Any], kernels: str, device: str, dtype: torch.dtype | str
+    folder: Path,
+    source: str,
+    reader: Reader,
+    kernels: str,
+    device: str,
+    dtype: torch.dtype | str,
 ) -> Runtime:
-    from accelerate import init_empty_weights
     from transformers import AutoTokenizer, GenerationConfig
 
     config = models.load_config(folder, str(folder))
-    del config.quantization_config
     wanted = config.dtype if dtype == "auto" else dtype
     wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted or torch.float32
-    with models.quiet_transformers(), init_empty_weights(include_buffers=False):
-        auto = models.auto_class(config)
-        model = auto.from_config(config, dtype=wanted, trust_remote_code=False)
-        models.linearize(model)
-    schemes = read_config(raw, list(models.linear_layers(model)))
-    if not schemes:
-        raise QuantkitError(f"{folder}: the quantization_config matches no layer of the model")
-    cache_spec = read_cache_spec(raw)
+    model = build_empty(config, wanted)
+    cache_spec = reader.cache_spec()
     attentions = find_attentions(model, models.find_blocks(model)[0]) if cache_spec else {}
-    size, bits, scales = _fill(model, folder, schemes, attentions, kernels, wanted)
+    with TensorFiles(folder) as files:
+        files.rename(models.memory_names(model, files.names))
+        size, bits, scales = _fill(model, files, reader, attentions, kernels, wanted)
     caches = {}
     for name, found in scales.items():
         assert cache_spec is not None
@@ -162,8 +154,8 @@ def _load_quantized(
         )
     model.eval().to(device)
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
-    files = models.hash_folder(folder)
-    loaded = models.SourceModel(model, tokenizer, str(folder), folder, files)
+    hashes = models.hash_folder(folder)
+    loaded = models.SourceModel(model, tokenizer, source, folder, hashes)
     kinds = sorted({m.kind for m in model.modules() if isinstance(m, QuantLinear)})
     numerics = f"{kernels}/{'+'.join(kinds)}" if kernels == "native" else kernels
     if cache_spec is not None:
@@ -171,7 +163,7 @@ def _load_quantized(
     return Runtime(
         model=model,
         tokenizer=tokenizer,
-        name=str(folder),
+        name=source,
         fingerprint={**_fingerprint(loaded, numerics, device), **_original(manifest)},
         size_bytes=size,
         bits_per_weight=bits,
@@ -197,8 +189,8 @@ def _cache_scales(runtime: Runtime) -> CacheScales | None:
 
 def _fill(
     model: nn.Module,
-    folder: Path,
-    schemes: Mapping[str, Scheme],
+    files: TensorFiles,
+    reader: Reader,
     attentions: Mapping[str, nn.Module],
     kernels: str,
     dtype: torch.dtype,
@@ -208,42 +200,30 @@ def _fill(
     Returns:
         bytes, bits a quantized weight, and the cache scales of each attention module.
     """
-    from safetensors import SafetensorError, safe_open
-
     linears = models.linear_layers(model)
-    parts: dict[str, dict[str, Tensor]] = {name: {} for name in schemes}
+    schemes = reader.schemes(list(linears), set(files.names))
+    if not schemes:
+        raise QuantkitError(
+            f"{files.folder}: the quantization_config ({reader.name}) matches no layer of the model"
+        )
     plain = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    filled: set[str] = set()
     scales: dict[str, dict[str, Tensor]] = {name: {} for name in attentions}
     size = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                for on_disk, key in models.memory_names(model, file.keys()).items():
-                    tensor = file.get_tensor(on_disk)
-                    size += tensor.numel() * tensor.element_size()
-                    module, _, leaf = key.rpartition(".")
-                    if module in parts:
-                        parts[module][leaf] = tensor
-                    elif module in scales and leaf in SIDES:
-                        scales[module][leaf] = _cache_scale(key, tensor)
-                    elif key in plain:
-                        _assign(
-                            model, key, tensor.to(dtype) if tensor.is_floating_point() else tensor
-                        )
-                        filled.add(key)
-                    else:
-                        raise QuantkitError(
-                            f"{path}: tensor {key} belongs to no layer of the model"
-                        )
-        except (SafetensorError, OSError) as e:
-            raise QuantkitError(
-                f"{path}: truncated or not a safetensors file ({e})",
-                remedy="copy it again; `quantkit verify` compares hashes",
-            ) from e
-    for name, found in scales.items():
+    for key in files.names:
+        module, _, leaf = key.rpartition(".")
+        if module in schemes:
+            continue
+        tensor = files.tensor(key)
+        size += tensor.numel() * tensor.element_size()
+        if module in scales and leaf in SIDES:
+            scales[module][leaf] = _cache_scale(key, tensor)
+        elif key in plain:
+            _assign(model, key, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        else:
+            raise QuantkitError(f"{files.folder}: tensor {key} belongs to no layer of the model")
+    for name, sides in scales.items():
         for side in SIDES:
-            if side not in found:
+            if side not in sides:
                 raise QuantkitError(
                     f"{name}.{side}: missing from the checkpoint",
                     remedy="the file is incomplete; `quantkit verify` names all that is missing",
@@ -251,13 +231,22 @@ def _fill(
     stored = 0
     for name, scheme in schemes.items():
         linear = linears[name]
-        shape = (linear.out_features, linear.in_features)
-        q, input_scale = from_disk(parts[name], scheme, shape, name)
-        stored += sum(8 * t.numel() * t.element_size() for t in parts[name].values())
-        bias = parts[name].get("bias")
-        parts[name] = {}
+        parts = files.layer(name)
+        stored += sum(t.numel() * t.element_size() for t in parts.values())
+        bias = parts.pop("bias", None)
+        if bias is None and linear.bias is not None:
+            raise QuantkitError(
+                f"{name}.bias: missing from the checkpoint",
+                remedy="the file is incomplete; copy it again",
+            )
+        found = reader.layer(parts, scheme, (linear.out_features, linear.in_features), name)
         layer = QuantLinear(
-            q, scheme, None if bias is None else bias.to(dtype), input_scale, kernels=kernels
+            found.weight,
+            scheme,
+            None if bias is None else bias.to(dtype),
+            found.input_scale,
+            kernels=kernels,
+            order=found.order,
         )
         models.set_submodule(model, name, layer)
     model.tie_weights()  # type: ignore[operator]
@@ -268,7 +257,7 @@ def _fill(
             remedy="`quantkit verify` compares it with its manifest",
         )
     weights = sum(linears[n].out_features * linears[n].in_features for n in schemes)
-    return size, stored / weights, scales
+    return size + stored, 8 * stored / weights, scales
 
 
 def _cache_scale(key: str, tensor: Tensor) -> Tensor:

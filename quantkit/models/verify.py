@@ -1,4 +1,4 @@
-"""Is a checkpoint whole and unchanged? Hashes, completeness and a reload."""
+"""Is a checkpoint whole and unchanged? Hashes, completeness, finite numbers and a reload."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 
 from quantkit import model as models
 from quantkit.batches import random_batch
+from quantkit.checkpoint.read import TensorFiles, read_quantization_config
 from quantkit.checkpoint.write import MANIFEST
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.numerics import is_finite
 from quantkit.paused import head_input
 from quantkit.results import read_json
 
@@ -28,16 +30,18 @@ class Finding:
 def verify_files(folder: Path) -> list[Finding]:
     """Compare every file with the manifest's hashes.
 
+    A checkpoint of another program has none: there, that every tensor its index names is stored,
+    and that every number is finite.
+
     Raises:
-        UsageError: the folder or its manifest does not exist.
+        UsageError: the folder does not exist, or is no checkpoint.
+        QuantkitError: a weight file is cut short.
     """
     manifest_path = folder / MANIFEST
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
     if not manifest_path.is_file():
-        raise UsageError(
-            f"{folder}: has no {MANIFEST}", remedy="verify reads checkpoints that quantkit wrote"
-        )
+        return _verify_tensors(folder)
     expected = read_json(manifest_path).get("files", {})
     found = models.hash_folder(folder)
     found.pop(MANIFEST, None)
@@ -54,14 +58,32 @@ def verify_files(folder: Path) -> list[Finding]:
     return findings
 
 
+def _verify_tensors(folder: Path) -> list[Finding]:
+    if read_quantization_config(folder) is None:
+        raise UsageError(f"{folder}: is not quantized", remedy="verify reads quantized checkpoints")
+    findings = [Finding(MANIFEST, True, "none: there are no hashes to compare with")]
+    index = folder / "model.safetensors.index.json"
+    with TensorFiles(folder) as files:
+        named = set(read_json(index).get("weight_map", {})) if index.is_file() else set()
+        missing = sorted(named - set(files.names))
+        detail = f"{missing[0]} is missing ({len(missing)} in all)" if missing else "all are stored"
+        findings.append(Finding("tensors", not missing, detail))
+        floats = (name for name in files.names if files.tensor(name).is_floating_point())
+        broken = [name for name in floats if not is_finite(files.tensor(name).float())]
+    detail = f"{broken[0]} holds NaN or infinity" if broken else "all are finite"
+    findings.append(Finding("values", not broken, detail))
+    return findings
+
+
 def verify_reload(folder: Path, *, kernels: str = "native") -> list[Finding]:
     """Load the checkpoint and run a few tokens through it."""
     from quantkit.layers import QuantLinear
     from quantkit.models.load import load_runtime
 
     runtime = load_runtime(folder, kernels=kernels)
-    planned = set(runtime.manifest.get("layers", {}))
     loaded = {n for n, m in runtime.model.named_modules() if isinstance(m, QuantLinear)}
+    # Without a manifest, every layer that the config names was found, or loading had failed.
+    planned = set(runtime.manifest.get("layers", loaded))
     findings = [
         Finding(
             "layers",

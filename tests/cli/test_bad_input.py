@@ -160,7 +160,7 @@ def test_broken_data(
         (["eval", "m", "--suite", "nothing_here"], "no such suite"),
         (["gate", "missing.json", "--baseline", "missing.json"], "missing.json"),
         (["verify", "nowhere"], "no such folder"),
-        (["inspect", "nowhere"], "has no quantkit.json"),
+        (["inspect", "nowhere"], "no such folder"),
         (["serve", "nowhere/at/all"], "no such folder"),
         (["frobnicate"], "No such command"),
     ],

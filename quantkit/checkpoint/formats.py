@@ -1,0 +1,91 @@
+"""The checkpoint formats that quantkit reads: one reader each.
+
+A reader says which layers are quantized and how, and makes a layer from its tensors. Nothing is
+dequantized: what no scheme can hold is an error. See docs/formats.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from quantkit.checkpoint.auto_round import open_auto_round
+from quantkit.checkpoint.awq import open_awq
+from quantkit.checkpoint.config import read_cache_spec, read_config
+from quantkit.checkpoint.gptq import open_gptq
+from quantkit.checkpoint.layer import StoredLayer
+from quantkit.checkpoint.tensors import from_disk
+from quantkit.errors import UsageError
+from quantkit.schemes import QuantSpec, Scheme
+
+
+class Reader(Protocol):
+    """Reads one checkpoint; ``name`` is the format's, for people."""
+
+    @property
+    def name(self) -> str: ...
+
+    def schemes(self, linears: Sequence[str], tensors: Collection[str]) -> dict[str, Scheme]:
+        """Each quantized layer's scheme, among the model's linear layers and stored tensors."""
+
+    def layer(
+        self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str
+    ) -> StoredLayer:
+        """A layer ``shape = (N, K)`` from its tensors by local name, the bias aside."""
+
+    def cache_spec(self) -> QuantSpec | None:
+        """How keys and values are quantized, or None."""
+
+
+@dataclass(frozen=True)
+class CompressedTensorsReader:
+    """Reads compressed-tensors: llm-compressor's checkpoints and quantkit's own."""
+
+    raw: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"compressed-tensors {self.raw.get('format', '')}".rstrip()
+
+    def schemes(self, linears: Sequence[str], tensors: Collection[str]) -> dict[str, Scheme]:
+        """By the config's targets; tensors are not looked at."""
+        return read_config(self.raw, linears)
+
+    def layer(
+        self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str
+    ) -> StoredLayer:
+        """See `quantkit.checkpoint.tensors.from_disk`."""
+        return from_disk(tensors, scheme, shape, name)
+
+    def cache_spec(self) -> QuantSpec | None:
+        """See `quantkit.checkpoint.config.read_cache_spec`."""
+        return read_cache_spec(self.raw)
+
+
+#: ``quant_method`` → what makes a reader of config.json's ``quantization_config``. To add a format,
+#: add a file and a row.
+READERS: dict[str, Callable[[Mapping[str, Any]], Reader]] = {
+    "compressed-tensors": CompressedTensorsReader,
+    "gptq": open_gptq,
+    "awq": open_awq,
+    "auto-round": open_auto_round,
+    "intel/auto-round": open_auto_round,
+}
+
+
+def open_format(raw: Mapping[str, Any]) -> Reader:
+    """The reader for config.json's ``quantization_config``.
+
+    Raises:
+        UsageError: a method that has no reader, or a variant that its reader does not know.
+    """
+    method = raw.get("quant_method")
+    if method not in READERS:
+        raise UsageError(
+            f"quant_method {method!r}: quantkit reads {', '.join(READERS)} checkpoints",
+            remedy="export the model to one of them, or start from the original",
+        )
+    return READERS[method](raw)
