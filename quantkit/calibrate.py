@@ -23,7 +23,9 @@ from quantkit.distill import Distilled, Teacher, distill
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.fisher import squared_gradients, token_weights
 from quantkit.folding import apply_scales
+from quantkit.integrity import check_block
 from quantkit.kv_cache import BlockCache, CacheEntry, CacheRange, quantized_caches
+from quantkit.machine import environment
 from quantkit.paused import Spine, head_input, run_paused, trace_groups
 from quantkit.plan import Plan, PlannedLayer
 from quantkit.progress import Progress, silent
@@ -86,6 +88,8 @@ def calibrate(
         "plan": plan.digest,
         "data": data.hash if data else None,
         "observer": [observer.name, {k: str(v) for k, v in sorted(observer.options.items())}],
+        # Blocks made by another arithmetic would give a checkpoint that nothing can rebuild.
+        **environment(source.model.device),
     }
     blocks = WorkFolder(work, state, resume=resume)
     if plan.unties_head:
@@ -156,6 +160,7 @@ class _Loop:
         self.plan = plan
         self.spine = spine
         self.batches = batches
+        self.tokens = sum(ids.numel() for ids in batches)
         self.observer = observer
         self.work = work
         self.release = release
@@ -208,6 +213,7 @@ class _Loop:
                 saved = self.work.save(index, block, layers)
             else:
                 saved = self.work.save(index, self._solve_without_data(layers), layers)
+            check_block(layers, saved, self.tokens)
             results.update(saved)
             if self.release and hidden and teacher is None:
                 self._release(layers)
@@ -217,6 +223,7 @@ class _Loop:
             saved = self.work.load(HEAD, head)
             if saved is None:
                 saved = self.work.save(HEAD, self._solve_head(head, hidden), head)
+            check_block(head, saved, self.tokens)
             self._install(saved)
             results.update(saved)
         ordered = {layer.name: results[layer.name] for layer in self.plan.layers}

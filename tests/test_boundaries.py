@@ -14,19 +14,20 @@ PACKAGE = Path(__file__).parent.parent / "quantkit"
 #: Layers from the bottom up; a module imports its own layer and those below.
 LAYERS = (
     {"errors", "strict_yaml", "progress", "memory"},
-    {"schemes", "recipe", "results", "sensitivity", "allocate"},
+    {"schemes", "recipe", "results", "sensitivity", "allocate", "sbom"},
     {"numerics", "packing", "hadamard", "ops"},
     {"observers", "algorithms", "layers"},
     {
         *("input_range", "kv_cache", "steps"),
         *("data", "model", "folding", "plan", "paused", "quantize", "reference", "collector"),
         *("rescale", "rotation", "work", "calibrate", "fisher", "distill"),
+        *("rounding", "integrity", "machine", "signature"),
         *("gradients", "curvature", "ablation", "mixture", "measurement"),
         "checkpoint",
     },
     {"models"},
     {"evals", "serve", "gate", "report"},
-    {"baseline", "job", "reload", "scoring", "outcomes", "run"},
+    {"baseline", "job", "reload", "scoring", "outcomes", "provenance", "run", "rebuild"},
     {"cli"},
 )
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

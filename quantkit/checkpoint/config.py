@@ -14,7 +14,7 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.utils.match import match_name
 
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.recipe import KV_CACHES
 from quantkit.schemes import SCHEMES, DType, Granularity, QuantSpec, ScaleFormat, Scheme
 
@@ -127,6 +127,7 @@ def read_config(raw: Mapping[str, Any], linears: Sequence[str]) -> dict[str, Sch
 
     Raises:
         UsageError: another quantization method, or a format that quantkit does not run.
+        QuantkitError: a group is labelled with another format than its numbers are stored in.
     """
     if raw.get("quant_method") != "compressed-tensors":
         raise UsageError(
@@ -146,12 +147,27 @@ def read_config(raw: Mapping[str, Any], linears: Sequence[str]) -> dict[str, Sch
         weight = from_args(group.weights)
         inputs = from_args(group.input_activations) if group.input_activations else None
         scheme = _named(weight, inputs)
+        label = group.format or raw.get("format")
+        _check_label(str(getattr(label, "value", label)), scheme)
         for name in linears:
             if any(match_name(name, pattern) for pattern in ignored):
                 continue
             if any(t == "Linear" or match_name(name, t) for t in group.targets):
                 schemes.setdefault(name, scheme)
     return schemes
+
+
+def _check_label(label: str, scheme: Scheme) -> None:
+    """An engine picks its reader by the label: under a wrong one it reads other weights."""
+    expected = format_name(scheme)
+    labels = {expected, "mixed-precision"}
+    if scheme.weight.bits == 8:
+        labels.add("naive-quantized")  # older exports of the same tensors
+    if label not in labels:
+        raise QuantkitError(
+            f"config.json: format {label!r} for {scheme.name}, which is stored as {expected}",
+            remedy="the checkpoint is mislabelled: export it again",
+        )
 
 
 def read_cache_spec(raw: Mapping[str, Any]) -> QuantSpec | None:

@@ -25,7 +25,7 @@ from quantkit import packing
 from quantkit.checkpoint.config import format_name
 from quantkit.errors import QuantkitError
 from quantkit.numerics import QTensor
-from quantkit.schemes import Granularity, ScaleFormat, Scheme
+from quantkit.schemes import DType, Granularity, ScaleFormat, Scheme
 
 
 def to_disk(q: QTensor, scheme: Scheme, input_scale: Tensor | None) -> dict[str, Tensor]:
@@ -62,11 +62,17 @@ def from_disk(
         name: of the layer, for messages.
 
     Raises:
-        QuantkitError: a tensor is missing or has another shape than the layer.
+        QuantkitError: a tensor is missing, or has another shape or dtype than the layer's format.
     """
     spec = scheme.weight
 
-    def take(key: str) -> Tensor:
+    def take(key: str, dtype: torch.dtype | None = None) -> Tensor:
+        if key in tensors and dtype not in (None, tensors[key].dtype):
+            raise QuantkitError(
+                f"{name}.{key}: stored as {str(tensors[key].dtype).removeprefix('torch.')}, and "
+                f"{format_name(scheme)} means {str(dtype).removeprefix('torch.')}",
+                remedy="config.json describes other tensors: export the checkpoint again",
+            )
         if key not in tensors:
             raise QuantkitError(
                 f"{name}.{key}: missing from the checkpoint",
@@ -77,16 +83,17 @@ def from_disk(
     scale, zero, global_scale = take("weight_scale"), None, None
     try:
         if format_name(scheme) == "pack-quantized":
-            codes = packing.unpack_int(take("weight_packed"), spec.bits, shape)
+            codes = packing.unpack_int(take("weight_packed", torch.int32), spec.bits, shape)
             if not spec.symmetric:
                 rows = (shape[0], spec.scale_shape(shape)[-1])
                 zero = packing.unpack_int(take("weight_zero_point"), spec.bits, rows, dim=0)
         elif spec.scale is not ScaleFormat.MODEL:
-            codes = packing.unpack_fp4(take("weight_packed"))
+            codes = packing.unpack_fp4(take("weight_packed", torch.uint8))
             if spec.scale is ScaleFormat.E4M3:
                 global_scale = take("weight_global_scale")
         else:
-            codes = take("weight")
+            stored = torch.int8 if spec.dtype is DType.INT else torch.float8_e4m3fn
+            codes = take("weight", stored)
             zero = None if spec.symmetric else take("weight_zero_point")
     except (RuntimeError, IndexError) as e:
         raise QuantkitError(
