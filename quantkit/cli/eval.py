@@ -64,6 +64,12 @@ def command(
         bool,
         typer.Option("--canary", help="First check that the model's probabilities mean anything."),
     ] = False,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            "--key", metavar="PUB", help="Load CKPT only if this public key's signature holds."
+        ),
+    ] = None,
     validate: Annotated[
         bool, typer.Option("--validate", help="Only check the suites; needs no CKPT.")
     ] = False,
@@ -106,6 +112,10 @@ def command(
 
     if threads:
         torch.set_num_threads(threads)
+    if key is not None:
+        from quantkit.signature import check_signature
+
+        check_signature(Path(checkpoint), key)
     runtime = _load(checkpoint, kernels.value, device)
     passage = None if documents is None else join_held_out(documents, runtime.tokenizer)
     base = None if reference is None else _load(reference, kernels.value, device)

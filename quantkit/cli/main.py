@@ -26,6 +26,7 @@ from quantkit.cli import (
     inspect,
     report,
     serve,
+    sign,
     verify,
 )
 
@@ -46,6 +47,7 @@ app.command("serve")(serve.command)
 app.add_typer(bench.app, name="bench")
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
+app.command("sign")(sign.command)
 app.command("report")(report.command)
 app.command("doctor")(doctor.command)
 
