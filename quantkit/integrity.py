@@ -28,14 +28,15 @@ _DEFECT = "this is a defect in quantkit; please report it with the recipe"
 
 
 def check_block(
-    planned: Mapping[str, PlannedLayer], solved: Mapping[str, QuantizedLayer], tokens: int
+    planned: Mapping[str, PlannedLayer], solved: Mapping[str, QuantizedLayer], tokens: int | None
 ) -> None:
     """One finished block: its layers, who rounded them, on how many tokens, and how well.
 
     Args:
         planned: the block's layers.
         solved: what became of them, in this run or in one that it resumes.
-        tokens: calibration tokens; 0 without data.
+        tokens: calibration tokens; 0 without data, None where layers need not all see the same
+            ones, as in an encoder and its decoder: then each needs at least one.
 
     Raises:
         QuantkitError: it names the first layer of which something does not hold.
@@ -58,13 +59,14 @@ def _check_solver(layer: PlannedLayer, done: QuantizedLayer) -> None:
         )
 
 
-def _check_tokens(layer: PlannedLayer, done: QuantizedLayer, tokens: int) -> None:
+def _check_tokens(layer: PlannedLayer, done: QuantizedLayer, tokens: int | None) -> None:
     seen = done.rounding.tokens if done.rounding else 0
     routed = ROUTED in layer.name.split(".")
-    if seen == tokens or (routed and seen > 0):
+    if seen == tokens or (seen > 0 and (routed or tokens is None)):
         return
+    total = "" if tokens is None else f" of {tokens:,}"
     raise QuantkitError(
-        f"{layer.name}: calibrated on {seen:,} of {tokens:,} tokens",
+        f"{layer.name}: calibrated on {seen:,}{total} tokens",
         remedy="no expert may go without: calibrate on more samples" if routed else _DEFECT,
     )
 
