@@ -32,7 +32,9 @@ from quantkit.distill import Distilled, Teacher, distill
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.fisher import measure_gradients, token_weights
 from quantkit.folding import apply_scales
+from quantkit.integrity import check_block
 from quantkit.kv_cache import BlockCache, CacheEntry, CacheRange, quantized_caches
+from quantkit.machine import environment
 from quantkit.paused import find_spines, head_input, run_paused, trace_groups
 from quantkit.plan import Plan, PlannedLayer
 from quantkit.progress import Progress, silent
@@ -89,6 +91,8 @@ def calibrate(
         "plan": plan.digest,
         "data": data.hash if data else None,
         "observer": [observer.name, {k: str(v) for k, v in sorted(observer.options.items())}],
+        # Blocks made by another arithmetic would give a checkpoint that nothing can rebuild.
+        **environment(source.model.device),
     }
     if all_experts:
         state["all_experts"] = True
@@ -146,6 +150,10 @@ class _Loop:
         self.spines = find_spines(source.model)
         self.spine = self.spines[0]  # whose blocks are at work
         self.batches = batches
+        #: Tokens that every layer sees; None where an encoder's and its decoder's differ.
+        self.tokens: int | None = None
+        if len(self.spines) == 1 and all(isinstance(batch, Tensor) for batch in batches):
+            self.tokens = sum(batch.numel() for batch in batches if isinstance(batch, Tensor))
         self.observer = observer
         self.experts = experts
         self.work = work
@@ -203,6 +211,7 @@ class _Loop:
                 saved = self.work.save(index, block, layers)
             else:
                 saved = self.work.save(index, self._solve_without_data(layers), layers)
+            check_block(layers, saved, self.tokens)
             results.update(saved)
             if self.release and hidden and teacher is None:
                 self._release(layers)
@@ -212,6 +221,7 @@ class _Loop:
             saved = self.work.load(HEAD, head)
             if saved is None:
                 saved = self.work.save(HEAD, self._solve_head(head, hidden), head)
+            check_block(head, saved, self.tokens)
             self._install(saved)
             results.update(saved)
         ordered = {layer.name: results[layer.name] for layer in self.plan.layers}

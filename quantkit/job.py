@@ -13,7 +13,7 @@ from quantkit import model as models
 from quantkit.baseline import check_baseline
 from quantkit.batches import Batch
 from quantkit.checkpoint.write import MANIFEST
-from quantkit.data.contamination import overlap
+from quantkit.data.contamination import overlap, words
 from quantkit.data.held_out import join_held_out, read_held_out
 from quantkit.data.rows import Document
 from quantkit.data.sources import Source, iter_documents, iter_texts
@@ -30,6 +30,16 @@ from quantkit.plan import Plan, make_plan
 from quantkit.recipe import Recipe
 from quantkit.results import Results
 from quantkit.work import LOCK
+
+#: In front of a suite's name, where its traffic is meant.
+EVALS = "evals:"
+
+#: Share of the held-out words that may stand in calibration text, too: headings and greetings
+#: are alike by chance, a copy is not.
+LEAK_BOUND = 0.01
+
+#: Held-out documents of fewer words are compared by no one: they are alike by chance.
+LEAST_WORDS = 8
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,9 @@ def prepare(job: Job) -> Prepared:
     if sources:
         tokens, batches = load_inputs(sources, source, calibration)
         _check_contamination(sources, job.suites)
+        if text is not None:
+            assert windows is not None
+            _check_held_out(sources, documents, windows.numel())
         if len(tokens.ids) != samples:
             plan = make_plan(job.recipe, source.model, samples=len(tokens.ids), seq_len=seq_len)
     elif plan.needs_data:
@@ -164,8 +177,8 @@ def data_sources(recipe: Recipe) -> list[Source]:
     sources = []
     for spec in recipe.calibrate.data:
         path = spec.path
-        if path.startswith("evals:"):
-            path = str(suite_traffic(path.removeprefix("evals:")))
+        if path.startswith(EVALS):
+            path = str(suite_traffic(path.removeprefix(EVALS)))
         else:
             path = recipe.locate(spec)
         sources.append(Source(path, weight=spec.weight, split=spec.split, field=spec.field))
@@ -316,3 +329,35 @@ def _check_contamination(sources: Sequence[Source], suites: Sequence[Suite]) -> 
                 f"(first: {item}, {found[0].kind})",
                 remedy="calibrate on other traffic, or drop those items",
             )
+
+
+def _check_held_out(sources: Sequence[Source], documents: Sequence[Document], tokens: int) -> None:
+    """Held-out text that was calibrated on would show too small a divergence.
+
+    Args:
+        sources: of the calibration text.
+        documents: held-out ones; of the first of them ``tokens`` tokens are scored.
+        tokens: at least as many words are compared.
+
+    Raises:
+        QuantkitError: more than `LEAK_BOUND` of the words compared are in calibration documents.
+    """
+    passages: list[list[str]] = []
+    total = 0
+    for paragraph in (p for d in documents for p in d.plain().split("\n\n")):
+        if total >= tokens:
+            break
+        found = words(paragraph)
+        total += len(found)
+        if len(found) >= LEAST_WORDS:
+            passages.append(found)
+    texts = (text for source in sources for text in iter_texts(source))
+    leaked = overlap(texts, [" ".join(passage) for passage in passages])
+    share = sum(len(passages[hit.eval_index]) for hit in leaked) / max(total, 1)
+    if share > LEAK_BOUND:
+        first = " ".join(passages[leaked[0].eval_index][:LEAST_WORDS])
+        raise QuantkitError(
+            f"{share:.0%} of the held-out text is in the calibration data, too "
+            f"(first: {first!r} …, {leaked[0].kind})",
+            remedy="give other text by --text, or calibrate on other data",
+        )

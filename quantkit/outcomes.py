@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from quantkit import gate
-from quantkit.job import Prepared
+from quantkit.job import Prepared, data_sources
 from quantkit.ops import kernel_status
 from quantkit.results import Results, Verdict, write_json, write_text
 
@@ -53,15 +53,28 @@ class Outcomes:
         }
 
 
+def _absolute(source: str) -> str:
+    """A path that holds from any folder; a hub id as it is."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
+
+
 def write_run(outcomes: Outcomes, prepared: Prepared) -> None:
     """Write ``OUT.run``, for an accepted and a rejected checkpoint alike."""
     job = prepared.job
     folder = job.beside("run")
     folder.mkdir(parents=True, exist_ok=True)
+    for half in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+        half.unlink(missing_ok=True)
     document = {
         **outcomes.to_json(),
         "model": job.source,
         "recipe": str(job.recipe.file) if job.recipe.file else None,
+        # Where a rebuild looks first; the manifest's hashes decide.
+        "paths": {
+            "model": _absolute(job.source),
+            "data": [_absolute(source.path) for source in data_sources(job.recipe)],
+        },
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
             "system": platform.platform(),

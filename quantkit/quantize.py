@@ -16,6 +16,7 @@ from quantkit.errors import QuantkitError
 from quantkit.input_range import InputRange
 from quantkit.numerics import QTensor
 from quantkit.plan import PlannedLayer
+from quantkit.rounding import Rounding, audit
 from quantkit.schemes import Granularity, QuantSpec, ScaleFormat
 
 
@@ -30,6 +31,7 @@ class QuantizedLayer:
         weight_error: ‖W − Ŵ‖ / ‖W‖ (Frobenius).
         output_error: ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖ on a sample of its calibration input (after
             activation quantization, where the scheme has one); None without data.
+        rounding: who rounded it, and what came of that.
     """
 
     qtensor: QTensor
@@ -37,6 +39,7 @@ class QuantizedLayer:
     weight_error: float
     output_error: float | None
     input_range: InputRange | None = None
+    rounding: Rounding | None = None
 
 
 def quantize_group(
@@ -59,7 +62,8 @@ def quantize_group(
         sample: inputs ``[tokens, K]`` for measuring the error, or None.
 
     Raises:
-        QuantkitError: NaN in a weight, a Hessian that cannot be factored; names the layer.
+        QuantkitError: NaN in a weight, a Hessian that cannot be factored, a solver that did no
+            better than rounding to nearest; names the layer.
     """
     solved: dict[str, QTensor] = {}
     for members in _stackable(layers):
@@ -96,8 +100,19 @@ def quantize_group(
             scale = input_range.scale(spec, weights[layer.name].dtype)
         measured = _measure(solved[layer.name], weights[layer.name], spec, scale, sample)
         static = scale is not None
-        result[layer.name] = replace(measured, input_range=input_range if static else None)
+        result[layer.name] = replace(
+            measured,
+            input_range=input_range if static else None,
+            rounding=_audit(layer, weights[layer.name], solved[layer.name], stats),
+        )
     return result
+
+
+def _audit(layer: PlannedLayer, weight: Tensor, q: QTensor, stats: Stats) -> Rounding:
+    try:
+        return audit(weight, q, stats, layer.solver, layer.options)
+    except QuantkitError as e:
+        raise QuantkitError(f"{layer.name}: {e.message}", remedy=e.remedy) from e
 
 
 @contextmanager

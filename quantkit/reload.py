@@ -13,6 +13,8 @@ from quantkit.models.load import load_runtime
 from quantkit.models.paged import PagedRunner, PagedSequence, Work, pages_for
 from quantkit.models.runtime import Runtime
 from quantkit.paused import head_input
+from quantkit.plan import Plan
+from quantkit.schemes import Scheme
 
 #: ‖reloaded − in memory‖ / ‖in memory‖ of the last hidden states in the reference kernels,
 #: which compute what the calibration loop computed: anything but zero is a defect, and this
@@ -36,6 +38,33 @@ def _probe_input(layer: QuantLinear) -> torch.Tensor:
     if spec is not None and layer.input_scale is not None:
         x *= float(layer.input_scale) * spec.qmax / 4
     return x
+
+
+def check_layers(runtime: Runtime, plan: Plan) -> None:
+    """The reloaded model computes every planned layer quantized, as planned, and no other.
+
+    Raises:
+        QuantkitError: it does not.
+    """
+    planned = {layer.name: _stored_as(layer.scheme) for layer in plan.layers}
+    loaded = {
+        name: _stored_as(module.scheme)
+        for name, module in runtime.model.named_modules()
+        if isinstance(module, QuantLinear)
+    }
+    for name in sorted(planned.keys() | loaded.keys()):
+        was, now = planned.get(name, "unquantized"), loaded.get(name, "unquantized")
+        if was != now:
+            raise QuantkitError(
+                f"{name}: planned {was}, reloaded {now}",
+                remedy="this is a defect in export or reload; please report it",
+            )
+
+
+def _stored_as(scheme: Scheme) -> str:
+    """What a file says of a scheme: not how its scales were chosen."""
+    inputs = f" × {scheme.input.label()}" if scheme.input else ""
+    return scheme.weight.label() + inputs
 
 
 def check_reload(folder: Path, runtime: Runtime, probe: Probe, device: str) -> None:

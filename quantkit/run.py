@@ -10,7 +10,6 @@ import resource
 import shutil
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,13 @@ from quantkit import gate
 from quantkit import model as models
 from quantkit.calibrate import Calibrated, CalibrationData, calibrate
 from quantkit.checkpoint.write import promote, recover, write_checkpoint, write_manifest
+from quantkit.integrity import few_tokens
 from quantkit.job import Job, Prepared, prepare
 from quantkit.models.load import load_runtime
 from quantkit.outcomes import Outcomes, write_run
 from quantkit.progress import Reporter, silent_reporter
-from quantkit.reload import check_reload
+from quantkit.provenance import provenance
+from quantkit.reload import check_layers, check_reload
 from quantkit.results import Outcome
 from quantkit.scoring import evidence, score
 from quantkit.work import empty_work, locked_work
@@ -69,7 +70,7 @@ def _execute(prepared: Prepared, reporter: Reporter) -> Outcomes:
     seconds["calibrate"] = round(time.monotonic() - began - calibrated.solve_seconds, 3)
     began = time.monotonic()
     try:
-        facts = _provenance(prepared)
+        facts = provenance(prepared)
         if calibrated.distilled is not None:
             facts["distill"] = calibrated.distilled.to_json()
         manifest = write_checkpoint(
@@ -102,6 +103,7 @@ def _judge(
     _drop_weights(prepared.source)
     calibration_peak = _peak_rss()
     candidate_runtime = load_runtime(staging, kernels=job.kernels, device=job.device)
+    check_layers(candidate_runtime, prepared.plan)
     check_reload(staging, candidate_runtime, calibrated.probe, job.device)
     seconds["export"] = round(time.monotonic() - began, 3)
     began = time.monotonic()
@@ -132,6 +134,9 @@ def _judge(
 
 def _warnings(prepared: Prepared, calibrated: Calibrated) -> tuple[str, ...]:
     found = list(prepared.tokens.warnings) if prepared.tokens else []
+    few = few_tokens(prepared.plan, calibrated.layers)
+    if few is not None:
+        found.append(few)
     if calibrated.distilled is not None and calibrated.distilled.warning is not None:
         found.append(calibrated.distilled.warning)
     return tuple(found)
@@ -147,38 +152,3 @@ def _drop_weights(source: models.SourceModel) -> None:
 def _peak_rss() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _provenance(prepared: Prepared) -> dict[str, Any]:
-    recipe, tokens = prepared.job.recipe, prepared.tokens
-    calibration = recipe.calibrate
-    return {
-        "recipe": {
-            "name": recipe.file.stem if recipe.file else None,
-            "sha256": recipe.sha256,
-            "text": recipe.file.read_text(encoding="utf-8") if recipe.file else None,
-        },
-        "plan": prepared.plan.digest,
-        "data": {
-            "hash": tokens.hash,
-            "samples": len(tokens.ids),
-            "seq_len": calibration.seq_len,
-            "seed": calibration.seed,
-            "sources": [
-                {
-                    "name": r.name,
-                    "sha256": r.sha256,
-                    "documents": r.documents_used,
-                    "tokens": r.tokens_used,
-                }
-                for r in tokens.report
-            ],
-        }
-        if tokens
-        else None,
-        "versions": {
-            "torch": torch.__version__.split("+")[0],
-            "transformers": version("transformers"),
-            "compressed-tensors": version("compressed-tensors"),
-        },
-    }

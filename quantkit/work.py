@@ -11,8 +11,8 @@
                                   (safetensors)
     WORK/blocks/0007.cache.json   the ranges of its keys and values, if they are quantized
     WORK/blocks/0007.safetensors  codes, scales and zero points of block 7's layers
-    WORK/blocks/0007.json         their errors; written last, so its presence means that the
-                                  block is whole
+    WORK/blocks/0007.json         their errors, who rounded them, and the digest of the tensors;
+                                  written last, so its presence means that the block is whole
     WORK/.quantkit.lock           the number of the process at work, held while it is
 """
 
@@ -27,16 +27,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.input_range import InputRange
 from quantkit.kv_cache import CacheRange
+from quantkit.model import hash_file
 from quantkit.numerics import QTensor
 from quantkit.plan import PlannedLayer
 from quantkit.quantize import QuantizedLayer
 from quantkit.results import read_json, write_json
+from quantkit.rounding import Rounding
 from quantkit.schemes import QuantSpec
 
 #: Block index under which layers outside of the decoder (the head) are stored.
@@ -46,6 +49,14 @@ HEAD = -1
 LOCK = ".quantkit.lock"
 
 _AGAIN = "run again without --resume to start over"
+
+#: Parts of a run's state that are digests: a message can only say that they changed.
+_INPUTS = {
+    "weights": "another model",
+    "plan": "another recipe",
+    "data": "other data",
+    "observer": "another observer",
+}
 
 
 class WorkFolder:
@@ -65,10 +76,9 @@ class WorkFolder:
         self.path = path
         file = path / "state.json"
         if resume and file.exists():
-            if read_json(file) != state:
-                raise UsageError(
-                    f"{path}: was begun with another model, recipe or data", remedy=_AGAIN
-                )
+            begun = read_json(file)
+            if begun != state:
+                raise UsageError(f"{path}: was begun with {_changes(begun, state)}", remedy=_AGAIN)
             return
         empty_work(path)
         try:
@@ -99,17 +109,21 @@ class WorkFolder:
             facts[name] = {"weight_error": layer.weight_error, "output_error": layer.output_error}
             if layer.input_range is not None:
                 facts[name]["input_range"] = asdict(layer.input_range)
+            if layer.rounding is not None:
+                facts[name]["rounding"] = asdict(layer.rounding)
         stem = self._stem(index)
-        _write_tensors(tensors, stem.with_suffix(".safetensors"))
-        write_json(stem.with_suffix(".json"), facts)
-        saved = self.load(index, planned)
-        assert saved is not None
-        return saved
+        path = stem.with_suffix(".safetensors")
+        _write_tensors(tensors, path)
+        write_json(stem.with_suffix(".json"), {"sha256": hash_file(path), "layers": facts})
+        return self._read(stem, facts, planned)
 
     def load(
         self, index: int, planned: Mapping[str, PlannedLayer]
     ) -> dict[str, QuantizedLayer] | None:
         """A finished block, or None.
+
+        A block whose tensors are not the ones that were written, which a power cut may leave,
+        does not count as finished: it is solved again, to the same bytes.
 
         Raises:
             QuantkitError: its layers are not the planned ones.
@@ -117,7 +131,15 @@ class WorkFolder:
         stem = self._stem(index)
         if not stem.with_suffix(".json").exists():
             return None
-        facts = read_json(stem.with_suffix(".json"))
+        document = read_json(stem.with_suffix(".json"))
+        path = stem.with_suffix(".safetensors")
+        if not path.exists() or hash_file(path) != document["sha256"]:
+            return None
+        return self._read(stem, document["layers"], planned)
+
+    def _read(
+        self, stem: Path, facts: Mapping[str, Any], planned: Mapping[str, PlannedLayer]
+    ) -> dict[str, QuantizedLayer]:
         tensors = load_file(stem.with_suffix(".safetensors")) if facts else {}
         if set(facts) != set(planned):
             raise QuantkitError(
@@ -131,7 +153,11 @@ class WorkFolder:
             name: QuantizedLayer(
                 QTensor.from_tensors(parts[name], layer.scheme.weight),
                 parts[name].get("input_scale"),
-                **{**facts[name], "input_range": _input_range(facts[name])},
+                **{
+                    **facts[name],
+                    "input_range": _input_range(facts[name]),
+                    "rounding": _rounding(facts[name]),
+                },
             )
             for name, layer in planned.items()
         }
@@ -163,7 +189,7 @@ class WorkFolder:
     def load_scales(self, index: int) -> dict[str, Tensor] | None:
         """What `save_scales` wrote, or None."""
         path = self._stem(index).with_suffix(".scales")
-        return load_file(path) if path.exists() else None
+        return _load_tensors(path) if path.exists() else None
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write what belongs to the whole model, under a name of its own."""
@@ -174,7 +200,7 @@ class WorkFolder:
     def load_tensors(self, name: str) -> dict[str, Tensor] | None:
         """What `save_tensors` wrote, or None."""
         path = self.path / f"{name}.safetensors"
-        return load_file(path) if path.exists() else None
+        return _load_tensors(path) if path.exists() else None
 
     def _stem(self, index: int) -> Path:
         return self.path / "blocks" / f"{index:04d}"
@@ -185,11 +211,34 @@ def _input_range(facts: Mapping[str, Any]) -> InputRange | None:
     return None if found is None else InputRange(**found)
 
 
+def _rounding(facts: Mapping[str, Any]) -> Rounding | None:
+    found = facts.get("rounding")
+    return None if found is None else Rounding(**found)
+
+
+def _changes(begun: Mapping[str, Any], state: Mapping[str, Any]) -> str:
+    """What a resumed run has otherwise than the one that began, for a message."""
+    keys = [key for key in begun.keys() | state.keys() if begun.get(key) != state.get(key)]
+    words = [words for key, words in _INPUTS.items() if key in keys]
+    facts = sorted(set(keys) - _INPUTS.keys())
+    return ", ".join([*words, *(f"{k} {begun.get(k)} (now {state.get(k)})" for k in facts)])
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as e:
+        raise QuantkitError(f"{path}: is damaged ({e})", remedy=_AGAIN) from e
+
+
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """A safetensors file, there as a whole or not at all."""
     staging = path.with_name(f"{path.name}.tmp")
     try:
         save_file(tensors, staging)
+        # A rename may reach the disk before what it names does.
+        with staging.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(staging, path)
     except OSError as e:
         staging.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "quantkit"
 #: Layers from the bottom up; a module imports its own layer and those below.
 LAYERS = (
     {"errors", "strict_yaml", "progress", "memory", "noise", "timings"},
-    {"schemes", "recipe", "results", "sensitivity", "allocate"},
+    {"schemes", "recipe", "results", "sensitivity", "allocate", "sbom"},
     {"numerics", "packing", "hadamard", "ops"},
     {"observers", "algorithms", "layers"},
     {
@@ -22,12 +22,16 @@ LAYERS = (
         *("data", "model", "folding", "plan", "paused", "quantize", "reference", "collector"),
         *("rescale", "rotation", "work", "calibrate", "fisher", "distill"),
         *("batches", "inputs", "routing", "support"),
+        *("rounding", "integrity", "machine", "signature"),
         *("gradients", "curvature", "ablation", "mixture", "measurement"),
         "checkpoint",
     },
     {"models"},
     {"evals", "serve", "gate", "report", "engines"},
-    {"baseline", "blame", "job", "reload", "scoring", "outcomes", "run"},
+    {
+        *("baseline", "blame", "job", "reload", "scoring", "outcomes", "provenance"),
+        *("run", "rebuild"),
+    },
     {"cli"},
 )
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -162,7 +162,7 @@ def test_feedback_resumes_to_the_same_bytes(kept_blocks: int, tiny: Path, tmp_pa
 
 def test_resume_of_another_run_is_refused(tiny: Path, tmp_path: Path) -> None:
     run(tiny, tmp_path / "w", recipe("w4a16-g64"))
-    with pytest.raises(UsageError, match="begun with another model, recipe or data"):
+    with pytest.raises(UsageError, match="begun with another"):
         run(tiny, tmp_path / "w", recipe("w4a16-g32"), resume=True)
 
 
@@ -172,7 +172,7 @@ def test_resume_on_other_weights_is_refused(tiny: Path, tmp_path: Path) -> None:
     other = tiny_llama()
     other.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1.0
     tuned = save_model(other, tmp_path / "tuned")
-    with pytest.raises(UsageError, match="begun with another model, recipe or data"):
+    with pytest.raises(UsageError, match="begun with another"):
         run(tuned, tmp_path / "w", recipe("w4a16-g64"), resume=True)
 
 

@@ -46,17 +46,20 @@ class Stats:
 
 @dataclass(frozen=True)
 class Solver:
-    """A solver with its options (name → default), and whether it needs a Hessian."""
+    """A solver with its options (name → default), whether it needs a Hessian, and whether it
+    rounds to nearest by design: a result of any other that does is an error (`quantkit.rounding`).
+    """
 
     solve: Callable[[Tensor, Stats, QuantSpec, Mapping[str, Any]], QTensor]
     options: Mapping[str, Any]
     needs_hessian: bool
+    nearest: bool = False
 
 
 SOLVERS: dict[str, Solver] = {
-    "rtn": Solver(rtn.solve, rtn.OPTIONS, needs_hessian=False),
+    "rtn": Solver(rtn.solve, rtn.OPTIONS, needs_hessian=False, nearest=True),
     "gptq": Solver(gptq.solve, gptq.OPTIONS, needs_hessian=True),
-    "imatrix": Solver(imatrix.solve, imatrix.OPTIONS, needs_hessian=True),
+    "imatrix": Solver(imatrix.solve, imatrix.OPTIONS, needs_hessian=True, nearest=True),
 }
 
 

@@ -14,7 +14,7 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.utils.match import match_name
 
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.recipe import KV_CACHES
 from quantkit.schemes import SCHEMES, DType, Granularity, QuantSpec, ScaleFormat, Scheme
 
@@ -159,6 +159,7 @@ def read_config(raw: Mapping[str, Any], linears: Sequence[str]) -> dict[str, Sch
 
     Raises:
         UsageError: a format that quantkit does not run.
+        QuantkitError: a group is labelled with another format than its numbers are stored in.
     """
     config = _parse(raw)
     ignored = config.ignore or []
@@ -202,7 +203,23 @@ def _groups(config: QuantizationConfig) -> Iterator[tuple[Scheme, list[str]]]:
         if group.output_activations is not None:
             raise UsageError("output_activations: quantkit quantizes the inputs of layers only")
         inputs = _input_spec(group.input_activations) if group.input_activations else None
-        yield named_scheme(weight, inputs), group.targets
+        scheme = named_scheme(weight, inputs)
+        label = group.format or config.format
+        _check_label(str(getattr(label, "value", label)), scheme)
+        yield scheme, group.targets
+
+
+def _check_label(label: str, scheme: Scheme) -> None:
+    """An engine picks its reader by the label: under a wrong one it reads other weights."""
+    expected = format_name(scheme)
+    labels = {expected, "mixed-precision"}
+    if scheme.weight.bits == 8:
+        labels.add("naive-quantized")  # older exports of the same tensors
+    if label not in labels:
+        raise QuantkitError(
+            f"config.json: format {label!r} for {scheme.name}, which is stored as {expected}",
+            remedy="the checkpoint is mislabelled: export it again",
+        )
 
 
 def read_cache_spec(raw: Mapping[str, Any]) -> QuantSpec | None:

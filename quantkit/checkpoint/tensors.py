@@ -27,7 +27,7 @@ from quantkit.checkpoint.config import format_name
 from quantkit.checkpoint.layer import LayerTensors, StoredLayer, column_order
 from quantkit.errors import QuantkitError
 from quantkit.numerics import QTensor
-from quantkit.schemes import Granularity, ScaleFormat, Scheme
+from quantkit.schemes import DType, Granularity, ScaleFormat, Scheme
 
 
 def to_disk(q: QTensor, scheme: Scheme, input_scale: Tensor | None) -> dict[str, Tensor]:
@@ -74,18 +74,20 @@ def from_disk(
     scale, zero, global_scale = parts.take("weight_scale"), None, None
     try:
         if spec.scale is not ScaleFormat.MODEL:
-            codes = packing.unpack_fp4(parts.take("weight_packed"))
+            codes = packing.unpack_fp4(parts.take("weight_packed", dtype=torch.uint8))
             if spec.scale is ScaleFormat.E4M3:
                 global_scale = parts.take("weight_global_scale")
         elif _is_packed(tensors, scheme):
             parts.find("weight_shape")
-            codes = packing.unpack_int(parts.take("weight_packed"), spec.bits, shape)
+            words = parts.take("weight_packed", dtype=torch.int32)
+            codes = packing.unpack_int(words, spec.bits, shape)
             if not spec.symmetric:
                 rows = (shape[0], spec.scale_shape(shape)[-1])
                 packed = parts.take("weight_zero_point")
                 zero = packing.unpack_int(packed, spec.bits, rows, dim=0)
         else:
-            codes = parts.take("weight")
+            stored = torch.int8 if spec.dtype is DType.INT else torch.float8_e4m3fn
+            codes = parts.take("weight", dtype=stored)
             if not spec.symmetric:
                 zero = parts.take("weight_zero_point").reshape(spec.scale_shape(shape))
     except (RuntimeError, IndexError) as e:

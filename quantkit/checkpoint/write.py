@@ -20,10 +20,13 @@ from quantkit import __version__
 from quantkit import model as models
 from quantkit.checkpoint.config import build_config
 from quantkit.checkpoint.tensors import to_disk
+from quantkit.data.card import read_card, source_name
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.integrity import check_tensors
 from quantkit.kv_cache import CacheRange
 from quantkit.plan import Plan
 from quantkit.quantize import QuantizedLayer
+from quantkit.results import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +70,8 @@ def write_checkpoint(
         the manifest.
 
     Raises:
-        QuantkitError: the size is off its theory by more than 1 %, or the disk is full.
+        QuantkitError: NaN or infinity in any tensor, a size that is off its theory by more than
+            1 %, or a full disk.
         UsageError: the folder cannot be created.
     """
     missing = [layer.name for layer in plan.layers if layer.name not in layers]
@@ -83,6 +87,7 @@ def write_checkpoint(
         scales = found.scales(source.model.dtype)
         stem = models.disk_module(source.model, name)
         tensors.update({f"{stem}.{side}": scale for side, scale in scales.items()})
+    check_tensors(tensors)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     _check_size(size, plan, len(tensors))
     with guarded_disk(folder):
@@ -112,7 +117,12 @@ def write_checkpoint(
         manifest = {
             "schema": 1,
             "quantkit": __version__,
-            "source": {"files": source.files, "hash": source.weight_hash},
+            "source": {
+                "name": source_name(source.source),
+                "files": source.files,
+                "hash": source.weight_hash,
+                **read_card(source.folder).to_json(),
+            },
             **provenance,
             "size_bytes": size,
             "source_bytes": plan.source_bytes,
@@ -141,6 +151,7 @@ def write_checkpoint(
                     "weight_error": layers[layer.name].weight_error,
                     "output_error": layers[layer.name].output_error,
                     **_range_facts(layers[layer.name]),
+                    **_rounding_facts(layers[layer.name]),
                 }
                 for layer in plan.layers
             },
@@ -155,6 +166,11 @@ def write_checkpoint(
 def _range_facts(layer: QuantizedLayer) -> dict[str, Any]:
     """The range behind a static input scale, and the errors of all that were tried."""
     return {} if layer.input_range is None else {"input_range": asdict(layer.input_range)}
+
+
+def _rounding_facts(layer: QuantizedLayer) -> dict[str, Any]:
+    """Who rounded the layer, on how many tokens, and how far from round-to-nearest it ended."""
+    return {} if layer.rounding is None else {"rounding": asdict(layer.rounding)}
 
 
 def _cache_facts(plan: Plan, caches: Mapping[str, CacheRange]) -> dict[str, Any]:
@@ -173,6 +189,21 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     with guarded_disk(None):
         staging.write_text(json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n")
         os.replace(staging, folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's ``quantkit.json``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder")
+    if not (folder / MANIFEST).is_file():
+        raise UsageError(
+            f"{folder}: has no {MANIFEST}", remedy="only checkpoints that quantkit wrote have one"
+        )
+    return read_json(folder / MANIFEST)
 
 
 def promote(staging: Path, out: Path) -> None:

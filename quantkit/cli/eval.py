@@ -134,6 +134,12 @@ def command(
     judge_key: Annotated[
         Path | None, typer.Option("--judge-key", help="File that holds the judge's API key.")
     ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            "--key", metavar="PUB", help="Load CKPT only if this public key's signature holds."
+        ),
+    ] = None,
     validate: Annotated[
         bool, typer.Option("--validate", help="Only check the suites; needs no CKPT.")
     ] = False,
@@ -236,6 +242,10 @@ def command(
             import torch
 
             torch.set_num_threads(threads)
+        if key is not None:
+            from quantkit.signature import check_signature
+
+            check_signature(Path(checkpoint), key)
         runtime = _load(checkpoint, kernels.value, device)
         base = None if reference is None else _load(reference, kernels.value, device)
         name = runtime.name

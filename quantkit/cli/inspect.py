@@ -27,6 +27,14 @@ def command(
             metavar="CKPT", help="A checkpoint folder; with --sensitivity, an original MODEL."
         ),
     ] = None,
+    sbom: Annotated[
+        Path | None,
+        typer.Option(
+            "--sbom",
+            metavar="FILE",
+            help="Write its inputs and their licences as CycloneDX 1.6 JSON.",
+        ),
+    ] = None,
     sensitivity: Annotated[
         Path | None,
         typer.Option(
@@ -111,7 +119,27 @@ def command(
         raise UsageError(
             f"{' and '.join(given)}: belong to a sensitivity file", remedy="give --sensitivity FILE"
         )
+    if sbom is not None:
+        _write_sbom(Path(checkpoint), sbom)
     _inspect(Path(checkpoint), as_json)
+
+
+def _write_sbom(checkpoint: Path, file: Path) -> None:
+    from quantkit.checkpoint.write import MANIFEST, read_manifest
+    from quantkit.errors import UsageError
+    from quantkit.model import hash_file
+    from quantkit.results import write_json
+    from quantkit.sbom import bill_of_materials
+
+    if file.resolve().parent == checkpoint.resolve():
+        raise UsageError(
+            f"{file}: a checkpoint holds the files that its manifest lists and no others",
+            remedy="write the bill of materials beside it",
+        )
+    manifest = read_manifest(checkpoint)
+    digest = hash_file(checkpoint / MANIFEST)
+    write_json(file, bill_of_materials(manifest, checkpoint.resolve().name, digest))
+    typer.echo(f"wrote {file}", err=True)
 
 
 def _inspect(checkpoint: Path, as_json: bool) -> None:

@@ -29,6 +29,7 @@ from quantkit.cli import (
     inspect,
     report,
     serve,
+    sign,
     verify,
 )
 
@@ -52,6 +53,7 @@ app.add_typer(bench.app, name="bench")
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("export")(export.command)
+app.command("sign")(sign.command)
 app.command("report")(report.command)
 app.command("doctor")(doctor.command)
 

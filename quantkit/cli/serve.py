@@ -31,6 +31,12 @@ def command(
             "--allow-unauthenticated", help="Listen beyond this machine without API keys."
         ),
     ] = False,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            "--key", metavar="PUB", help="Load CKPT only if this public key's signature holds."
+        ),
+    ] = None,
     max_sequences: Annotated[
         int, typer.Option("--max-sequences", min=1, max=1024, help="Requests that run at once.")
     ] = 16,
@@ -106,6 +112,10 @@ def command(
 
         if threads:
             torch.set_num_threads(threads)
+        if key is not None:
+            from quantkit.signature import check_signature
+
+            check_signature(Path(checkpoint), key)
         typer.echo(f"loading {checkpoint}", err=True)
         runtime = load_runtime(checkpoint, kernels=kernels.value, device=device)
         if runtime.fallback:

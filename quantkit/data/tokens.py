@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from quantkit.data.card import UNKNOWN, read_card
 from quantkit.data.packing import Use, pack
 from quantkit.data.render import encode
 from quantkit.data.sources import Corpus, Source
@@ -31,6 +33,7 @@ class SourceReport:
         path: as it was written.
         name: see `quantkit.data.sources.Source`.
         sha256: of its content; see `quantkit.data.sources.Corpus`.
+        license: as its card says, or ``unknown``.
         documents: documents it holds.
         documents_used: documents with at least one token in the windows.
         skipped: rows without words.
@@ -54,6 +57,7 @@ class SourceReport:
     wanted_share: float
     shortfall: int
     exhausted: bool
+    license: str = UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -197,6 +201,7 @@ def _report(corpus: Corpus, use: Use, total: int, budget: int) -> SourceReport:
         wanted_share=use.wanted / budget,
         shortfall=max(0, use.wanted - use.used),
         exhausted=use.exhausted,
+        license=read_card(Path(corpus.source.path)).license,
     )
 
 
@@ -208,6 +213,12 @@ def _warnings(
         f"{source.share:.1%} instead of {source.wanted_share:.1%}"
         for source in report
         if source.exhausted and len(report) > 1
+    ]
+    lines += [
+        f"{source.path}: {source.skipped} of {source.documents + source.skipped} rows hold no "
+        "words and were left out"
+        for source in report
+        if source.skipped
     ]
     if shortfall:
         lines.append(

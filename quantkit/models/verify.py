@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from quantkit import model as models
 from quantkit.batches import random_batch
 from quantkit.checkpoint.read import TensorFiles, read_quantization_config
 from quantkit.checkpoint.write import MANIFEST
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.integrity import not_finite
 from quantkit.numerics import is_finite
 from quantkit.paused import head_input
 from quantkit.results import read_json
@@ -99,6 +102,10 @@ def verify_reload(folder: Path, *, kernels: str = "native") -> list[Finding]:
             what, out = "hidden states", head_input(runtime.model, random_batch(runtime.model, 8))
     finite = bool(torch.isfinite(out).all())
     findings.append(Finding("forward", finite, f"finite {what}" if finite else "NaN or infinity"))
+    bad = list(not_finite(_stored(folder)))
+    findings.append(
+        Finding("numbers", not bad, f"NaN or infinity in {bad[0]}" if bad else "all finite")
+    )
     wanted = runtime.manifest.get("bits_per_weight")
     if wanted is not None:
         close = math.isclose(runtime.bits_per_weight, wanted, rel_tol=0.01)
@@ -108,6 +115,14 @@ def verify_reload(folder: Path, *, kernels: str = "native") -> list[Finding]:
             )
         )
     return findings
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the weight files, one at a time."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                yield name, file.get_tensor(name)
 
 
 def require_ok(findings: list[Finding], folder: Path) -> None:

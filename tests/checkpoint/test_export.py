@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantkit import model as models
 from quantkit import numerics
 from quantkit.checkpoint.export_gptq import to_gptq
 from quantkit.checkpoint.gguf_blocks import block_type, to_blocks
@@ -240,7 +239,7 @@ def test_gguf_file(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_the_gguf_loader_reads_back_the_same_model(
     scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr("quantkit.model.gguf.CACHE", tmp_path / "cache")
     source, folder, out = tmp_path / "source", tmp_path / "ckpt", tmp_path / "model.gguf"
     small_llama(torch.bfloat16).save_pretrained(source)
     merging_tokenizer().save_pretrained(source)

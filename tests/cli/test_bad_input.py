@@ -460,7 +460,9 @@ def test_threads_are_as_many_as_were_asked_for(
     # The other facts that a checkpoint's bytes depend on.
     assert machine["kernels' instruction set"] == get_isa()
     assert machine["torch's instruction set"] == torch.backends.cpu.get_cpu_capability()
-    assert get_isa() not in (tmp_path / "out" / "quantkit.json").read_text()
+    recorded = json.loads((tmp_path / "out" / "quantkit.json").read_text())["machine"]
+    assert recorded["threads"] == before + 1
+    assert recorded["isa"] == get_isa()
 
 
 def test_dry_run_writes_nothing(
