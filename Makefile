@@ -11,7 +11,7 @@ demo: setup          ## set up, then calibrate, gate and serve the real model
 	$(BIN)/python examples/demo.py
 
 test: setup          ## set up, then run the default test suite
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: setup      ## the default suite and the heavy tests
 	$(BIN)/python -m pytest

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from quantkit.algorithms import gptq
 from quantkit.collector import Collector
 from quantkit.plan import PlannedLayer
 from quantkit.quantize import QuantizedLayer
@@ -32,7 +33,7 @@ def layers() -> tuple[list[PlannedLayer], dict[str, nn.Linear]]:
     torch.manual_seed(0)
     planned, linears = [], {}
     for name, scheme in SCHEMES_BY_NAME.items():
-        options = {"damp": 0.01, "actorder": "static", "clip": "none", "feedback": 0}
+        options = {**gptq.OPTIONS, "clip": "none"}
         planned.append(PlannedLayer(name, 0, (N, K), scheme, "gptq", options))
         linears[name] = nn.Linear(K, N, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     return planned, linears

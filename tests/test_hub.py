@@ -91,7 +91,13 @@ def test_a_run_by_id_gives_the_bytes_of_a_run_on_the_folder(
     assert hub.downloads() == set()  # the cache had them
     local = quantkit(hub, cache, *arguments(tiny, recipe, traffic, tmp_path / "local"))
     assert local.returncode == 0, local.stderr
-    assert contents(out) == contents(tmp_path / "local")
+    by_id, by_folder = contents(out), contents(tmp_path / "local")
+    manifests = [json.loads(files.pop("quantkit.json")) for files in (by_id, by_folder)]
+    assert by_id == by_folder
+    # The manifest says by which name the model was asked for, too.
+    sources = [manifest.pop("source") for manifest in manifests]
+    assert manifests[0] == manifests[1]
+    assert sources[0]["hash"] == sources[1]["hash"]
     inspected = quantkit(hub, cache, "inspect", str(out), "--json")
     assert len(json.loads(inspected.stdout)["layers"]) == 14
 

@@ -243,7 +243,7 @@ def test_tensors_of_another_dtype_than_the_label_says() -> None:
     q = numerics.quantize_weight(torch.randn(8, 64), scheme.weight)
     stored = to_disk(q, scheme, None)
     stored["weight"] = stored["weight"].view(torch.float8_e4m3fn)
-    with pytest.raises(QuantkitError, match="layer.weight: is torch.float8_e4m3fn, not torch.int8"):
+    with pytest.raises(QuantkitError, match=r"is torch\.float8_e4m3fn, not torch\.int8"):
         from_disk(stored, scheme, (8, 64), "layer")
 
 

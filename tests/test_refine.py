@@ -20,10 +20,10 @@ from tests.test_algorithms import SPECS, problem
 GROUPED = ["w4a16-g32", "w4a16-asym-g64", "w3a16-g96", "w4a16-channel", "fp8"]
 
 
-def coupling(n: int, seed: int = 0) -> Tensor:
+def coupling(n: int, seed: int = 0, directions: int = 4) -> Tensor:
     """A Fisher matrix of outputs that a few directions dominate, its mean diagonal 1."""
     gen = torch.Generator().manual_seed(seed)
-    g = torch.randn(n, 4, generator=gen) * 2
+    g = torch.randn(n, directions, generator=gen) * 2
     matrix = g @ g.t() + torch.eye(n)
     return matrix / matrix.diagonal().mean()
 
