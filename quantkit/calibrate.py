@@ -27,11 +27,11 @@ from quantkit.batches import (
     random_batch,
     rows,
 )
-from quantkit.collector import EQUAL, Collector
+from quantkit.collector import Collector
 from quantkit.distill import Distilled, Teacher, distill
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.fisher import measure_gradients, token_weights
 from quantkit.folding import apply_scales
+from quantkit.importance import Importance
 from quantkit.integrity import check_block
 from quantkit.kv_cache import BlockCache, CacheEntry, CacheRange, quantized_caches
 from quantkit.machine import environment
@@ -171,8 +171,8 @@ class _Loop:
         self.solve_seconds = 0.0
         # Hidden states of the unquantized model, where a solver compares with them.
         self.exact: list[Tensor] = []
-        # What tokens count in a layer's Hessian, where its solver does not take them alike.
-        self.weights: Mapping[str, Tensor] = EQUAL
+        # What errors cost, where a solver does not take tokens or outputs to be alike.
+        self.importance: Importance | None = None
         self.attentions = {name: source.model.get_submodule(name) for name in plan.caches}
         self.caches: dict[str, CacheRange] = {}
 
@@ -181,7 +181,13 @@ class _Loop:
         models.bring_in(self.model, skip=[spine.blocks for spine in self.spines])
         starts = {spine.first: spine for spine in self.spines}
         if self.plan.needs_fisher:
-            self.weights = self._token_weights()
+            self.importance = Importance(
+                self.model,
+                self.plan,
+                self._windows(),
+                self.work,
+                lambda: self._advance("token weights"),
+            )
         teacher = self._teacher() if self.plan.distill else None
         if self.plan.rotation is not None:
             rotate_ends(self.model, self.plan.rotation)
@@ -242,36 +248,6 @@ class _Loop:
         planned = {layer.name: layer for layer in self.plan.layers}
         with quantized_inputs(self.linears, planned, results), self._quantized_caches():
             return Probe(ids, head_input(self.model, ids))
-
-    def _token_weights(self) -> dict[str, Tensor]:
-        """Before anything is quantized: one pass through the model and back, or what an earlier
-        run's gave."""
-        asking = {layer.name: layer.fisher for layer in self.plan.layers if layer.fisher}
-        ids = self._windows()
-        squares = self.work.load_tensors("tokens")
-        if squares is None:
-            coupled = {layer.name: layer.fisher for layer in self.plan.layers if layer.coupled}
-            found = measure_gradients(
-                self.model,
-                list(asking),
-                ids,
-                coupled=coupled,
-                advance=lambda: self._advance("token weights"),
-            )
-            for name, blocks in found.outputs.items():
-                self.work.save_tensors(
-                    f"outputs/{name}", {str(i): block for i, block in enumerate(blocks)}
-                )
-            squares = dict(found.squares)
-            self.work.save_tensors("tokens", squares)  # last: all of the pass is on disk with it
-        else:
-            self.done += len(ids)
-        return {name: token_weights(squares[name], asking[name]) for name in asking}
-
-    def _outputs(self, name: str) -> list[Tensor]:
-        """The Fisher matrix of a layer's outputs, from disk: one layer's at a time is in memory."""
-        blocks = self.work.load_tensors(f"outputs/{name}") or {}
-        return [blocks[str(i)] for i in range(len(blocks))]
 
     def _windows(self) -> Tensor:
         """All windows of token ids int64 ``[samples, seq_len]``."""
@@ -344,7 +320,7 @@ class _Loop:
                 return
             if leader not in collectors:
                 members = [layers[name] for name in by_leader[leader]]
-                collectors[leader] = Collector(members, self.observer, self.weights, self._outputs)
+                collectors[leader] = Collector(members, self.observer, self.importance)
             exact = exact_inputs.pop((batch, leader), None)
             if self.exact and (exact is None or exact.shape != x.shape):
                 raise QuantkitError(
@@ -426,7 +402,7 @@ class _Loop:
     ) -> dict[str, QuantizedLayer]:
         if not hidden:
             return self._solve_without_data(layers)
-        collector = Collector(list(layers.values()), self.observer, self.weights, self._outputs)
+        collector = Collector(list(layers.values()), self.observer, self.importance)
         for i, ids in enumerate(self.batches):
             [x] = self.spine.head_inputs([ids], [hidden[i]])
             exact = list(self.spine.head_inputs([ids], [self.exact[i]])) if self.exact else [None]

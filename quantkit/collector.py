@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,11 @@ from quantkit.quantize import QuantizedLayer, quantize_group
 from quantkit.recipe import Step
 from quantkit.schemes import QuantSpec
 
+if TYPE_CHECKING:
+    from quantkit.importance import Importance
+
 #: Tokens of the sample that each layer's output error is measured on.
 SAMPLE_TOKENS = 256
-
-#: Every token counts as much as any other.
-EQUAL: Mapping[str, Tensor] = MappingProxyType({})
 
 #: Whose statistics these are: the spec that quantizes the input (None for the input as it is), and
 #: the layer, where its tokens have weights of their own.
@@ -37,28 +37,26 @@ class Collector:
     Args:
         members: layers that read the same tensor.
         observer: turns static activations into a range.
-        weights: what each calibration token counts in the Hessian of a layer, fp32 ``[tokens]``
-            in the order of the batches, by name; all alike for a layer that is not there.
-        outputs: the Fisher matrix of a layer's outputs, its diagonal blocks, by name.
+        importance: of tokens in the order of the batches, and of outputs; None where all are
+            alike.
     """
 
     def __init__(
         self,
         members: Sequence[PlannedLayer],
         observer: Step,
-        weights: Mapping[str, Tensor] = EQUAL,
-        outputs: Callable[[str], Sequence[Tensor]] = lambda _: (),
+        importance: Importance | None = None,
     ) -> None:
         self.members = members
-        self.weights = weights
-        self.outputs = outputs
+        self.importance = importance
+        self.weights: Mapping[str, Tensor] = {} if importance is None else importance.weights
         self.sample: Tensor | None = None
         self.tokens = 0
         self.moments: dict[_Key, _Moments] = {}
         for layer in members:
             key = self._key(layer)
             if key not in self.moments:
-                self.moments[key] = _Moments(layer.shape[1], weights.get(layer.name))
+                self.moments[key] = _Moments(layer.shape[1], self.weights.get(layer.name))
             moments = self.moments[key]
             moments.needs_hessian |= SOLVERS[layer.solver].needs_hessian
             moments.needs_drift |= layer.needs_drift
@@ -110,7 +108,7 @@ class Collector:
                 scale = found.scale(spec, next(iter(weights.values())).dtype)
                 for x, unquantized in self.held:
                     moments.update(_as_multiplied(x, spec, scale), unquantized)
-            coupled = () if name is None else self.outputs(name)
+            coupled = self.importance.outputs(name) if self.importance and name else ()
             stats = Stats(moments.hessian_value(), self.tokens, moments.drift_value(), coupled)
             solved |= quantize_group(layers, weights, stats, found, self.sample)
         return solved

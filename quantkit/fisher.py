@@ -89,9 +89,7 @@ def measure_gradients(
             remedy="set `fisher: 0`, or give it more memory",
         )
     linears = models.linear_layers(model)
-    seen = {
-        name: _Moments(ids.numel(), linears[name].out_features, coupled.get(name)) for name in names
-    }
+    seen = {name: _Moments(ids.numel(), linears[name], coupled.get(name)) for name in names}
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad(), _frozen(model), _recorded(model, seen):
         for window in ids.split(1):
@@ -137,16 +135,19 @@ class _Moments:
 
     Args:
         tokens: of all windows.
-        width: outputs of the layer.
+        layer: whose sums are on its device.
         exponent: of its tokens' weights if its G is wanted, else None.
     """
 
-    def __init__(self, tokens: int, width: int, exponent: float | None) -> None:
+    def __init__(self, tokens: int, layer: nn.Linear, exponent: float | None) -> None:
         self.squares = torch.zeros(tokens)
         self.count = 0
         self.exponent = exponent
+        width, device = layer.out_features, layer.weight.device
         blocks = 0 if exponent is None else -(-width // OUTPUT_BLOCK)
-        self.sums = [torch.zeros(len(part), len(part)) for part in _parts(width, blocks)]
+        self.sums = [
+            torch.zeros(len(part), len(part), device=device) for part in _parts(width, blocks)
+        ]
 
     def add(self, gradient: Tensor) -> None:
         flat = gradient.reshape(-1, gradient.shape[-1]).float()
@@ -170,7 +171,7 @@ class _Moments:
         """G, symmetric; the identity where no gradient ever came."""
         found = []
         for total in self.sums:
-            whole = total + total.tril(-1).t()
+            whole = (total.tril() + total.tril(-1).t()).cpu()
             mean = float(whole.diagonal().mean())
             whole = whole / mean if mean > 0 else torch.eye(len(whole))
             found.append(whole.to(torch.bfloat16))

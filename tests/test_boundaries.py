@@ -23,7 +23,7 @@ LAYERS = (
         *("rescale", "rotation", "work", "calibrate", "fisher", "distill"),
         *("batches", "inputs", "routing", "support"),
         *("rounding", "integrity", "machine", "signature"),
-        *("gradients", "curvature", "ablation", "mixture", "measurement"),
+        *("gradients", "importance", "curvature", "ablation", "mixture", "measurement"),
         "checkpoint",
     },
     {"models"},

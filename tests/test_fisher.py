@@ -151,7 +151,7 @@ def test_each_layer_is_solved_with_its_own_weights(
         }
         return replace(found, outputs=outputs)
 
-    monkeypatch.setattr("quantkit.calibrate.measure_gradients", strongly_coupled)
+    monkeypatch.setattr("quantkit.importance.measure_gradients", strongly_coupled)
     original = models.load_source(str(tiny)).model
     names = ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
     squares = measure_gradients(original, names, IDS).squares
@@ -204,6 +204,15 @@ def test_resumes_to_the_same_bytes(kept_blocks: int, tiny: Path, tmp_path: Path)
     _, resumed = run(tiny, work, FISHER, resume=True)
     assert (work / "tokens.safetensors").read_bytes() == before
     assert all(torch.equal(whole[n].qtensor.codes, resumed[n].qtensor.codes) for n in whole)
+
+
+def test_outputs_that_are_gone_are_missed(tiny: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    run(tiny, work, FISHER)
+    (work / "blocks" / "0000.json").unlink()
+    (work / "outputs" / f"{NAME}.safetensors").unlink()
+    with pytest.raises(QuantkitError, match="gate_proj: what its outputs have to do"):
+        run(tiny, work, FISHER, resume=True)
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantkit import numerics
 from quantkit.algorithms import Stats, gptq
+from quantkit.algorithms import refine as refinement
 from quantkit.algorithms.refine import OUTPUT_DAMP, fit_scales, has_own_scales, refine
 from quantkit.errors import UsageError
 from quantkit.recipe import Recipe, Step
@@ -138,6 +139,25 @@ def test_a_negative_scale_turns_the_longer_side() -> None:
     q = gptq.solve(weight, Stats(torch.eye(64), 1), spec, {**gptq.OPTIONS, "refine": 0})
     assert float(q.scale[0, 0]) < 0
     assert int(q.codes[0, 16]) == -8
+
+
+def test_rows_are_fitted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = problem(6)
+    q = numerics.quantize_weight(weight, SPECS["w4a16-asym-g64"])
+    assert q.zero is not None
+    arguments = (weight, numerics.code_values(q), numerics.float_scale(q, torch.float32),
+                 q.zero.float(), SPECS["w4a16-asym-g64"], hessian, torch.float32)  # fmt: skip
+    whole = fit_scales(*arguments)
+    monkeypatch.setattr(refinement, "_NORMAL_FLOATS", 5 * 3**2)
+    torch.testing.assert_close(fit_scales(*arguments), whole)
+
+
+@pytest.mark.parametrize("first", ["rotate", "awq"])
+def test_coupled_outputs_are_those_of_the_original(first: str) -> None:
+    steps = (Step(first), Step("gptq", {"fisher": 0.5, "outputs": "coupled"}))
+    recipe = Recipe(SCHEMES["w4a16-g64"], algorithm=steps)
+    with pytest.raises(UsageError, match="knows the original's outputs"):
+        layer_steps(recipe, "layer")
 
 
 def test_coupled_outputs_ask_for_gradients_and_descent() -> None:

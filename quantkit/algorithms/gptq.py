@@ -6,7 +6,8 @@ after another; each column's rounding error is spread over the columns not yet r
 the rows of the Cholesky factor U of the inverse Hessian (H⁻¹ = UᵀU).
 
 Scales come from the weight and are fixed before any column is rounded ("static groups"), so
-that act-order costs nothing at inference: the stored order of columns never changes.
+that act-order costs nothing at inference: the stored order of columns never changes. With
+``refine`` codes and scales are gone over again once all are there (`quantkit.algorithms.refine`).
 
 With ``feedback`` the layer also makes up for what its quantized predecessors did to its input.
 For inputs x where the unquantized model has x̃, Li et al. ("GPTAQ: Efficient Finetuning-Free
@@ -63,7 +64,7 @@ OPTIONS: dict[str, Any] = {
 def solve(weight: Tensor, stats: Stats, spec: QuantSpec, options: Mapping[str, Any]) -> QTensor:
     """Quantize ``weight [N, K]`` against the Hessian of its inputs.
 
-    Rows are independent, so layers that share an input may be stacked.
+    Rows are independent unless outputs are coupled, so layers that share an input may be stacked.
 
     Args:
         weight: ``[N, K]``, the model's dtype, which is the dtype of the scales.

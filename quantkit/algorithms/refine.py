@@ -30,6 +30,9 @@ OUTPUT_DAMP = 0.3
 #: Passes over all codes between two fits of the scales.
 SWEEPS = 4
 
+#: Normal equations that are in memory at once: groups² floats a row, 64 MB in all.
+_NORMAL_FLOATS = 1 << 24
+
 
 def refine(
     target: Tensor,
@@ -96,7 +99,26 @@ def fit_scales(
     Returns:
         fp32 ``[N, groups]``.
     """
-    groups, width = steps.shape[1], columns_of_a_scale(target.shape, spec)
+    width = columns_of_a_scale(target.shape, spec)
+    count = max(1, _NORMAL_FLOATS // steps.shape[1] ** 2)
+    fitted = []
+    for start in range(0, len(codes), count):
+        rows = slice(start, start + count)
+        own = None if zeros is None else zeros[rows]
+        fitted.append(_fit_rows(target[rows], codes[rows], steps[rows], own, width, hessian, dtype))
+    return torch.cat(fitted)
+
+
+def _fit_rows(
+    target: Tensor,
+    codes: Tensor,
+    steps: Tensor,
+    zeros: Tensor | None,
+    width: int,
+    hessian: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    groups = steps.shape[1]
     offsets = codes if zeros is None else codes - _spread(zeros, width, codes)
     pull = target @ hessian
     normal = torch.empty(len(codes), groups, groups, device=codes.device)
@@ -133,15 +155,18 @@ def _descend(
     width = columns_of_a_scale(target.shape, spec)
     offsets = codes if zeros is None else codes - _spread(zeros, width, codes)
     moment = (target - offsets * _spread(steps, width, codes)) @ hessian
-    group = torch.arange(codes.shape[1], device=codes.device) // width
+    # One code after another is work for a CPU, wherever the model is.
+    found, moment, steps = codes.cpu(), moment.cpu(), steps.cpu()
+    zeros = None if zeros is None else zeros.cpu()
+    group = torch.arange(codes.shape[1]) // width
     start = 0
     blocks: Sequence[Tensor | None] = outputs or (None,)
     for block in blocks:
-        stop = len(codes) if block is None else start + len(block)
-        backend_for(codes).descend_codes(
-            codes[start:stop],
+        stop = len(found) if block is None else start + len(block)
+        backend_for(found).descend_codes(
+            found[start:stop],
             moment[start:stop],
-            hessian,
+            hessian.cpu(),
             block,
             steps[start:stop],
             None if zeros is None else zeros[start:stop],
@@ -152,12 +177,14 @@ def _descend(
             SWEEPS,
         )
         start = stop
+    if found is not codes:
+        codes.copy_(found)
 
 
 def _damped(outputs: Sequence[Tensor]) -> list[Tensor]:
     damped = []
     for block in outputs:
-        own = block.float().clone()
+        own = block.float().cpu().clone()
         own.diagonal().add_(OUTPUT_DAMP * own.diagonal().mean())
         damped.append(own)
     return damped
