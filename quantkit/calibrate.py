@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from quantkit.importance import Importance
 from quantkit.integrity import check_block
 from quantkit.kv_cache import BlockCache, CacheEntry, CacheRange, quantized_caches
 from quantkit.machine import environment
+from quantkit.parallel import ALONE, World, check_alike
 from quantkit.paused import find_spines, head_input, run_paused, trace_groups
 from quantkit.plan import Plan, PlannedLayer
 from quantkit.progress import Progress, silent
@@ -45,6 +46,9 @@ from quantkit.rescale import choose_scales
 from quantkit.rotation import rotate_block, rotate_ends
 from quantkit.routing import ExpertTokens
 from quantkit.work import HEAD, WorkFolder
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: Windows that a data-free recipe runs, only to measure output errors.
 PROBE_WINDOWS = 8
@@ -62,8 +66,12 @@ def calibrate(
     resume: bool = False,
     release: bool = False,
     progress: Progress = silent,
+    together: World = ALONE,
 ) -> Calibrated:
     """Quantize every planned layer; the model's weights are replaced as it goes.
+
+    Several processes run their shares of the windows. The first one solves and writes, and what it
+    returns is whole; the others return no layers.
 
     Args:
         source: the model; afterwards it computes with the dequantized weights.
@@ -77,6 +85,7 @@ def calibrate(
         release: drop each block's weights when nothing needs them any more; the model
             cannot be run afterwards.
         progress: called as (done, total, label), one step a batch and group.
+        together: the processes that calibrate this model.
 
     Raises:
         UsageError: no data where the plan needs some, or ``work`` belongs to another run.
@@ -96,20 +105,27 @@ def calibrate(
     }
     if all_experts:
         state["all_experts"] = True
-    blocks = WorkFolder(work, state, resume=resume)
+    inputs = {key: value for key, value in state.items() if key in ("weights", "plan", "data")}
+    check_alike(together, "model, recipe or data", inputs)
+    # The others have no folder: nothing is asked of a file system that all of them would share.
+    folder = WorkFolder(work, state, resume=resume) if together.leads else None
     if plan.unties_head:
         models.untie(source.model)
     ids = None if data is None else data.ids if plan.needs_data else data.ids[:PROBE_WINDOWS]
     with torch.no_grad():
         experts = ExpertTokens(source.model, min_expert_tokens, all_tokens=all_experts)
-        batches = _batches(data, ids)
-        loop = _Loop(source, plan, batches, observer, experts, blocks, release, progress)
+        batches = _batches(data, ids, together)
+        loop = _Loop(
+            source, plan, batches, ids, observer, experts, folder, release, progress, together
+        )
         layers, probe, distilled = loop.run()
     return Calibrated(layers, probe, loop.solve_seconds, distilled, loop.caches)
 
 
-def _batches(data: CalibrationData | None, ids: Tensor | None) -> Sequence[Batch]:
-    return data.batches if data is not None and data.batches else cut_batches(ids)
+def _batches(data: CalibrationData | None, ids: Tensor | None, together: World) -> Sequence[Batch]:
+    if data is None or ids is None:
+        return []
+    return together.share(data.batches or cut_batches(ids, together.size))
 
 
 @dataclass(frozen=True)
@@ -139,21 +155,26 @@ class _Loop:
         source: models.SourceModel,
         plan: Plan,
         batches: Sequence[Batch],
+        ids: Tensor | None,
         observer: Step,
         experts: ExpertTokens,
-        work: WorkFolder,
+        work: WorkFolder | None,
         release: bool,
         progress: Progress,
+        together: World,
     ) -> None:
         self.model = source.model
         self.plan = plan
         self.spines = find_spines(source.model)
         self.spine = self.spines[0]  # whose blocks are at work
-        self.batches = batches
+        self.together = together
+        self.batches = batches  # of this process
+        self.ids = ids  # of all
         #: Tokens that every layer sees; None where an encoder's and its decoder's differ.
         self.tokens: int | None = None
         if len(self.spines) == 1 and all(isinstance(batch, Tensor) for batch in batches):
-            self.tokens = sum(batch.numel() for batch in batches if isinstance(batch, Tensor))
+            own = sum(batch.numel() for batch in batches if isinstance(batch, Tensor))
+            self.tokens = sum(together.agree(own))
         self.observer = observer
         self.experts = experts
         self.work = work
@@ -187,8 +208,9 @@ class _Loop:
                 self._windows(),
                 self.work,
                 lambda: self._advance("token weights"),
+                self.together,
             )
-        teacher = self._teacher() if self.plan.distill else None
+        teacher = self._teacher() if self.plan.distill and self.together.leads else None
         if self.plan.rotation is not None:
             rotate_ends(self.model, self.plan.rotation)
         hidden: list[Tensor] = []
@@ -202,34 +224,40 @@ class _Loop:
             if self.plan.rotation is not None:
                 rotate_block(self.model, index, self.plan.rotation)
             self._rescale(index, layers, hidden)
-            saved = self.work.load(index, layers)
+            saved = self._on_disk(WorkFolder.load, index, layers)
             if saved is not None:
                 self.exact = [run() for run in self._calls(index, self.exact)]
                 self._install(saved)
                 if self.plan.kv is not None:
-                    self.caches |= self.work.load_caches(index, self.plan.kv)
+                    self.caches |= self._on_disk(WorkFolder.load_caches, index, self.plan.kv)
                 hidden = self._propagate(index, layers, saved, hidden)
             elif hidden:
                 block, hidden = self._solve_block(index, layers, hidden)
                 if self.plan.kv is not None:
                     found = {name: self.caches[name] for name in self.plan.caches_in(index)}
-                    self.work.save_caches(index, found)
-                saved = self.work.save(index, block, layers)
+                    self._on_disk(WorkFolder.save_caches, index, found)
+                saved = self._on_disk(WorkFolder.save, index, block, layers)
             else:
-                saved = self.work.save(index, self._solve_without_data(layers), layers)
+                block = self._solve_without_data(layers)
+                saved = self._on_disk(WorkFolder.save, index, block, layers)
             check_block(layers, saved, self.tokens)
-            results.update(saved)
-            if self.release and hidden and teacher is None:
+            if self.together.leads:  # mapped from files there, in memory elsewhere
+                results.update(saved)
+            if self.release and hidden and self.plan.distill is None:
                 self._release(layers)
             memory.trim_heap()
         head = self.plan.in_block(None)
         if head:
-            saved = self.work.load(HEAD, head)
+            saved = self._on_disk(WorkFolder.load, HEAD, head)
             if saved is None:
-                saved = self.work.save(HEAD, self._solve_head(head, hidden), head)
+                solved = self._solve_head(head, hidden)
+                saved = self._on_disk(WorkFolder.save, HEAD, solved, head)
             check_block(head, saved, self.tokens)
             self._install(saved)
-            results.update(saved)
+            if self.together.leads:
+                results.update(saved)
+        if not self.together.leads:
+            return {}, Probe(self.batches[0], hidden[0]), None
         ordered = {layer.name: results[layer.name] for layer in self.plan.layers}
         if teacher is None:
             return ordered, self._probe(ordered, hidden), None
@@ -250,17 +278,23 @@ class _Loop:
             return Probe(ids, head_input(self.model, ids))
 
     def _windows(self) -> Tensor:
-        """All windows of token ids int64 ``[samples, seq_len]``."""
+        """This process's windows of token ids int64 ``[samples, seq_len]``."""
         return torch.cat([batch for batch in self.batches if isinstance(batch, Tensor)])
 
     def _teacher(self) -> Teacher:
-        ids = self._windows()
-        return Teacher(self.model, ids, self.work, lambda: self._advance("the original's targets"))
+        assert self.ids is not None
+        assert self.work is not None
+        return Teacher(
+            self.model, self.ids, self.work, lambda: self._advance("the original's targets")
+        )
 
     def _distill(self, results: Mapping[str, QuantizedLayer], teacher: Teacher) -> Distilled:
-        ids = self._windows()
+        assert self.ids is not None
+        assert self.work is not None
         with self._quantized_caches():
-            return distill(self.model, self.plan, results, ids, teacher, self.work, self._advance)
+            return distill(
+                self.model, self.plan, results, self.ids, teacher, self.work, self._advance
+            )
 
     def _quantized_caches(self, index: int | None = None) -> AbstractContextManager[None]:
         """While active, keys and values are rounded by the ranges that were found: one block's, or
@@ -283,11 +317,13 @@ class _Loop:
         if not folds:
             return
         label = f"block {index + 1}/{self.plan.blocks}: scaling"
-        scales = self.work.load_scales(index)
+        scales = self._on_disk(WorkFolder.load_scales, index)
         if scales is None:
             runs = self._calls(index, hidden)
-            scales = choose_scales(folds, layers, self.linears, runs, lambda: self._advance(label))
-            self.work.save_scales(index, scales)
+            scales = choose_scales(
+                folds, layers, self.linears, runs, lambda: self._advance(label), self.together
+            )
+            self._on_disk(WorkFolder.save_scales, index, scales)
         else:
             self.done += len(hidden)
         apply_scales(self.model, folds, scales)
@@ -320,7 +356,9 @@ class _Loop:
                 return
             if leader not in collectors:
                 members = [layers[name] for name in by_leader[leader]]
-                collectors[leader] = Collector(members, self.observer, self.importance)
+                collectors[leader] = Collector(
+                    members, self.observer, self.importance, self.together
+                )
             exact = exact_inputs.pop((batch, leader), None)
             if self.exact and (exact is None or exact.shape != x.shape):
                 raise QuantkitError(
@@ -331,11 +369,12 @@ class _Loop:
 
         def solve(leader: str) -> None:
             if leader in cache.sides:
-                cache.solve(leader, self.model.dtype)
+                cache.solve(leader, self.model.dtype, self.together)
                 return
             began = time.monotonic()
-            self.experts.add(leader, collectors[leader].tokens)
-            solved = collectors.pop(leader).solve(self.linears)
+            collector = collectors.pop(leader)
+            solved = collector.solve(self.linears)
+            self.experts.add(leader, collector.tokens)
             self.solve_seconds += time.monotonic() - began
             self._install(solved)
             results.update(solved)
@@ -402,7 +441,8 @@ class _Loop:
     ) -> dict[str, QuantizedLayer]:
         if not hidden:
             return self._solve_without_data(layers)
-        collector = Collector(list(layers.values()), self.observer, self.importance)
+        members = list(layers.values())
+        collector = Collector(members, self.observer, self.importance, self.together)
         for i, ids in enumerate(self.batches):
             [x] = self.spine.head_inputs([ids], [hidden[i]])
             exact = list(self.spine.head_inputs([ids], [self.exact[i]])) if self.exact else [None]
@@ -429,12 +469,23 @@ class _Loop:
         """For each batch, a function that runs this block of the model on it."""
         return self.spine.calls(index - self.spine.first, hidden)
 
+    def _on_disk(
+        self, do: Callable[Concatenate[WorkFolder, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """What the first process gets from its work folder, on all of them."""
+
+        def there() -> T:
+            assert self.work is not None
+            return do(self.work, *args, **kwargs)
+
+        return self.together.first(there)
+
     def _install(self, layers: Mapping[str, QuantizedLayer]) -> None:
         """Give layers their dequantized weights."""
         for name, layer in layers.items():
             module = self.linears[name]
             original = module.weight
-            weight = numerics.dequantize(layer.qtensor, original.dtype)
+            weight = numerics.dequantize(layer.qtensor, original.dtype).to(original.device)
             module.weight = nn.Parameter(weight, requires_grad=False)
             memory.forget_pages(original)
 

@@ -276,6 +276,13 @@ _MARKS = {
 
 
 def _check_out(job: Job) -> None:
+    try:
+        _check_places(job)
+    except OSError as e:  # a name that is too long, a folder that may not be searched
+        raise UsageError(f"{job.folder}: cannot be used ({e.strerror or e})") from e
+
+
+def _check_places(job: Job) -> None:
     out = job.folder
     if out.name in ("", ".."):
         raise UsageError(f"{out}: has no name to put others beside", remedy="choose another -o")

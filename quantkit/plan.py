@@ -384,6 +384,13 @@ def _plan_folds(
         if not fold.of_norm:
             steps = tuple(step for step in steps if step.options["pairs"] == "all")
         if steps:
+            producer = planned.get(fold.producer)
+            if producer is not None and producer.coupled:
+                raise UsageError(
+                    f"{producer.name}: outputs: coupled knows the original's outputs, and the "
+                    f"scaling of {members[0].name}'s input makes others of them",
+                    remedy="take one of the two out, or scale behind norms only (pairs: norms)",
+                )
             folds.append(PlannedFold(**vars(fold), steps=steps))
     unscaled |= {r.label: r.reason for r in refused if any(name in asking for name in r.consumers)}
     return tuple(folds), unscaled

@@ -52,7 +52,8 @@ def quantize_group(
     """Solve layers that share one input.
 
     Layers that agree in spec, solver and options are stacked by rows, so that the Hessian is
-    factored once; rows never influence each other, so the result is the same.
+    factored once; rows never influence each other, so the result is the same. A layer whose outputs
+    are coupled has statistics of its own, and is not stacked.
 
     Args:
         layers: what is planned for each.
@@ -65,6 +66,13 @@ def quantize_group(
         QuantkitError: NaN in a weight, a Hessian that cannot be factored, a solver that did no
             better than rounding to nearest; names the layer.
     """
+    # Statistics are summed up on the CPU, and wherever the weights are they are solved.
+    device = weights[layers[0].name].device
+    stats = replace(
+        stats,
+        hessian=None if stats.hessian is None else stats.hessian.to(device),
+        drift=None if stats.drift is None else stats.drift.to(device),
+    )
     solved: dict[str, QTensor] = {}
     for members in _stackable(layers):
         first = members[0]

@@ -39,10 +39,10 @@ def layer_steps(recipe: Recipe, name: str) -> tuple[tuple[Step, ...], Step, Step
         )
     at = stages.index(1)
     turned = any(step.name == ROTATE for step in recipe.algorithm)
-    if steps[at].options.get("outputs") == "coupled" and (at or turned):
+    if steps[at].options.get("outputs") == "coupled" and turned:
         raise UsageError(
-            f"{name}: outputs: coupled knows the original's outputs, and a rotation or a scaling "
-            "makes others of them",
+            f"{name}: outputs: coupled knows the original's outputs, and a rotation makes others "
+            "of them",
             remedy="take one of the two out of the algorithm list",
         )
     return tuple(steps[:at]), steps[at], steps[at + 1] if steps[at + 1 :] else None

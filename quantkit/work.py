@@ -194,7 +194,6 @@ class WorkFolder:
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write what belongs to the whole model, under a name of its own."""
         path = self.path / f"{name}.safetensors"
-        path.parent.mkdir(exist_ok=True)
         _write_tensors(dict(tensors), path)
 
     def load_tensors(self, name: str) -> dict[str, Tensor] | None:
@@ -227,7 +226,7 @@ def _changes(begun: Mapping[str, Any], state: Mapping[str, Any]) -> str:
 def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
-    except SafetensorError as e:
+    except (OSError, SafetensorError) as e:
         raise QuantkitError(f"{path}: is damaged ({e})", remedy=_AGAIN) from e
 
 
@@ -235,14 +234,20 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """A safetensors file, there as a whole or not at all."""
     staging = path.with_name(f"{path.name}.tmp")
     try:
+        path.parent.mkdir(exist_ok=True)
         save_file(tensors, staging)
         # A rename may reach the disk before what it names does.
         with staging.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(staging, path)
-    except OSError as e:
-        staging.unlink(missing_ok=True)
-        raise UsageError(f"{path}: cannot be written ({e.strerror or e})") from e
+    except (OSError, SafetensorError) as e:
+        # safetensors has errors of its own, a full disk among them.
+        with suppress(OSError):
+            staging.unlink(missing_ok=True)
+        reason = getattr(e, "strerror", None) or e
+        raise QuantkitError(
+            f"{path}: cannot be written ({reason})", remedy="free some space, then --resume"
+        ) from e
 
 
 @contextmanager

@@ -142,6 +142,18 @@ def test_a_forger_who_also_fits_the_manifest(
     assert "is not a signature by" in capfd.readouterr().err
 
 
+def test_an_interrupted_signer_leaves_the_signature_that_was_there(
+    copy: Path, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quantkit.signature.os.replace", interrupt)
+    assert run(["sign", str(copy), "--key", str(keys[0])]) == 130
+    monkeypatch.undo()
+    assert run(["verify", str(copy), "--no-reload", "--key", str(keys[1])]) == 0
+
+
 def test_what_is_not_signed(
     copy: Path, keys: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -196,6 +196,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         UsageError: there is none.
+        QuantkitError: it is something else.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
@@ -203,7 +204,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UsageError(
             f"{folder}: has no {MANIFEST}", remedy="only checkpoints that quantkit wrote have one"
         )
-    return read_json(folder / MANIFEST)
+    found = read_json(folder / MANIFEST)
+    if not (isinstance(found, dict) and isinstance(found.get("files"), dict)):
+        raise QuantkitError(
+            f"{folder / MANIFEST}: is no manifest", remedy="copy the checkpoint again"
+        )
+    return found
 
 
 def promote(staging: Path, out: Path) -> None:

@@ -91,8 +91,11 @@ def command(
     The plan is printed first. The checkpoint appears at OUT only when every gate passes;
     otherwise it stays at OUT.rejected. OUT.run holds scores, verdict and flips.
 
+    `torchrun --nproc-per-node N -m quantkit calibrate …` shares the calibration windows out; the
+    first process solves, writes and judges. torchrun itself ends with 1 whatever that one's code.
+
     Exit codes: 0 pass, 1 regression, 2 usage, 3 inconclusive, 4 runtime, 5 the baseline is of
-    another model, 130 interrupted.
+    another model, other suites or other text, 130 interrupted.
     """
     from quantkit.errors import UsageError
 
@@ -116,7 +119,8 @@ def command(
     import torch
 
     from quantkit.cli.progress import reporter
-    from quantkit.run import Job, execute, prepare
+    from quantkit.parallel import world
+    from quantkit.run import Job, execute, follow, prepare
 
     if threads:
         torch.set_num_threads(threads)
@@ -134,14 +138,19 @@ def command(
         seq_len=eval_seq_len,
         max_tokens=eval_tokens,
     )
-    prepared = prepare(job)
-    if not as_json or not dry_run:
-        _show_plan(prepared)
-    if dry_run:
-        if as_json:
-            typer.echo(json.dumps(prepared.plan.to_json(), indent=1))
-        return
-    outcomes = execute(prepared, reporter)
+    with world() as together:
+        prepared = together.first_before_others(lambda: prepare(job))
+        if not together.leads:
+            if not dry_run:
+                follow(prepared, together)
+            return
+        if not as_json or not dry_run:
+            _show_plan(prepared, together.size)
+        if dry_run:
+            if as_json:
+                typer.echo(json.dumps(prepared.plan.to_json(), indent=1))
+            return
+        outcomes = execute(prepared, reporter, together)
     if as_json:
         typer.echo(json.dumps(outcomes.to_json(), indent=1))
     else:
@@ -166,10 +175,12 @@ def _recipe(name: str, data: list[str] | None, **overrides: int | None) -> Recip
     return replace(recipe, calibrate=replace(calibration, **given))
 
 
-def _show_plan(prepared: Prepared) -> None:
+def _show_plan(prepared: Prepared, processes: int) -> None:
     """The plan, on stderr: stdout belongs to the result."""
     from rich.console import Console
     from rich.table import Table
+
+    from quantkit.importance import pass_bytes
 
     plan, console = prepared.plan, Console(stderr=True)
     console.print(f"[bold]Plan[/bold] for {prepared.job.source}, {plan.blocks} blocks")
@@ -212,9 +223,12 @@ def _show_plan(prepared: Prepared) -> None:
         f"working memory     {plan.activation_bytes / 1e6:.0f} MB of activations, "
         f"{plan.block_bytes / 1e6:.0f} MB a block"
     )
+    if plan.needs_fisher:
+        console.print(f"Fisher pass        {pass_bytes(plan) / 1e6:.0f} MB beside the whole model")
     if prepared.tokens is not None:
         console.print(
             f"calibration        {plan.samples} × {plan.seq_len} tokens"
+            + (f" in {processes} processes" if processes > 1 else "")
             + ("" if plan.needs_data else " (this recipe needs none: they only measure errors)")
         )
         for source in prepared.tokens.report:
