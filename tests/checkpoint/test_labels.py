@@ -1,0 +1,113 @@
+"""compressed-tensors: every label of a layout that writers use, and none of another one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantkit import packing
+from quantkit.checkpoint.config import to_args
+from quantkit.checkpoint.formats import CompressedTensorsReader
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.numerics import QTensor, quantize_weight
+from quantkit.schemes import SCHEMES, Scheme, parse_scheme
+
+SHAPE = (64, 96)
+INT4 = {"bits": 4, "group_size": 32}
+SCHEME: dict[str, Scheme] = {
+    **SCHEMES,
+    "int4-int8": parse_scheme({"weight": INT4, "input": {"bits": 8, "granularity": "token"}}),
+    "int4-fp8": parse_scheme(
+        {"weight": INT4, "input": {"bits": 8, "dtype": "float", "granularity": "token"}}
+    ),
+    "int3": parse_scheme({"weight": {"bits": 3, "group_size": 32, "symmetric": False}}),
+}
+
+
+def stored(scheme: Scheme, packed: bool) -> tuple[QTensor, dict[str, Tensor]]:
+    """A random layer and its tensors, its codes in words or one a byte."""
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    q = quantize_weight(weight.to(torch.bfloat16), scheme.weight)
+    if not packed:
+        zero = {} if q.zero is None else {"weight_zero_point": q.zero}
+        return q, {"weight": q.codes, "weight_scale": q.scale, **zero}
+    tensors = {
+        "weight_packed": packing.pack_int(q.codes, q.spec.bits),
+        "weight_shape": torch.tensor(SHAPE),
+        "weight_scale": q.scale,
+    }
+    if q.zero is not None:
+        tensors["weight_zero_point"] = packing.pack_int(q.zero, q.spec.bits, dim=0)
+    return q, tensors
+
+
+def reader(scheme: Scheme, label: str | None, *, in_group: bool) -> CompressedTensorsReader:
+    """Of a config that gives every linear layer the scheme, under a label or none."""
+    group: dict[str, Any] = {"targets": ["Linear"], "weights": to_args(scheme.weight).model_dump()}
+    if scheme.input is not None:
+        group["input_activations"] = to_args(scheme.input).model_dump()
+    raw: dict[str, Any] = {"quant_method": "compressed-tensors", "config_groups": {"g": group}}
+    if label is not None:
+        (group if in_group else raw)["format"] = label
+    return CompressedTensorsReader(raw)
+
+
+@pytest.mark.parametrize("in_group", [True, False])
+@pytest.mark.parametrize(
+    ("name", "label", "packed"),
+    [
+        ("int4-int8", "int-quantized", False),
+        ("int4-int8", "pack-quantized", True),
+        ("int4-fp8", "int-quantized", False),
+        ("w4a16-g32", "naive-quantized", False),
+        ("w4a16-g32", None, True),
+        ("w4a16-g32", None, False),
+        ("int3", "naive-quantized", False),
+        ("w8a16", "int-quantized", False),
+        ("w8a16", "naive-quantized", False),
+        ("w8a8", "pack-quantized", True),
+        ("w8a8", "int-quantized", False),
+    ],
+)
+def test_a_label_of_the_layout_that_is_stored(
+    name: str, label: str | None, packed: bool, in_group: bool
+) -> None:
+    q, tensors = stored(SCHEME[name], packed)
+    opened = reader(SCHEME[name], label, in_group=in_group)
+    schemes = opened.schemes(["a"], {f"a.{key}" for key in tensors})
+    assert (schemes["a"].weight, schemes["a"].input) == (SCHEME[name].weight, SCHEME[name].input)
+    found = opened.layer(tensors, schemes["a"], SHAPE, "a").weight
+    assert torch.equal(found.codes, q.codes)
+    assert torch.equal(found.scale, q.scale)
+    assert (found.zero is None) == (q.zero is None)
+    assert q.zero is None or torch.equal(found.zero, q.zero)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_label_of_a_whole_config_that_says_nothing_of_its_layers(packed: bool) -> None:
+    _, tensors = stored(SCHEME["int3"], packed)
+    opened = reader(SCHEME["int3"], "mixed-precision", in_group=False)
+    assert opened.schemes(["a"], {f"a.{key}" for key in tensors}).keys() == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "packed", "actual"),
+    [
+        ("w4a16-g32", "pack-quantized", False, "int-quantized"),
+        ("w4a16-g32", "int-quantized", True, "pack-quantized"),
+        ("w8a8", "naive-quantized", True, "pack-quantized"),
+        ("w8a8", "pack-quantized", False, "int-quantized"),
+        ("w8a8", "float-quantized", False, "int-quantized"),
+        ("w4a16-g32", "nvfp4-pack-quantized", True, "pack-quantized"),
+    ],
+)
+def test_a_label_of_another_layout(name: str, label: str, packed: bool, actual: str) -> None:
+    scheme = SCHEME[name]
+    _, tensors = stored(scheme, packed)
+    message = f"format '{label}' for {scheme.name}, which is stored as {actual}"
+    with pytest.raises(QuantkitError, match=message) as caught:
+        reader(scheme, label, in_group=True).schemes(["a"], {f"a.{key}" for key in tensors})
+    assert not isinstance(caught.value, UsageError)
