@@ -251,8 +251,8 @@ def _check_label(label: str, scheme: Scheme) -> None:
 
 def _check_stored(label: str, scheme: Scheme, name: str, stored: Collection[str]) -> None:
     """Raise QuantkitError where a layer of integers is packed and its label says bytes, or the
-    other way round."""
-    if scheme.weight.dtype is not DType.INT:
+    other way round. A weight without a scale is not quantized at all, which reading it tells."""
+    if scheme.weight.dtype is not DType.INT or f"{name}.weight_scale" not in stored:
         return
     if label in _BYTES and f"{name}.weight_packed" in stored:
         raise _mislabelled(label, scheme, _PACKED)

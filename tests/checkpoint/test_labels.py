@@ -93,6 +93,15 @@ def test_a_label_of_a_whole_config_that_says_nothing_of_its_layers(packed: bool)
     assert opened.schemes(["a"], {f"a.{key}" for key in tensors}).keys() == {"a"}
 
 
+def test_a_layer_that_is_not_quantized_at_all() -> None:
+    """It is no other format's, and a tensor is missing."""
+    scheme = SCHEME["w4a16-g32"]
+    opened = reader(scheme, "pack-quantized", in_group=True)
+    [found] = opened.schemes(["a"], {"a.weight"}).values()
+    with pytest.raises(QuantkitError, match=r"a\.weight_scale: missing"):
+        opened.layer({"weight": torch.zeros(SHAPE)}, found, SHAPE, "a")
+
+
 @pytest.mark.parametrize(
     ("name", "label", "packed", "actual"),
     [
