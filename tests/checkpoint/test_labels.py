@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
-from quantkit import packing
 from quantkit.checkpoint.config import to_args
 from quantkit.checkpoint.formats import CompressedTensorsReader
 from quantkit.errors import QuantkitError, UsageError
@@ -28,20 +29,16 @@ SCHEME: dict[str, Scheme] = {
 
 
 def stored(scheme: Scheme, packed: bool) -> tuple[QTensor, dict[str, Tensor]]:
-    """A random layer and its tensors, its codes in words or one a byte."""
-    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
-    q = quantize_weight(weight.to(torch.bfloat16), scheme.weight)
-    if not packed:
-        zero = {} if q.zero is None else {"weight_zero_point": q.zero}
-        return q, {"weight": q.codes, "weight_scale": q.scale, **zero}
-    tensors = {
-        "weight_packed": packing.pack_int(q.codes, q.spec.bits),
-        "weight_shape": torch.tensor(SHAPE),
-        "weight_scale": q.scale,
-    }
+    """A random layer, and its tensors as the library writes them, codes in words or bytes."""
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    q = quantize_weight(weight, scheme.weight)
+    state = {"weight": weight, "weight_scale": q.scale}
     if q.zero is not None:
-        tensors["weight_zero_point"] = packing.pack_int(q.zero, q.spec.bits, dim=0)
-    return q, tensors
+        state["weight_zero_point"] = q.zero
+    layout = "pack-quantized" if packed else "naive-quantized"
+    write = BaseCompressor.get_value_from_registry(layout).compress
+    theirs = QuantizationScheme(targets=["Linear"], weights=to_args(scheme.weight))
+    return q, write(state, theirs)
 
 
 def reader(scheme: Scheme, label: str | None, *, in_group: bool) -> CompressedTensorsReader:
