@@ -8,8 +8,8 @@ from typing import Any
 
 from quantkit import model as models
 from quantkit.checkpoint.config import read_cache_spec, read_schemes
+from quantkit.checkpoint.fields import as_object, read_object
 from quantkit.checkpoint.write import MANIFEST
-from quantkit.results import read_json
 from quantkit.schemes import QuantSpec, Scheme
 
 
@@ -61,10 +61,10 @@ def read_artifact(source: str) -> Artifact:
         UsageError: no such model, or a quantization that is not compressed-tensors.
     """
     folder = models.resolve(source)
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     text = config.get("text_config") or config
-    raw = config.get("quantization_config")
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    raw = as_object(config.get("quantization_config") or {}, "quantization_config")
+    manifest = read_object(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype")
     return Artifact(
         folder=folder,
