@@ -53,6 +53,13 @@ def _read(path: Path) -> dict[str, Any]:
         raise QuantkitError(f"{path}:{e.lineno}: not JSON ({e.msg})") from e
 
 
+def original_hash(manifest: Mapping[str, Any]) -> str | None:
+    """The hash of the weights that a checkpoint was made from; None where none is noted."""
+    source = manifest.get("source")
+    found = source.get("hash") if isinstance(source, Mapping) else None
+    return found if isinstance(found, str) else None
+
+
 def build_empty(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a config without its weights: parameters on the meta device, buffers real.
 
