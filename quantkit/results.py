@@ -371,6 +371,8 @@ def read_json(path: str | Path) -> Any:
         raise UsageError(f"{path}: cannot be read ({e})") from e
     except json.JSONDecodeError as e:
         raise UsageError(f"{path}:{e.lineno}: not JSON ({e.msg})") from e
+    except (ValueError, RecursionError) as e:  # a number of 5,000 digits, nesting without end
+        raise UsageError(f"{path}: not JSON that can be read ({e})") from e
 
 
 def write_json(path: str | Path, doc: Any) -> None:

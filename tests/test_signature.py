@@ -116,7 +116,10 @@ def test_files_that_come_and_go(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     change(copy)
-    for argv in (["eval", str(copy), "--suite", "support_intent"], ["serve", str(copy)]):
+    score, serve = ["eval", str(copy), "--suite", "support_intent"], ["serve", str(copy)]
+    # No such interpreter: whoever asks it before looking at the files ends with 2.
+    vllm = ["--engine", "vllm", "--engine-python", "/nowhere"]
+    for argv in (score, serve, [*score, "--plan"], [*score, *vllm], [*serve, *vllm]):
         port = ["--port", "0"] if argv[0] == "serve" else []
         assert run([*argv, *port, "--key", str(keys[1])]) == 4
         captured = capfd.readouterr()

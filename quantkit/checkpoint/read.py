@@ -46,6 +46,13 @@ def read_quantization_config(folder: Path) -> Mapping[str, Any] | None:
     return None
 
 
+def original_hash(manifest: Mapping[str, Any]) -> str | None:
+    """The hash of the weights that a checkpoint was made from; None where none is noted."""
+    source = manifest.get("source")
+    found = source.get("hash") if isinstance(source, Mapping) else None
+    return found if isinstance(found, str) else None
+
+
 def build_empty(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a config without its weights: parameters on the meta device, buffers real.
 

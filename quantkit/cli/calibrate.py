@@ -179,11 +179,16 @@ def _show_plan(prepared: Prepared, processes: int) -> None:
     """The plan, on stderr: stdout belongs to the result."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from quantkit.importance import pass_bytes
 
-    plan, console = prepared.plan, Console(stderr=True)
-    console.print(f"[bold]Plan[/bold] for {prepared.job.source}, {plan.blocks} blocks")
+    # Names of models, layers and files are the user's, never markup.
+    plan, console = prepared.plan, Console(stderr=True, markup=False, emoji=False)
+    caution = ("warning", "yellow")
+    console.print(
+        Text.assemble(("Plan", "bold"), f" for {prepared.job.source}, {plan.blocks} blocks")
+    )
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("scheme", "what", "algorithm"):
         table.add_column(title)
@@ -214,7 +219,7 @@ def _show_plan(prepared: Prepared, processes: int) -> None:
         console.print(f"scalings           {len(plan.folds)} inputs, folded into their producers")
     for reason, labels in _by_reason(plan.unscaled).items():
         more = f" and {len(labels) - 1} more" if labels[1:] else ""
-        console.print(f"[yellow]not scaled[/yellow]: {labels[0]}{more}: {reason}")
+        console.print(Text.assemble(("not scaled", "yellow"), f": {labels[0]}{more}: {reason}"))
     console.print(
         f"size               {plan.source_bytes / 1e6:.1f} MB → {plan.size_bytes / 1e6:.1f} MB "
         f"({plan.size_bytes / plan.source_bytes:.1%})"
@@ -237,13 +242,13 @@ def _show_plan(prepared: Prepared, processes: int) -> None:
                 f"{source.documents_used} of {source.documents} documents ({source.share:.0%})"
             )
         for warning in prepared.tokens.warnings:
-            console.print(f"[yellow]warning[/yellow]: {warning}")
+            console.print(Text.assemble(caution, f": {warning}"))
     if prepared.policy is not None:
         limits = ", ".join(gate.name for gate in prepared.policy.gates)
         console.print(f"gates              {limits}")
         for check in prepared.preflight:
             if check.message:
-                console.print(f"[yellow]warning[/yellow]: {check.message}")
+                console.print(Text.assemble(caution, f": {check.message}"))
 
 
 def _kept(names: Sequence[str]) -> str:

@@ -96,22 +96,24 @@ def command(
         raise
 
     code = gate.exit_code(verdict, on_inconclusive)
-    if junit:
-        fails = on_inconclusive is OnInconclusive.fail
-        write_text(junit, gate.junit(verdict, inconclusive_fails=fails))
-    if markdown:
-        write_text(markdown, gate.markdown(verdict, flipped))
-    if flips:
-        write_text(flips, gate.flips_jsonl(flipped))
-    if output:
-        write_json(output, document)
-    if badge:
-        write_json(badge, gate.badge(verdict))
-    _tell_github(verdict, flipped)
-    if as_json:
-        typer.echo(json.dumps({**document, "exit_code": code}, sort_keys=True, allow_nan=False))
-    else:
-        typer.echo(gate.table(verdict), nl=False)
+    try:
+        if junit:
+            fails = on_inconclusive is OnInconclusive.fail
+            write_text(junit, gate.junit(verdict, inconclusive_fails=fails))
+        if markdown:
+            write_text(markdown, gate.markdown(verdict, flipped))
+        if flips:
+            write_text(flips, gate.flips_jsonl(flipped))
+        if output:
+            write_json(output, document)
+        if badge:
+            write_json(badge, gate.badge(verdict))
+        _tell_github(verdict, flipped)
+    finally:  # a file that cannot be written must not hide the verdict
+        if as_json:
+            typer.echo(json.dumps({**document, "exit_code": code}, sort_keys=True, allow_nan=False))
+        else:
+            typer.echo(gate.table(verdict), nl=False)
     raise typer.Exit(code)
 
 

@@ -15,6 +15,7 @@ from quantkit.errors import UsageError
 
 
 def command(
+    context: typer.Context,
     checkpoint: Annotated[
         str, typer.Argument(metavar="CKPT", help="A checkpoint folder, a hub id or a .gguf file.")
     ],
@@ -78,6 +79,12 @@ def command(
             f"--host {host} is reachable from other machines and there are no API keys",
             remedy="give --api-keys FILE, or --allow-unauthenticated if that is meant",
         )
+    if engine is engines.Engine.quantkit:
+        engines.check_unused(context)
+    if key is not None:
+        from quantkit.signature import check_signature
+
+        check_signature(Path(checkpoint), key)
     asked = engines.Asked(engine_python, tensor_parallel, engine_arg or (), engine_timeout)
     if engine is not engines.Engine.quantkit:
         if (kernels, device, threads) != (Kernels.native, "cpu", None):
@@ -97,7 +104,6 @@ def command(
             as_json=as_json,
         )
         raise typer.Exit(code)
-    asked.check_unused()
     # What the user can get wrong is checked before the model takes its minutes to load.
     from quantkit.serve.api import server
     from quantkit.serve.api.middleware import read_api_keys
@@ -112,10 +118,6 @@ def command(
 
         if threads:
             torch.set_num_threads(threads)
-        if key is not None:
-            from quantkit.signature import check_signature
-
-            check_signature(Path(checkpoint), key)
         typer.echo(f"loading {checkpoint}", err=True)
         runtime = load_runtime(checkpoint, kernels=kernels.value, device=device)
         if runtime.fallback:

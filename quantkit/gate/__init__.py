@@ -9,7 +9,7 @@ Imports only `quantkit.errors`, `quantkit.results` and what results are made of,
 torch: a CI job without a model can hold a gate.
 """
 
-from quantkit.gate.compare import flips
+from quantkit.gate.compare import check_comparable, flips
 from quantkit.gate.policy import Policy, default_policy, load_policy, parse_policy
 from quantkit.gate.render import (
     MARKDOWN_BYTES,
@@ -34,6 +34,7 @@ __all__ = [
     "Policy",
     "Preflight",
     "badge",
+    "check_comparable",
     "default_policy",
     "document",
     "exit_code",

@@ -17,7 +17,12 @@ from quantkit import model as models
 from quantkit import ops
 from quantkit.checkpoint.fields import read_object
 from quantkit.checkpoint.formats import Reader, open_format
-from quantkit.checkpoint.read import TensorFiles, build_empty, read_quantization_config
+from quantkit.checkpoint.read import (
+    TensorFiles,
+    build_empty,
+    original_hash,
+    read_quantization_config,
+)
 from quantkit.checkpoint.write import MANIFEST
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.kv_cache import SIDES, CacheEntry, find_attentions, install_entry
@@ -164,6 +169,7 @@ def _load_quantized(
     tokenizer = models.read_tokenizer(folder, source)
     model.eval().to(device)
     manifest = read_object(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    made_from = original_hash(manifest)
     hashes = models.hash_folder(folder)
     loaded = models.SourceModel(model, tokenizer, source, folder, hashes)
     kinds = sorted({m.kind for m in model.modules() if isinstance(m, QuantLinear)})
@@ -174,7 +180,10 @@ def _load_quantized(
         model=model,
         tokenizer=tokenizer,
         name=source,
-        fingerprint={**_fingerprint(loaded, numerics, device), **_original(manifest)},
+        fingerprint={
+            **_fingerprint(loaded, numerics, device),
+            **({} if made_from is None else {"original": made_from}),
+        },
         size_bytes=size,
         bits_per_weight=bits,
         manifest=manifest,
@@ -320,13 +329,6 @@ def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
         owner.register_buffer(
             leaf, tensor, persistent=leaf not in owner._non_persistent_buffers_set
         )
-
-
-def _original(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """The hash of the weights that a checkpoint was made from; empty where none is noted."""
-    source = manifest.get("source")
-    made_from = source.get("hash") if isinstance(source, Mapping) else None
-    return {"original": made_from} if isinstance(made_from, str) else {}
 
 
 def _fingerprint(loaded: models.SourceModel, kernels: str, device: str) -> dict[str, Any]:

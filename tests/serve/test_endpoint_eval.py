@@ -40,6 +40,7 @@ def native(runtime: Runtime) -> Runtime:
     """The tiny model in the native decoder, with the fingerprint that a loaded one has."""
     facts = {
         "model": "sha-tiny",
+        "original": "sha-original",
         "kernels": "decoder/f32",
         "tokenizer": tokenizer_hash(runtime.tokenizer),
         "chat_template": template_hash(runtime.tokenizer),
@@ -99,6 +100,8 @@ def test_the_fingerprint_names_the_engine_and_no_address(native: Runtime, served
     assert (told["engine"], told["served_model"]) == ("endpoint", "tiny")
     assert told["server"].startswith("quantkit ")
     assert (told["model"], told["kernels"]) == ("sha-tiny", "decoder/f32")
+    # What a baseline is held against: without it any would pass.
+    assert told["original"] == "sha-original"
     assert told["tokenizer"] == native.fingerprint["tokenizer"]
     assert served.url.rpartition(":")[2] not in json.dumps(results.to_json()["fingerprint"])
     assert dict(results.cost) == {}
