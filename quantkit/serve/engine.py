@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.models.page_pool import pages_for
 from quantkit.ops.decoder import PAGE_TOKENS
 from quantkit.serve.answer import Answer
@@ -30,8 +30,9 @@ from quantkit.serve.memory import make_memory
 from quantkit.serve.metrics import Metrics
 from quantkit.serve.policy.order import Policy
 from quantkit.serve.request import ContextOverflowError, Request, RequestError, Sequence, Sink
-from quantkit.serve.runner import make_runner, with_kv_dtype
-from quantkit.serve.scheduler import Scheduler
+from quantkit.serve.runner import ModuleRunner, make_runner, with_kv_dtype
+from quantkit.serve.scheduler import Scheduler, no_guesses
+from quantkit.serve.speculation import SpeculativeConfig, Speculator
 from quantkit.serve.stream import EventStream
 from quantkit.serve.worker import Worker, internal_error
 
@@ -67,6 +68,8 @@ class EngineConfig:
             ``max_sequences`` requests can use.
         enable_prefix_caching: texts that begin alike share keys and values; only in the native
             decoder, where that changes no bit of any answer.
+        speculative_config: guess tokens and check several at once; None does not. Only in the
+            native decoder, where that changes no token of any answer.
     """
 
     max_sequences: int = 16
@@ -77,6 +80,7 @@ class EngineConfig:
     kv_cache_dtype: str = "auto"
     kv_cache_tokens: int | None = None
     enable_prefix_caching: bool = True
+    speculative_config: SpeculativeConfig | None = None
 
 
 class Engine:
@@ -107,16 +111,18 @@ class Engine:
         self.memory = make_memory(
             self.runner, kv_tokens, self.counters, prefix_caching=config.enable_prefix_caching
         )
+        speculator = self._make_speculator()
         self.scheduler = Scheduler(
             max_sequences=config.max_sequences,
             prefill_chunk=config.prefill_chunk,
             memory=self.memory,
             policy=policy,
             counters=self.counters,
+            propose=no_guesses if speculator is None else speculator.propose,
         )
         self.metrics = self._make_metrics()
         self.worker = Worker(
-            self, self.scheduler, self.runner, self.memory, self.metrics, self._begin
+            self, self.scheduler, self.runner, self.memory, self.metrics, self._begin, speculator
         )
         self._eos = _eos_ids(runtime)
         self._vocab = int(runtime.model.config.get_text_config().vocab_size)
@@ -342,6 +348,18 @@ class Engine:
             self._vocab,
             self.runtime.device,
         )
+
+    def _make_speculator(self) -> Speculator | None:
+        config = self.config.speculative_config
+        if config is None:
+            return None
+        if isinstance(self.runner, ModuleRunner):
+            raise UsageError(
+                "speculation needs the native decoder, which does not run this model: "
+                f"{self.runtime.fallback or 'it was not asked for'}",
+                remedy="leave speculative_config out",
+            )
+        return Speculator(config, self.counters)
 
     def _kv_bytes(self) -> float:
         caches = (sequence.cache for sequence in list(self.scheduler.running))

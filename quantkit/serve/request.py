@@ -13,6 +13,7 @@ from quantkit.serve.events import Event, TokenLogprob
 
 if TYPE_CHECKING:
     from quantkit.serve.answer import Answer
+    from quantkit.serve.speculation import Draft
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
@@ -209,6 +210,7 @@ class Sequence:
         stored_pages: how many of its pages the prefix cache has seen.
         preempted: it was stopped at least once.
         barren: how often in a row it was stopped without having said a token.
+        draft: what speculation knows of it.
     """
 
     request: Request
@@ -222,6 +224,7 @@ class Sequence:
     stored_pages: int = 0
     preempted: bool = False
     barren: int = 0
+    draft: Draft | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     done: bool = False
 

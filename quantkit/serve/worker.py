@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from quantkit.serve.request import Sequence
     from quantkit.serve.runner import Runner
     from quantkit.serve.scheduler import Chunk, Scheduler
+    from quantkit.serve.speculation import Speculator
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Worker:
         memory: told what of it is sound.
         metrics: of the engine.
         begin: makes the `Answer` of a sequence whose prompt was read.
+        speculator: whose guesses the scheduler lays out; None without any.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Worker:
         memory: Memory,
         metrics: Metrics,
         begin: Callable[[Sequence], Answer],
+        speculator: Speculator | None = None,
     ) -> None:
         self.owner = owner
         self.scheduler = scheduler
@@ -73,6 +76,7 @@ class Worker:
         self.memory = memory
         self.metrics = metrics
         self.begin = begin
+        self.speculator = speculator
 
     def step(self, now: float) -> bool:
         """Compute and emit what the scheduler lays out at ``now``, of the monotonic clock.
@@ -88,7 +92,12 @@ class Worker:
             Work(chunk.sequence.cache, chunk.token_ids, all_logits=_wants_all_logits(chunk))
             for chunk in chunks
         ]
-        for chunk, result in zip(chunks, self.runner.run(works), strict=True):
+        started = time.perf_counter()
+        results = self.runner.run(works)
+        if self.speculator is not None and not step.prefills:
+            seconds = time.perf_counter() - started
+            self.speculator.observe(len(chunks), sum(map(len, chunks)), seconds)
+        for chunk, result in zip(chunks, results, strict=True):
             self._guarded(chunk.sequence, partial(self._proceed, chunk, result))
         return True
 
@@ -159,6 +168,8 @@ class Worker:
             accepted += 1
         sequence.computed, sequence.barren = chunk.end + accepted, 0
         self.memory.settle(sequence)
+        if self.speculator is not None and chunk.guesses:
+            self.speculator.verified(sequence, len(chunk.guesses), accepted)
         if answer.finish_reason:
             self.owner.finish(sequence, answer.finish_reason)
 
