@@ -1,0 +1,1 @@
+"""Who runs next: pure functions over plain data, without torch."""
