@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -139,7 +139,7 @@ class GrammarCompiler:
             from llguidance.hf import from_tokenizer
 
             try:
-                self._tokens = from_tokenizer(self._hf, n_vocab=self._vocab)
+                self._tokens = from_tokenizer(cast("Any", self._hf), n_vocab=self._vocab)
             except ValueError as error:
                 raise RequestError(
                     f"structured_outputs: this model's tokenizer cannot follow a grammar: {error}",
@@ -157,7 +157,7 @@ def _source(asked: StructuredOutputs) -> _Source:
         return _Source(LLMatcher.grammar_from_lark(asked.grammar), "grammar")
     schema: dict[str, Any] = json.loads(ANY_OBJECT if asked.json is None else asked.json)
     # Whitespace between tokens is where small models go on for ever.
-    compact = {"whitespace_flexible": False}
+    compact: Any = {"whitespace_flexible": False}
     try:
         return _Source(LLMatcher.grammar_from_json_schema(schema, overrides=compact), "json")
     except ValueError as error:

@@ -103,7 +103,7 @@ def test_a_checkpoint_is_read_without_its_weights(tiny: Path) -> None:
 def test_files_that_hold_something_else(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).write_text(content)
-    with pytest.raises(UsageError, match=f"{name}: a (list|int) where an object of keys and values belongs"):
+    with pytest.raises(UsageError, match=rf"{name}: (\[\]|3) where an object"):
         read_artifact(str(tmp_path))
 
 
