@@ -14,7 +14,7 @@ from quantkit.cli.deploy import Target
 from quantkit.cli.main import run
 from quantkit.engines.artifact import Artifact
 from quantkit.engines.deploy import TARGETS, DeployOptions, write
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.recipe import KV_CACHES
 from quantkit.schemes import SCHEMES
 from tests.engines.manifest_schemas import SCHEMAS, ServeConfig
@@ -82,7 +82,7 @@ def test_a_manifest_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", half)
-    with pytest.raises(UsageError, match="No space left"):
+    with pytest.raises(QuantkitError, match="the disk is full"):
         document("compose", tmp_path)
     assert not list(tmp_path.iterdir())
 
