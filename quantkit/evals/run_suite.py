@@ -57,7 +57,7 @@ def run_suites(
             draws the same items for every model.
         seed: see ``max_items``.
         canary: first check that the model's probabilities mean anything.
-        budget: rows of a batch, see `quantkit.evals.language_model.BUDGETS`.
+        budget: rows of a batch, see `quantkit.evals.language_model.QuantkitLM`.
         early: suites that may end before their last item, by name.
         scorers: ``code`` and ``judge``, where they are allowed; see `quantkit.evals.scorers`.
         progress: told of answered requests, a suite's name as the label.
