@@ -346,7 +346,8 @@ class Engine:
         self.metrics.generated_tokens.inc()
         text = sequence.detokenizer.push(token)
         self._emit(sequence, TokenEvent(token, text, logprob))
-        if token in self._eos or sequence.detokenizer.stopped:
+        ended = token in self._eos and not sampling.ignore_eos
+        if ended or sequence.detokenizer.stopped:
             self._finish(sequence, "stop")
         elif len(sequence.output_ids) == sampling.max_tokens:
             self._finish(sequence, "length")

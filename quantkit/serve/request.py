@@ -60,6 +60,7 @@ class SamplingParams:
         min_p: drop tokens less likely than this share of the most likely one; 0 is off.
         max_tokens: tokens to generate at most; 0 only scores the prompt.
         stop: strings that end the text; they are not part of it.
+        ignore_eos: go on to ``max_tokens`` past an end-of-text token; for measuring.
         seed: same request, same seed, same text; None draws a fresh one.
         logprobs: how many alternatives to report beside each token; None reports nothing.
         echo: with ``logprobs``, score the prompt's own tokens too.
@@ -74,6 +75,7 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     echo: bool = False
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         finite = math.isfinite(self.temperature)
