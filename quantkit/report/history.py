@@ -12,7 +12,7 @@ from quantkit.errors import NotComparableError, UsageError
 from quantkit.report import plots
 from quantkit.report.intervals import Interval, score_interval
 from quantkit.report.run_folder import Run, read_run
-from quantkit.report.words import fixed, percent, size
+from quantkit.report.words import fixed, percent
 from quantkit.results import Outcome, Results, TaskResult
 
 _SIGNS = {Outcome.PASS: "✓", Outcome.FAIL: "✗", Outcome.INCONCLUSIVE: "?"}
@@ -148,8 +148,8 @@ def _measures(this: Results) -> list[_Measure]:
 
         return value
 
-    def of_cost(key: str) -> Callable[[Results], Interval | None]:
-        return lambda results: _point(results.cost.get(key))
+    def of_cost(key: str, unit: float = 1.0) -> Callable[[Results], Interval | None]:
+        return lambda results: _point(results.cost.get(key), unit)
 
     tasks = [
         _Measure(f"{name} · {task.metric}", of_task(name, task), percent, as_percent=True)
@@ -166,13 +166,13 @@ def _measures(this: Results) -> list[_Measure]:
             of_text(lambda t: math.exp(min(t.mean_nll, 700.0))),
             lambda v: fixed(v, 2),
         ),
-        _Measure("bytes", of_cost("size_bytes"), size),
+        _Measure("MB", of_cost("size_bytes", 1e6), lambda v: fixed(v, 1)),
         _Measure("bits a weight", of_cost("bits_per_weight"), lambda v: fixed(v, 2)),
     ]
 
 
-def _point(value: Any) -> Interval | None:
-    """A number without bounds; None for what is no finite number."""
+def _point(value: Any, unit: float = 1.0) -> Interval | None:
+    """A number of units, without bounds; None for what is no finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
-    return Interval(float(value), float(value), float(value), "")
+    return Interval(value / unit, value / unit, value / unit, "")

@@ -61,7 +61,7 @@ def test_other_items_and_text_are_left_out(folder: Path) -> None:
     row = dict(zip(shown["columns"], shown["rows"][0]["cells"], strict=True))
     assert row["support_intent · acc"] == row["perplexity"] == row["KL to the original"] == "–"
     assert row["bits a weight"] == "5.19"
-    assert len(shown["facets"]) == 2  # bytes and bits: one run's number alone is no history
+    assert len(shown["facets"]) == 2  # MB and bits: one run's number alone is no history
 
 
 def test_without_earlier_runs_there_is_no_section(folder: Path) -> None:
