@@ -216,7 +216,7 @@ def _policy(job: Job) -> tuple[Policy | None, tuple[gate.Preflight, ...]]:
             if task_gate.name.startswith("latency."):
                 raise UsageError(
                     f"{source}: {task_gate.name}: a run measures no latency",
-                    remedy="hold it with `quantkit gate` on results that have timings",
+                    remedy="hold it with `quantkit gate --timings FILE`",
                 )
             continue
         suite = names.get(task_gate.name.rpartition(".")[0])

@@ -38,6 +38,14 @@ def command(
             help="YAML of gates and limits. Default: five points a task, a tenth of perplexity.",
         ),
     ] = None,
+    timings: Annotated[
+        Path | None,
+        typer.Option(
+            "--timings",
+            help="Latencies of both models, from `quantkit bench decode --timings`, for latency.* "
+            "gates.",
+        ),
+    ] = None,
     junit: Annotated[
         Path | None, typer.Option("--junit", help="Write JUnit XML, one test case a gate.")
     ] = None,
@@ -81,6 +89,8 @@ def command(
     try:
         candidate = Results.load(results)
         reference, source = baselines.resolve(baseline, candidate, baseline_dir)
+        if timings is not None:
+            candidate, reference = gate.with_timings(timings, candidate, reference)
         held = gate.load_policy(policy) if policy else gate.default_policy(candidate, reference)
         verdict = gate.judge(candidate, reference, held)
         flipped = gate.flips(candidate, reference, held)

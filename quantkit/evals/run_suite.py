@@ -54,7 +54,7 @@ def run_suites(
         max_items: at most so many items of each suite, drawn with ``seed``; the same seed
             draws the same items for every model.
         seed: see ``max_items``.
-        budget: rows of a batch, see `quantkit.evals.language_model.BUDGETS`.
+        budget: rows of a batch, see `quantkit.evals.language_model.QuantkitLM`.
         early: suites that may end before their last item, by name.
         scorers: ``code`` and ``judge``, where they are allowed; see `quantkit.evals.scorers`.
         progress: told of answered requests, a suite's name as the label.
