@@ -21,7 +21,7 @@ from quantkit.observers import Candidates
 from quantkit.recipe import Recipe, Step
 from quantkit.rotation import PlannedRotation, plan_rotation
 from quantkit.schemes import Granularity, QuantSpec, Scheme
-from quantkit.steps import check_trainable, layer_steps, one_refiner
+from quantkit.steps import check_codes, check_trainable, layer_steps, one_refiner
 from quantkit.support import check_family
 
 if TYPE_CHECKING:
@@ -249,6 +249,7 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
         shape = (module.out_features, module.in_features)
         _check_fits(name, shape, scheme)
         rescalers, solver, refiner = layer_steps(recipe, name)
+        check_codes(name, solver.name, scheme)
         if refiner is not None and block is not None:
             check_trainable(name, scheme)
             refiners[name] = refiner

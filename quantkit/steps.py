@@ -16,7 +16,7 @@ from quantkit.algorithms import (
 )
 from quantkit.errors import UsageError
 from quantkit.recipe import Recipe, Step
-from quantkit.schemes import ScaleFormat, Scheme
+from quantkit.schemes import DType, ScaleFormat, Scheme
 
 
 def layer_steps(recipe: Recipe, name: str) -> tuple[tuple[Step, ...], Step, Step | None]:
@@ -53,6 +53,16 @@ def _stage(step: Step) -> int:
     if step.name in RESCALERS:
         return 0
     return 1 if step.name in SOLVERS else 2
+
+
+def check_codes(name: str, solver: str, scheme: Scheme) -> None:
+    """UsageError for a solver of integer codes that is asked for others."""
+    if SOLVERS[solver].integers and scheme.weight.dtype is not DType.INT:
+        raise UsageError(
+            f"{name}: {solver} works in steps of integer codes, and {scheme.name} has "
+            f"{scheme.weight.label()} weights",
+            remedy="take imatrix or gptq for this layer, or an integer scheme",
+        )
 
 
 def check_trainable(name: str, scheme: Scheme) -> None:
@@ -137,6 +147,10 @@ def _check_option(algorithm: str, key: str, value: Any) -> None:
         refuse("is a whole number from 0")
     if key in ("scale_lr", "norm_lr") and not _is_number(value, 0, 0.5):
         refuse("is a number from 0 to 0.5")
+    if key == "p" and not (_is_number(value, 0, 2) and value > 0):
+        refuse("is a number above 0, at most 2")
+    if key == "iterations" and not (type(value) is int and _is_number(value, 1, 1000)):
+        refuse("is a whole number from 1 to 1000")
     if key == "refine" and not (type(value) is int and _is_number(value, 0, 100)):
         refuse("is a whole number from 0 to 100")
     if key in ("feedback", "fisher") and not _is_number(value, 0, 1):

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quantkit.algorithms import awq, distill, gptq, imatrix, rotate, rtn, smoothquant
+from quantkit.algorithms import awq, distill, gptq, hqq, imatrix, rotate, rtn, smoothquant
 from quantkit.algorithms.scaling import Scaling
 from quantkit.numerics import QTensor
 from quantkit.schemes import QuantSpec
@@ -46,20 +46,23 @@ class Stats:
 
 @dataclass(frozen=True)
 class Solver:
-    """A solver with its options (name → default), whether it needs a Hessian, and whether it
-    rounds to nearest by design: a result of any other that does is an error (`quantkit.rounding`).
+    """A solver with its options (name → default), whether it needs a Hessian, whether it
+    rounds to nearest by design: a result of any other that does is an error (`quantkit.rounding`);
+    and whether it takes integer codes only.
     """
 
     solve: Callable[[Tensor, Stats, QuantSpec, Mapping[str, Any]], QTensor]
     options: Mapping[str, Any]
     needs_hessian: bool
     nearest: bool = False
+    integers: bool = False
 
 
 SOLVERS: dict[str, Solver] = {
     "rtn": Solver(rtn.solve, rtn.OPTIONS, needs_hessian=False, nearest=True),
     "gptq": Solver(gptq.solve, gptq.OPTIONS, needs_hessian=True),
     "imatrix": Solver(imatrix.solve, imatrix.OPTIONS, needs_hessian=True, nearest=True),
+    "hqq": Solver(hqq.solve, hqq.OPTIONS, needs_hessian=False, nearest=True, integers=True),
 }
 
 
