@@ -1,5 +1,7 @@
 """The calibration loop: for each block, rotate → rescale → observe → solve → replace → propagate.
 
+A block whose rounding is trained on its output (`quantkit.reconstruct`) is so between the last two.
+
 Statistics live for one block. What persists, and what a resumed run starts from, are the
 finished blocks in the work folder (`quantkit.work`).
 """
@@ -40,9 +42,10 @@ from quantkit.plan import Plan, PlannedLayer
 from quantkit.progress import Progress, silent
 from quantkit.quantize import QuantizedLayer, quantize_group, quantized_inputs
 from quantkit.recipe import Step
+from quantkit.reconstruct import Block, Windows, check_windows, reconstruct
 from quantkit.reference import original_weights, unquantized
 from quantkit.rescale import choose_scales
-from quantkit.rotation import rotate_block, rotate_ends
+from quantkit.rotation import residual_writer, rotate_block, rotate_ends
 from quantkit.routing import ExpertTokens
 from quantkit.work import HEAD, WorkFolder
 
@@ -164,6 +167,12 @@ class _Loop:
         self.total = (plan.blocks + rescaled + (1 if head else 0)) * max(1, len(batches))
         windows = sum(rows(batch) for batch in batches)
         self.total += windows if plan.needs_fisher else 0
+        #: Steps of a block's training, and the pass behind it.
+        self.training = 0
+        if plan.signround:
+            check_windows(batches)
+            self.training = plan.signround.options["steps"] + len(batches)
+            self.total += plan.blocks * self.training
         self.total += windows + plan.distill.options["steps"] if plan.distill else 0
         self.done = 0
         self.progress = progress
@@ -196,7 +205,9 @@ class _Loop:
             if index in starts:
                 self.spine = starts[index]
                 hidden = self.spine.embed(self.batches, hidden)
-                self.exact = list(hidden) if self.plan.needs_drift else []
+                self.exact = list(hidden) if self.plan.needs_reference else []
+                if self.plan.signround is not None:  # learns to call blocks on so many windows
+                    self.spine.embed([self._windows()[: self.plan.signround.options["windows"]]])
             layers = self.plan.in_block(index)
             models.bring_in(self.spine.blocks[index - self.spine.first])
             if self.plan.rotation is not None:
@@ -208,9 +219,10 @@ class _Loop:
                 self._install(saved)
                 if self.plan.kv is not None:
                     self.caches |= self.work.load_caches(index, self.plan.kv)
-                hidden = self._propagate(index, layers, saved, hidden)
+                hidden = self._propagate(index, layers, saved, hidden, "resumed")
+                self.done += self.training
             elif hidden:
-                block, hidden = self._solve_block(index, layers, hidden)
+                block, hidden = self._finish_block(index, layers, hidden)
                 if self.plan.kv is not None:
                     found = {name: self.caches[name] for name in self.plan.caches_in(index)}
                     self.work.save_caches(index, found)
@@ -292,6 +304,50 @@ class _Loop:
             self.done += len(hidden)
         apply_scales(self.model, folds, scales)
 
+    def _finish_block(
+        self, index: int, layers: Mapping[str, PlannedLayer], hidden: list[Tensor]
+    ) -> tuple[dict[str, QuantizedLayer], list[Tensor]]:
+        """A block's layers, solved and, where the plan says so, trained; and its outputs."""
+        done = self.done + len(hidden) + self.training
+        originals = {n: self.linears[n].weight for n, x in layers.items() if x.reconstructed}
+        if self.plan.needs_reference and not self.plan.needs_drift:
+            self.exact = [run() for run in self._calls(index, self.exact)]
+        solved, outputs = self._solve_block(index, layers, hidden)
+        if originals:
+            del outputs
+            solved = self._train_block(index, layers, solved, originals, hidden)
+            outputs = self._propagate(index, layers, solved, hidden, "trained")
+        self.done = done
+        return solved, outputs
+
+    def _train_block(
+        self,
+        index: int,
+        layers: Mapping[str, PlannedLayer],
+        solved: Mapping[str, QuantizedLayer],
+        originals: Mapping[str, Tensor],
+        hidden: list[Tensor],
+    ) -> dict[str, QuantizedLayer]:
+        assert self.plan.signround is not None
+        options = self.plan.signround.options
+        local = index - self.spine.first
+        writer = f"{self.spine.prefix}.{local}.{residual_writer(self.model)}"
+        block = Block(
+            self.spine.blocks[local],
+            lambda x: self._calls(index, [x])[0](),
+            {name: self.linears[name] for name in layers},
+            layers,
+            solved,
+            originals,
+        )
+        return reconstruct(
+            block,
+            Windows.of(hidden, self.exact, writer, self.importance),
+            options,
+            seed=options["seed"] + index,
+            advance=lambda what: self._advance(f"block {index + 1}/{self.plan.blocks}: {what}"),
+        )
+
     def _solve_block(
         self, index: int, layers: Mapping[str, PlannedLayer], hidden: list[Tensor]
     ) -> tuple[dict[str, QuantizedLayer], list[Tensor]]:
@@ -301,7 +357,7 @@ class _Loop:
         """
         runs = self._calls(index, hidden)
         outputs: list[Tensor | None] = [None] * len(runs)
-        streams = 2 if self.exact else 1
+        streams = 2 if self.plan.needs_drift else 1
         exact_inputs: dict[tuple[int, str], Tensor] = {}
         groups = self._groups(index, layers, runs[0]) if layers else []
         by_leader = {group[0]: group for group in groups}
@@ -322,7 +378,7 @@ class _Loop:
                 members = [layers[name] for name in by_leader[leader]]
                 collectors[leader] = Collector(members, self.observer, self.importance)
             exact = exact_inputs.pop((batch, leader), None)
-            if self.exact and (exact is None or exact.shape != x.shape):
+            if streams == 2 and (exact is None or exact.shape != x.shape):
                 raise QuantkitError(
                     f"{leader}: the quantized and the unquantized model send it other tokens",
                     remedy="set `feedback: 0` for layers that a router chooses",
@@ -353,11 +409,11 @@ class _Loop:
             outputs[batch] = out
             self._advance(f"block {index + 1}/{self.plan.blocks}")
 
-        if self.exact:
+        if streams == 2:
             exact = [unquantized(run) for run in self._calls(index, self.exact)]
             runs = [run for pair in zip(exact, runs, strict=True) for run in pair]
         leaders = [*cache.sides.items(), *((g[0], self.linears[g[0]]) for g in groups)]
-        planned = {name: self.linears[name] for name in (layers if self.exact else ())}
+        planned = {name: self.linears[name] for name in (layers if streams == 2 else ())}
         block = self.spine.blocks[index - self.spine.first]
         with (
             quantized_inputs(self.linears, layers, results),
@@ -380,12 +436,13 @@ class _Loop:
         layers: Mapping[str, PlannedLayer],
         saved: Mapping[str, QuantizedLayer],
         hidden: list[Tensor],
+        label: str,
     ) -> list[Tensor]:
         outputs = []
         with quantized_inputs(self.linears, layers, saved), self._quantized_caches(index):
             for run in self._calls(index, hidden):
                 outputs.append(run())
-                self._advance(f"block {index + 1}/{self.plan.blocks} (resumed)")
+                self._advance(f"block {index + 1}/{self.plan.blocks} ({label})")
         return outputs
 
     def _solve_without_data(self, layers: Mapping[str, PlannedLayer]) -> dict[str, QuantizedLayer]:

@@ -91,7 +91,7 @@ def measure_gradients(
     linears = models.linear_layers(model)
     seen = {name: _Moments(ids.numel(), linears[name], coupled.get(name)) for name in names}
     generator = torch.Generator().manual_seed(seed)
-    with torch.enable_grad(), _frozen(model), _recorded(model, seen):
+    with torch.enable_grad(), frozen(model), _recorded(model, seen):
         for window in ids.split(1):
             logits = model(input_ids=window.to(model.device), use_cache=False).logits
             logits.backward(gradient_of_draws(logits.detach(), generator))
@@ -185,7 +185,7 @@ def _parts(width: int, count: int) -> list[range]:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient: only those of activations are computed."""
     asking = [p for p in model.parameters() if p.requires_grad]
     for parameter in asking:
