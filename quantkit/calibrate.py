@@ -33,11 +33,12 @@ from quantkit.collector import Collector
 from quantkit.distill import Distilled, Teacher, distill
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.folding import apply_scales
+from quantkit.footprint import spills
 from quantkit.importance import Importance
 from quantkit.integrity import check_block
 from quantkit.kv_cache import BlockCache, CacheEntry, CacheRange, quantized_caches
 from quantkit.machine import environment
-from quantkit.paused import find_spines, head_input, run_paused, trace_groups
+from quantkit.paused import find_spines, head_input, run_paused, run_repeated, trace_groups
 from quantkit.plan import Plan, PlannedLayer
 from quantkit.progress import Progress, silent
 from quantkit.quantize import QuantizedLayer, quantize_group, quantized_inputs
@@ -47,6 +48,7 @@ from quantkit.reference import original_weights, unquantized
 from quantkit.rescale import choose_scales
 from quantkit.rotation import residual_writer, rotate_block, rotate_ends
 from quantkit.routing import ExpertTokens
+from quantkit.spill import HiddenFiles
 from quantkit.work import HEAD, WorkFolder
 
 #: Windows that a data-free recipe runs, only to measure output errors.
@@ -64,6 +66,7 @@ def calibrate(
     all_experts: bool = False,
     resume: bool = False,
     release: bool = False,
+    activation_memory: int | None = None,
     progress: Progress = silent,
 ) -> Calibrated:
     """Quantize every planned layer; the model's weights are replaced as it goes.
@@ -79,10 +82,14 @@ def calibrate(
         resume: continue from the finished blocks in ``work``.
         release: drop each block's weights when nothing needs them any more; the model
             cannot be run afterwards.
+        activation_memory: bytes of hidden states to hold; where the plan's need more, they lie
+            on disk between blocks and passes are repeated instead of paused. The result is the
+            same to the bit. None holds all.
         progress: called as (done, total, label), one step a batch and group.
 
     Raises:
-        UsageError: no data where the plan needs some, or ``work`` belongs to another run.
+        UsageError: no data where the plan needs some, ``work`` belongs to another run, or one
+            batch of hidden states is more than ``activation_memory``.
         QuantkitError: NaN, a Hessian that cannot be factored, a layer no token reached, an expert
             that too few did.
     """
@@ -99,6 +106,7 @@ def calibrate(
     }
     if all_experts:
         state["all_experts"] = True
+    spilled = spills(plan, activation_memory)
     blocks = WorkFolder(work, state, resume=resume)
     if plan.unties_head:
         models.untie(source.model)
@@ -107,6 +115,8 @@ def calibrate(
         experts = ExpertTokens(source.model, min_expert_tokens, all_tokens=all_experts)
         batches = _batches(data, ids)
         loop = _Loop(source, plan, batches, observer, experts, blocks, release, progress)
+        if spilled:
+            loop.spill()
         layers, probe, distilled = loop.run()
     return Calibrated(layers, probe, loop.solve_seconds, distilled, loop.caches)
 
@@ -184,6 +194,18 @@ class _Loop:
         self.importance: Importance | None = None
         self.attentions = {name: source.model.get_submodule(name) for name in plan.caches}
         self.caches: dict[str, CacheRange] = {}
+        self._keep: Callable[[str, Tensor], Tensor] = lambda _, x: x
+        self._run_groups = run_paused
+
+    def spill(self) -> None:
+        """Hold hidden states on disk from now on. UsageError for a model on another device."""
+        if self.model.device.type != "cpu":
+            raise UsageError(
+                f"--activation-memory: hidden states are on {self.model.device.type}",
+                remedy="leave it out, or calibrate on the CPU",
+            )
+        self._keep = HiddenFiles(self.work.path / "hidden").keep
+        self._run_groups = run_repeated
 
     def run(self) -> tuple[dict[str, QuantizedLayer], Probe, Distilled | None]:
         results: dict[str, QuantizedLayer] = {}
@@ -204,7 +226,7 @@ class _Loop:
         for index in range(self.plan.blocks):
             if index in starts:
                 self.spine = starts[index]
-                hidden = self.spine.embed(self.batches, hidden)
+                hidden = self._embed(hidden)
                 self.exact = list(hidden) if self.plan.needs_reference else []
                 if self.plan.signround is not None:  # learns to call blocks on so many windows
                     self.spine.embed([self._windows()[: self.plan.signround.options["windows"]]])
@@ -215,7 +237,7 @@ class _Loop:
             self._rescale(index, layers, hidden)
             saved = self.work.load(index, layers)
             if saved is not None:
-                self.exact = [run() for run in self._calls(index, self.exact)]
+                self.exact = self._run_exact(index)
                 self._install(saved)
                 if self.plan.kv is not None:
                     self.caches |= self.work.load_caches(index, self.plan.kv)
@@ -247,6 +269,19 @@ class _Loop:
             return ordered, self._probe(ordered, hidden), None
         trained = self._distill(ordered, teacher)
         return trained.layers, self._probe(trained.layers, []), trained
+
+    def _embed(self, encoded: list[Tensor]) -> list[Tensor]:
+        """Hidden states in front of the spine's first block; a batch at a time where it is the
+        only one, else behind an encoder's."""
+        alone = len(self.spines) == 1
+        parts = [[batch] for batch in self.batches] if alone else [self.batches]
+        found = (x for part in parts for x in self.spine.embed(part, encoded))
+        return [self._keep(f"hidden.{i}", x) for i, x in enumerate(found)]
+
+    def _run_exact(self, index: int) -> list[Tensor]:
+        """What the unquantized model has behind a block, as long as its weights are the block's."""
+        runs = self._calls(index, self.exact)
+        return [self._keep(f"exact.{i}", run()) for i, run in enumerate(runs)]
 
     def _probe(self, results: Mapping[str, QuantizedLayer], hidden: list[Tensor]) -> Probe:
         ids: Batch
@@ -311,7 +346,7 @@ class _Loop:
         done = self.done + len(hidden) + self.training
         originals = {n: self.linears[n].weight for n, x in layers.items() if x.reconstructed}
         if self.plan.needs_reference and not self.plan.needs_drift:
-            self.exact = [run() for run in self._calls(index, self.exact)]
+            self.exact = self._run_exact(index)
         solved, outputs = self._solve_block(index, layers, hidden)
         if originals:
             del outputs
@@ -399,14 +434,14 @@ class _Loop:
         def finished(run: int, out: Tensor) -> None:
             batch = run // streams
             if run % streams != streams - 1:
-                self.exact[batch] = out
+                self.exact[batch] = self._keep(f"exact.{batch}", out)
                 return
             if not numerics.is_finite(out):
                 raise QuantkitError(
                     f"block {index}: the output holds NaN or infinite values",
                     remedy="the model overflows in its dtype on this data; load it in another",
                 )
-            outputs[batch] = out
+            outputs[batch] = self._keep(f"hidden.{batch}", out)
             self._advance(f"block {index + 1}/{self.plan.blocks}")
 
         if streams == 2:
@@ -421,7 +456,7 @@ class _Loop:
             quantized_caches(self.attentions, cache.entries),
             models.expert_inputs(block, self.experts.mode),
         ):
-            run_paused(runs, leaders, observe, solve, finished)
+            self._run_groups(runs, leaders, observe, solve, finished)
         if self.plan.needs_data:
             self.experts.check(layers)
         else:
@@ -440,8 +475,8 @@ class _Loop:
     ) -> list[Tensor]:
         outputs = []
         with quantized_inputs(self.linears, layers, saved), self._quantized_caches(index):
-            for run in self._calls(index, hidden):
-                outputs.append(run())
+            for i, run in enumerate(self._calls(index, hidden)):
+                outputs.append(self._keep(f"hidden.{i}", run()))
                 self._advance(f"block {index + 1}/{self.plan.blocks} ({label})")
         return outputs
 

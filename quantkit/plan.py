@@ -16,6 +16,7 @@ from quantkit import model as models
 from quantkit.algorithms import ROTATE, SOLVERS
 from quantkit.errors import UsageError
 from quantkit.folding import Fold, find_folds
+from quantkit.footprint import footprint
 from quantkit.kv_cache import SIDES, find_attentions
 from quantkit.observers import Candidates
 from quantkit.recipe import Recipe, Step
@@ -106,6 +107,7 @@ class Plan:
         source_bytes: the original's weights on disk.
         size_bytes: the export's tensors, by theory.
         activation_bytes: of the calibration tokens' hidden states, at their peak.
+        spilled_bytes: the same with those of all but one batch on disk.
         block_bytes: one block's weights.
         samples, seq_len: calibration tokens.
         unties_head: the head gets a tensor of its own.
@@ -124,6 +126,7 @@ class Plan:
     source_bytes: int
     size_bytes: int
     activation_bytes: int
+    spilled_bytes: int
     block_bytes: int
     samples: int
     seq_len: int
@@ -211,6 +214,7 @@ class Plan:
             "size_bytes": self.size_bytes,
             "bits_per_weight": self.bits_per_weight,
             "activation_bytes": self.activation_bytes,
+            "spilled_bytes": self.spilled_bytes,
             "block_bytes": self.block_bytes,
             "samples": self.samples,
             "seq_len": self.seq_len,
@@ -287,7 +291,6 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
     unties = (quantized_head or turned_head) and models.is_tied(model)
     source_bytes = _weight_bytes(model)
     element = torch.finfo(next(model.parameters()).dtype).bits // 8
-    width = max(layer.shape[1] for layer in layers)
     hidden = models.embedding_shape(model)[1]
     if models.family_of(model.config).stacks == 2:
         hidden *= 3  # the encoder's outputs stay beside the decoder's hidden states
@@ -298,19 +301,15 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
     size += len(caches) * len(SIDES) * element
     if rotation is not None:
         size += rotation.head_bytes
-    # Hidden states in and out of a block, and the widest input that is paused inside it.
-    activation = samples * seq_len * element * (2 * hidden + width)
-    if any(layer.needs_drift for layer in layers):
-        activation *= 2
-    elif reconstructors:
-        activation += samples * seq_len * element * hidden  # what each block is to give
+    states = footprint(layers, samples, seq_len, element, hidden)
     return Plan(
         layers=tuple(layers),
         kept=tuple(kept),
         blocks=len(blocks),
         source_bytes=source_bytes,
         size_bytes=size,
-        activation_bytes=activation,
+        activation_bytes=states.held,
+        spilled_bytes=states.spilled,
         block_bytes=sum(p.numel() * p.element_size() for p in blocks[0].parameters()),
         samples=samples,
         seq_len=seq_len,

@@ -64,6 +64,7 @@ def _execute(prepared: Prepared, reporter: Reporter) -> Outcomes:
             all_experts=job.recipe.calibrate.all_experts,
             resume=job.resume,
             release=True,
+            activation_memory=job.activation_memory,
             progress=progress,
         )
     seconds["quantize"] = round(calibrated.solve_seconds, 3)

@@ -7,6 +7,7 @@
     WORK/outputs/NAME.safetensors  which outputs' errors belong together, where a solver asks
     WORK/targets.safetensors      what the original's head saw, for `quantkit.distill`
     WORK/distill.safetensors      the state of its training
+    WORK/hidden/                  hidden states between blocks, where they are not held in memory
     WORK/blocks/0007.scales       what block 7's producers were divided by, if they were
                                   (safetensors)
     WORK/blocks/0007.cache.json   the ranges of its keys and values, if they are quantized

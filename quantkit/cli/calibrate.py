@@ -75,6 +75,15 @@ def command(
         int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
     ] = None,
     kernels: KernelsOption = Kernels.native,
+    activation_memory: Annotated[
+        float | None,
+        typer.Option(
+            "--activation-memory",
+            min=0,
+            help="GB of hidden states to hold in memory; beyond that they lie on disk, and "
+            "calibration takes two to three times as long. Same bytes.",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a run that was interrupted.")
     ] = False,
@@ -133,6 +142,7 @@ def command(
         kernels=kernels.value,
         seq_len=eval_seq_len,
         max_tokens=eval_tokens,
+        activation_memory=None if activation_memory is None else int(activation_memory * 1e9),
     )
     prepared = prepare(job)
     if not as_json or not dry_run:
@@ -170,6 +180,8 @@ def _show_plan(prepared: Prepared) -> None:
     """The plan, on stderr: stdout belongs to the result."""
     from rich.console import Console
     from rich.table import Table
+
+    from quantkit.footprint import spills
 
     plan, console = prepared.plan, Console(stderr=True)
     console.print(f"[bold]Plan[/bold] for {prepared.job.source}, {plan.blocks} blocks")
@@ -209,9 +221,12 @@ def _show_plan(prepared: Prepared) -> None:
         f"({plan.size_bytes / plan.source_bytes:.1%})"
     )
     console.print(
-        f"working memory     {plan.activation_bytes / 1e6:.0f} MB of activations, "
+        f"working memory     {plan.activation_bytes / 1e6:.0f} MB of activations "
+        f"({plan.spilled_bytes / 1e6:.0f} MB with hidden states on disk), "
         f"{plan.block_bytes / 1e6:.0f} MB a block"
     )
+    if spills(plan, prepared.job.activation_memory):
+        console.print("                   hidden states go to disk, passes are repeated")
     if prepared.tokens is not None:
         console.print(
             f"calibration        {plan.samples} × {plan.seq_len} tokens"
