@@ -1,5 +1,7 @@
 """The calibration loop: for each block, rotate → rescale → observe → solve → replace → propagate.
 
+A block whose rounding is trained on its output (`quantkit.reconstruct`) is so between the last two.
+
 Statistics live for one block. What persists, and what a resumed run starts from, are the
 finished blocks in the work folder (`quantkit.work`).
 """
@@ -31,20 +33,23 @@ from quantkit.collector import Collector
 from quantkit.distill import Distilled, Teacher, distill
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.folding import apply_scales
+from quantkit.footprint import spills
 from quantkit.importance import Importance
 from quantkit.integrity import check_block
 from quantkit.kv_cache import BlockCache, CacheEntry, CacheRange, quantized_caches
 from quantkit.machine import environment
 from quantkit.parallel import ALONE, World, check_alike
-from quantkit.paused import find_spines, head_input, run_paused, trace_groups
+from quantkit.paused import find_spines, head_input, run_paused, run_repeated, trace_groups
 from quantkit.plan import Plan, PlannedLayer
 from quantkit.progress import Progress, silent
 from quantkit.quantize import QuantizedLayer, quantize_group, quantized_inputs
 from quantkit.recipe import Step
+from quantkit.reconstruct import Block, Windows, check_windows, reconstruct
 from quantkit.reference import original_weights, unquantized
 from quantkit.rescale import choose_scales
-from quantkit.rotation import rotate_block, rotate_ends
+from quantkit.rotation import residual_writer, rotate_block, rotate_ends
 from quantkit.routing import ExpertTokens
+from quantkit.spill import HiddenFiles
 from quantkit.work import HEAD, WorkFolder
 
 P = ParamSpec("P")
@@ -65,6 +70,7 @@ def calibrate(
     all_experts: bool = False,
     resume: bool = False,
     release: bool = False,
+    activation_memory: int | None = None,
     progress: Progress = silent,
     together: World = ALONE,
 ) -> Calibrated:
@@ -84,11 +90,15 @@ def calibrate(
         resume: continue from the finished blocks in ``work``.
         release: drop each block's weights when nothing needs them any more; the model
             cannot be run afterwards.
+        activation_memory: bytes of hidden states to hold; where the plan's need more, they lie
+            on disk between blocks and passes are repeated instead of paused. The result is the
+            same to the bit. None holds all.
         progress: called as (done, total, label), one step a batch and group.
         together: the processes that calibrate this model.
 
     Raises:
-        UsageError: no data where the plan needs some, or ``work`` belongs to another run.
+        UsageError: no data where the plan needs some, ``work`` belongs to another run, or one
+            batch of hidden states is more than ``activation_memory``.
         QuantkitError: NaN, a Hessian that cannot be factored, a layer no token reached, an expert
             that too few did.
     """
@@ -105,6 +115,14 @@ def calibrate(
     }
     if all_experts:
         state["all_experts"] = True
+    spilled = spills(plan, activation_memory)
+    if together.size > 1 and (spilled or plan.signround):
+        what = "--activation-memory" if spilled else "signround"
+        raise UsageError(
+            f"{what}: goes through all windows of a block, and they are in {together.size} "
+            "processes",
+            remedy="start one process, or leave it out",
+        )
     inputs = {key: value for key, value in state.items() if key in ("weights", "plan", "data")}
     check_alike(together, "model, recipe or data", inputs)
     # The others have no folder: nothing is asked of a file system that all of them would share.
@@ -118,6 +136,8 @@ def calibrate(
         loop = _Loop(
             source, plan, batches, ids, observer, experts, folder, release, progress, together
         )
+        if spilled:
+            loop.spill()
         layers, probe, distilled = loop.run()
     return Calibrated(layers, probe, loop.solve_seconds, distilled, loop.caches)
 
@@ -185,6 +205,12 @@ class _Loop:
         self.total = (plan.blocks + rescaled + (1 if head else 0)) * max(1, len(batches))
         windows = sum(rows(batch) for batch in batches)
         self.total += windows if plan.needs_fisher else 0
+        #: Steps of a block's training, and the pass behind it.
+        self.training = 0
+        if plan.signround:
+            check_windows(batches)
+            self.training = plan.signround.options["steps"] + len(batches)
+            self.total += plan.blocks * self.training
         self.total += windows + plan.distill.options["steps"] if plan.distill else 0
         self.done = 0
         self.progress = progress
@@ -196,6 +222,19 @@ class _Loop:
         self.importance: Importance | None = None
         self.attentions = {name: source.model.get_submodule(name) for name in plan.caches}
         self.caches: dict[str, CacheRange] = {}
+        self._keep: Callable[[str, Tensor], Tensor] = lambda _, x: x
+        self._run_groups = run_paused
+
+    def spill(self) -> None:
+        """Hold hidden states on disk from now on. UsageError for a model on another device."""
+        if self.model.device.type != "cpu":
+            raise UsageError(
+                f"--activation-memory: hidden states are on {self.model.device.type}",
+                remedy="leave it out, or calibrate on the CPU",
+            )
+        assert self.work is not None
+        self._keep = HiddenFiles(self.work.path / "hidden").keep
+        self._run_groups = run_repeated
 
     def run(self) -> tuple[dict[str, QuantizedLayer], Probe, Distilled | None]:
         results: dict[str, QuantizedLayer] = {}
@@ -217,8 +256,10 @@ class _Loop:
         for index in range(self.plan.blocks):
             if index in starts:
                 self.spine = starts[index]
-                hidden = self.spine.embed(self.batches, hidden)
-                self.exact = list(hidden) if self.plan.needs_drift else []
+                hidden = self._embed(hidden)
+                self.exact = list(hidden) if self.plan.needs_reference else []
+                if self.plan.signround is not None:  # learns to call blocks on so many windows
+                    self.spine.embed([self._windows()[: self.plan.signround.options["windows"]]])
             layers = self.plan.in_block(index)
             models.bring_in(self.spine.blocks[index - self.spine.first])
             if self.plan.rotation is not None:
@@ -226,13 +267,14 @@ class _Loop:
             self._rescale(index, layers, hidden)
             saved = self._on_disk(WorkFolder.load, index, layers)
             if saved is not None:
-                self.exact = [run() for run in self._calls(index, self.exact)]
+                self.exact = self._run_exact(index)
                 self._install(saved)
                 if self.plan.kv is not None:
                     self.caches |= self._on_disk(WorkFolder.load_caches, index, self.plan.kv)
-                hidden = self._propagate(index, layers, saved, hidden)
+                hidden = self._propagate(index, layers, saved, hidden, "resumed")
+                self.done += self.training
             elif hidden:
-                block, hidden = self._solve_block(index, layers, hidden)
+                block, hidden = self._finish_block(index, layers, hidden)
                 if self.plan.kv is not None:
                     found = {name: self.caches[name] for name in self.plan.caches_in(index)}
                     self._on_disk(WorkFolder.save_caches, index, found)
@@ -263,6 +305,19 @@ class _Loop:
             return ordered, self._probe(ordered, hidden), None
         trained = self._distill(ordered, teacher)
         return trained.layers, self._probe(trained.layers, []), trained
+
+    def _embed(self, encoded: list[Tensor]) -> list[Tensor]:
+        """Hidden states in front of the spine's first block; a batch at a time where it is the
+        only one, else behind an encoder's."""
+        alone = len(self.spines) == 1
+        parts = [[batch] for batch in self.batches] if alone else [self.batches]
+        found = (x for part in parts for x in self.spine.embed(part, encoded))
+        return [self._keep(f"hidden.{i}", x) for i, x in enumerate(found)]
+
+    def _run_exact(self, index: int) -> list[Tensor]:
+        """What the unquantized model has behind a block, as long as its weights are the block's."""
+        runs = self._calls(index, self.exact)
+        return [self._keep(f"exact.{i}", run()) for i, run in enumerate(runs)]
 
     def _probe(self, results: Mapping[str, QuantizedLayer], hidden: list[Tensor]) -> Probe:
         ids: Batch
@@ -328,6 +383,50 @@ class _Loop:
             self.done += len(hidden)
         apply_scales(self.model, folds, scales)
 
+    def _finish_block(
+        self, index: int, layers: Mapping[str, PlannedLayer], hidden: list[Tensor]
+    ) -> tuple[dict[str, QuantizedLayer], list[Tensor]]:
+        """A block's layers, solved and, where the plan says so, trained; and its outputs."""
+        done = self.done + len(hidden) + self.training
+        originals = {n: self.linears[n].weight for n, x in layers.items() if x.reconstructed}
+        if self.plan.needs_reference and not self.plan.needs_drift:
+            self.exact = self._run_exact(index)
+        solved, outputs = self._solve_block(index, layers, hidden)
+        if originals:
+            del outputs
+            solved = self._train_block(index, layers, solved, originals, hidden)
+            outputs = self._propagate(index, layers, solved, hidden, "trained")
+        self.done = done
+        return solved, outputs
+
+    def _train_block(
+        self,
+        index: int,
+        layers: Mapping[str, PlannedLayer],
+        solved: Mapping[str, QuantizedLayer],
+        originals: Mapping[str, Tensor],
+        hidden: list[Tensor],
+    ) -> dict[str, QuantizedLayer]:
+        assert self.plan.signround is not None
+        options = self.plan.signround.options
+        local = index - self.spine.first
+        writer = f"{self.spine.prefix}.{local}.{residual_writer(self.model)}"
+        block = Block(
+            self.spine.blocks[local],
+            lambda x: self._calls(index, [x])[0](),
+            {name: self.linears[name] for name in layers},
+            layers,
+            solved,
+            originals,
+        )
+        return reconstruct(
+            block,
+            Windows.of(hidden, self.exact, writer, self.importance),
+            options,
+            seed=options["seed"] + index,
+            advance=lambda what: self._advance(f"block {index + 1}/{self.plan.blocks}: {what}"),
+        )
+
     def _solve_block(
         self, index: int, layers: Mapping[str, PlannedLayer], hidden: list[Tensor]
     ) -> tuple[dict[str, QuantizedLayer], list[Tensor]]:
@@ -337,7 +436,7 @@ class _Loop:
         """
         runs = self._calls(index, hidden)
         outputs: list[Tensor | None] = [None] * len(runs)
-        streams = 2 if self.exact else 1
+        streams = 2 if self.plan.needs_drift else 1
         exact_inputs: dict[tuple[int, str], Tensor] = {}
         groups = self._groups(index, layers, runs[0]) if layers else []
         by_leader = {group[0]: group for group in groups}
@@ -360,7 +459,7 @@ class _Loop:
                     members, self.observer, self.importance, self.together
                 )
             exact = exact_inputs.pop((batch, leader), None)
-            if self.exact and (exact is None or exact.shape != x.shape):
+            if streams == 2 and (exact is None or exact.shape != x.shape):
                 raise QuantkitError(
                     f"{leader}: the quantized and the unquantized model send it other tokens",
                     remedy="set `feedback: 0` for layers that a router chooses",
@@ -382,21 +481,21 @@ class _Loop:
         def finished(run: int, out: Tensor) -> None:
             batch = run // streams
             if run % streams != streams - 1:
-                self.exact[batch] = out
+                self.exact[batch] = self._keep(f"exact.{batch}", out)
                 return
             if not numerics.is_finite(out):
                 raise QuantkitError(
                     f"block {index}: the output holds NaN or infinite values",
                     remedy="the model overflows in its dtype on this data; load it in another",
                 )
-            outputs[batch] = out
+            outputs[batch] = self._keep(f"hidden.{batch}", out)
             self._advance(f"block {index + 1}/{self.plan.blocks}")
 
-        if self.exact:
+        if streams == 2:
             exact = [unquantized(run) for run in self._calls(index, self.exact)]
             runs = [run for pair in zip(exact, runs, strict=True) for run in pair]
         leaders = [*cache.sides.items(), *((g[0], self.linears[g[0]]) for g in groups)]
-        planned = {name: self.linears[name] for name in (layers if self.exact else ())}
+        planned = {name: self.linears[name] for name in (layers if streams == 2 else ())}
         block = self.spine.blocks[index - self.spine.first]
         with (
             quantized_inputs(self.linears, layers, results),
@@ -404,7 +503,7 @@ class _Loop:
             quantized_caches(self.attentions, cache.entries),
             models.expert_inputs(block, self.experts.mode),
         ):
-            run_paused(runs, leaders, observe, solve, finished)
+            self._run_groups(runs, leaders, observe, solve, finished)
         if self.plan.needs_data:
             self.experts.check(layers)
         else:
@@ -419,12 +518,13 @@ class _Loop:
         layers: Mapping[str, PlannedLayer],
         saved: Mapping[str, QuantizedLayer],
         hidden: list[Tensor],
+        label: str,
     ) -> list[Tensor]:
         outputs = []
         with quantized_inputs(self.linears, layers, saved), self._quantized_caches(index):
-            for run in self._calls(index, hidden):
-                outputs.append(run())
-                self._advance(f"block {index + 1}/{self.plan.blocks} (resumed)")
+            for i, run in enumerate(self._calls(index, hidden)):
+                outputs.append(self._keep(f"hidden.{i}", run()))
+                self._advance(f"block {index + 1}/{self.plan.blocks} ({label})")
         return outputs
 
     def _solve_without_data(self, layers: Mapping[str, PlannedLayer]) -> dict[str, QuantizedLayer]:

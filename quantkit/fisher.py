@@ -98,7 +98,7 @@ def measure_gradients(
     # Each window gets the labels that one process would draw for it.
     for _ in range(sum(together.agree(len(ids))[: together.rank])):
         skip_draws(ids.shape[1], generator)
-    with torch.enable_grad(), _frozen(model), _recorded(model, seen):
+    with torch.enable_grad(), frozen(model), _recorded(model, seen):
         for window in ids.split(1):
             logits = model(input_ids=window.to(model.device), use_cache=False).logits
             logits.backward(gradient_of_draws(logits.detach(), generator))
@@ -192,7 +192,7 @@ class _Moments:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient: only those of activations are computed."""
     asking = [p for p in model.parameters() if p.requires_grad]
     for parameter in asking:

@@ -68,6 +68,7 @@ def _calibrate(prepared: Prepared, progress: Progress, together: World) -> Calib
         all_experts=job.recipe.calibrate.all_experts,
         resume=job.resume,
         release=True,
+        activation_memory=job.activation_memory,
         progress=progress,
         together=together,
     )

@@ -7,6 +7,7 @@
     WORK/outputs/NAME.safetensors  which outputs' errors belong together, where a solver asks
     WORK/targets.safetensors      what the original's head saw, for `quantkit.distill`
     WORK/distill.safetensors      the state of its training
+    WORK/hidden/                  hidden states between blocks, where they are not held in memory
     WORK/blocks/0007.scales       what block 7's producers were divided by, if they were
                                   (safetensors)
     WORK/blocks/0007.cache.json   the ranges of its keys and values, if they are quantized
@@ -37,7 +38,7 @@ from quantkit.kv_cache import CacheRange
 from quantkit.model import hash_file
 from quantkit.numerics import QTensor
 from quantkit.plan import PlannedLayer
-from quantkit.quantize import QuantizedLayer
+from quantkit.quantize import QuantizedLayer, Reconstruction
 from quantkit.results import read_json, write_json
 from quantkit.rounding import Rounding
 from quantkit.schemes import QuantSpec
@@ -111,6 +112,8 @@ class WorkFolder:
                 facts[name]["input_range"] = asdict(layer.input_range)
             if layer.rounding is not None:
                 facts[name]["rounding"] = asdict(layer.rounding)
+            if layer.reconstruction is not None:
+                facts[name]["reconstruction"] = asdict(layer.reconstruction)
         stem = self._stem(index)
         path = stem.with_suffix(".safetensors")
         _write_tensors(tensors, path)
@@ -157,6 +160,7 @@ class WorkFolder:
                     **facts[name],
                     "input_range": _input_range(facts[name]),
                     "rounding": _rounding(facts[name]),
+                    "reconstruction": _reconstruction(facts[name]),
                 },
             )
             for name, layer in planned.items()
@@ -213,6 +217,11 @@ def _input_range(facts: Mapping[str, Any]) -> InputRange | None:
 def _rounding(facts: Mapping[str, Any]) -> Rounding | None:
     found = facts.get("rounding")
     return None if found is None else Rounding(**found)
+
+
+def _reconstruction(facts: Mapping[str, Any]) -> Reconstruction | None:
+    found = facts.get("reconstruction")
+    return None if found is None else Reconstruction(**found)
 
 
 def _changes(begun: Mapping[str, Any], state: Mapping[str, Any]) -> str:

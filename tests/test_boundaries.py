@@ -22,7 +22,7 @@ LAYERS = (
         *("data", "model", "folding", "plan", "paused", "quantize", "reference", "collector"),
         *("rescale", "rotation", "work", "calibrate", "fisher", "distill"),
         *("batches", "inputs", "routing", "support"),
-        *("rounding", "integrity", "machine", "signature"),
+        *("reconstruct", "footprint", "spill", "rounding", "integrity", "machine", "signature"),
         "parallel",
         *("gradients", "importance", "curvature", "ablation", "mixture", "measurement"),
         "checkpoint",

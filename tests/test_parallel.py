@@ -159,6 +159,14 @@ def test_two_give_the_codes_of_one(name: str, tiny: Path, tmp_path: Path) -> Non
     }
 
 
+def test_what_needs_all_windows_runs_in_one_process(tiny: Path, tmp_path: Path) -> None:
+    trained = Recipe(SCHEMES["w4a16-g64"], algorithm=(Step("rtn"), Step("signround")))
+    with pytest.raises(UsageError, match="signround: goes through all windows"):
+        together(2, lambda w: run(tiny, tmp_path / "a", trained, w))
+    with pytest.raises(UsageError, match="--activation-memory: goes through all windows"):
+        together(2, lambda w: run(tiny, tmp_path / "b", RECIPES["static"], w, activation_memory=1))
+
+
 def test_a_rerun_gives_the_same_bytes_and_a_resumed_run_too(tiny: Path, tmp_path: Path) -> None:
     recipe = RECIPES["awq, feedback"]
     runs = [together(2, lambda w: run(tiny, tmp_path / "a", recipe, w))[0].layers]

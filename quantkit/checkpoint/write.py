@@ -152,6 +152,7 @@ def write_checkpoint(
                     "output_error": layers[layer.name].output_error,
                     **_range_facts(layers[layer.name]),
                     **_rounding_facts(layers[layer.name]),
+                    **_reconstruction_facts(layers[layer.name]),
                 }
                 for layer in plan.layers
             },
@@ -171,6 +172,12 @@ def _range_facts(layer: QuantizedLayer) -> dict[str, Any]:
 def _rounding_facts(layer: QuantizedLayer) -> dict[str, Any]:
     """Who rounded the layer, on how many tokens, and how far from round-to-nearest it ended."""
     return {} if layer.rounding is None else {"rounding": asdict(layer.rounding)}
+
+
+def _reconstruction_facts(layer: QuantizedLayer) -> dict[str, Any]:
+    """What training the rounding of the layer's block came to."""
+    found = layer.reconstruction
+    return {} if found is None else {"reconstruction": asdict(found)}
 
 
 def _cache_facts(plan: Plan, caches: Mapping[str, CacheRange]) -> dict[str, Any]:

@@ -75,6 +75,15 @@ def command(
         int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
     ] = None,
     kernels: KernelsOption = Kernels.native,
+    activation_memory: Annotated[
+        float | None,
+        typer.Option(
+            "--activation-memory",
+            min=0,
+            help="GB of hidden states to hold in memory; beyond that they lie on disk, and "
+            "calibration takes two to three times as long. Same bytes.",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a run that was interrupted.")
     ] = False,
@@ -137,6 +146,7 @@ def command(
         kernels=kernels.value,
         seq_len=eval_seq_len,
         max_tokens=eval_tokens,
+        activation_memory=None if activation_memory is None else int(activation_memory * 1e9),
     )
     with world() as together:
         prepared = together.first_before_others(lambda: prepare(job))
@@ -181,6 +191,7 @@ def _show_plan(prepared: Prepared, processes: int) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from quantkit.footprint import spills
     from quantkit.importance import pass_bytes
 
     # Names of models, layers and files are the user's, never markup.
@@ -225,11 +236,14 @@ def _show_plan(prepared: Prepared, processes: int) -> None:
         f"({plan.size_bytes / plan.source_bytes:.1%})"
     )
     console.print(
-        f"working memory     {plan.activation_bytes / 1e6:.0f} MB of activations, "
+        f"working memory     {plan.activation_bytes / 1e6:.0f} MB of activations "
+        f"({plan.spilled_bytes / 1e6:.0f} MB with hidden states on disk), "
         f"{plan.block_bytes / 1e6:.0f} MB a block"
     )
     if plan.needs_fisher:
         console.print(f"Fisher pass        {pass_bytes(plan) / 1e6:.0f} MB beside the whole model")
+    if spills(plan, prepared.job.activation_memory):
+        console.print("                   hidden states go to disk, passes are repeated")
     if prepared.tokens is not None:
         console.print(
             f"calibration        {plan.samples} × {plan.seq_len} tokens"
