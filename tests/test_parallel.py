@@ -164,7 +164,10 @@ def test_what_needs_all_windows_runs_in_one_process(tiny: Path, tmp_path: Path) 
     with pytest.raises(UsageError, match="signround: goes through all windows"):
         together(2, lambda w: run(tiny, tmp_path / "a", trained, w))
     with pytest.raises(UsageError, match="--activation-memory: goes through all windows"):
-        together(2, lambda w: run(tiny, tmp_path / "b", RECIPES["static"], w, activation_memory=1))
+        together(
+            2,
+            lambda w: run(tiny, tmp_path / "b", RECIPES["static"], w, activation_memory=7_000_000),
+        )
 
 
 def test_a_rerun_gives_the_same_bytes_and_a_resumed_run_too(tiny: Path, tmp_path: Path) -> None:
