@@ -50,12 +50,21 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class Finished:
-    """The request ended as asked; ``text`` is the rest that was held back."""
+    """The request ended as asked.
+
+    Attributes:
+        reason: why.
+        text: the rest that was held back.
+        prompt_tokens: prompt tokens read; fewer than the prompt has if it was cancelled early.
+        completion_tokens: tokens generated.
+        cached_tokens: of the prompt, those whose keys and values were in the prefix cache.
+    """
 
     reason: FinishReason
     text: str
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -114,12 +114,22 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to continue. ``id`` is unique among the requests an engine holds."""
+    """One prompt to continue. ``id`` is unique among the requests an engine holds.
+
+    Attributes:
+        arrival: seconds of the monotonic clock.
+        tenant: whose it is: what he sends is never visible to another.
+        tier: class of service, for policies.
+        deadline: when its first token is due, on the same clock; None is never.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     arrival: float = field(default_factory=time.monotonic)
+    tenant: str = ""
+    tier: str = ""
+    deadline: float | None = None
 
     @property
     def max_length(self) -> int:

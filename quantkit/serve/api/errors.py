@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from quantkit.serve.door import RefusedError
 from quantkit.serve.engine import QueueFullError, StoppedError
 from quantkit.serve.events import Failed
 from quantkit.serve.request import RequestError
@@ -50,6 +51,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(ModelNotFoundError, _unknown_model)
+    app.add_exception_handler(RefusedError, _not_admitted)
     app.add_exception_handler(QueueFullError, _busy)
     app.add_exception_handler(StoppedError, _stopped)
     app.add_exception_handler(GenerationError, _failed)
@@ -76,6 +78,18 @@ def _refused(_: Request, error: Exception) -> JSONResponse:
 def _unknown_model(_: Request, error: Exception) -> JSONResponse:
     body = error_body(str(error), "invalid_request_error", param="model", code="model_not_found")
     return JSONResponse(body, 404)
+
+
+#: Status of a refusal → the type that clients know.
+REFUSALS = {400: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable"}
+
+
+def _not_admitted(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RefusedError)
+    refusal = error.refusal
+    body = error_body(str(error), REFUSALS[refusal.status], code=refusal.code)
+    headers = {"Retry-After": str(refusal.retry_after)} if refusal.retry_after else {}
+    return JSONResponse(body, refusal.status, headers=headers)
 
 
 def _busy(_: Request, error: Exception) -> JSONResponse:

@@ -21,6 +21,9 @@ from quantkit.serve.api.sse import (
     encode,
     until_disconnect,
 )
+from quantkit.serve.capture import Capture
+from quantkit.serve.config import ServeConfig
+from quantkit.serve.door import Door
 from quantkit.serve.engine import Engine
 from quantkit.serve.events import (
     Event,
@@ -40,15 +43,26 @@ CLIENT_CLOSED_REQUEST = 499
 
 
 class Service:
-    """The served model: its engine, its encoder and the names that clients may call it by."""
+    """The served model: its engine, the door to it, its encoder and the names that clients may
+    call it by."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, config: ServeConfig, capture: Capture | None = None) -> None:
         self.engine = engine
+        self.door = Door(engine, config, capture)
         self.encoder = PromptEncoder(engine.runtime.tokenizer)
         # A folder is served under its own name; its full path is understood as well.
         self.model = Path(engine.runtime.name).name if _is_path(engine) else engine.runtime.name
         self.names = {self.model, engine.runtime.name}
         self.created = int(time.time())
+
+    async def open(
+        self,
+        http: HttpRequest,
+        requests: Sequence[Request],
+        prompts: Sequence[Json | None],
+    ) -> EventStream:
+        """Let the requests of an HTTP request in, as `door.Door.open` does for its tenant."""
+        return await self.door.open(http.state.tenant, requests, prompts)
 
     def check_model(self, name: str | None) -> None:
         """Raise `ModelNotFoundError` unless ``name`` is served here; no name means the one."""
@@ -69,6 +83,8 @@ class Choice:
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
 
     def add(self, event: Event) -> None:
@@ -81,6 +97,8 @@ class Choice:
         elif isinstance(event, Finished):
             self.text += event.text
             self.finish_reason = event.reason
+            self.prompt_tokens = event.prompt_tokens
+            self.cached_tokens = event.cached_tokens
             self.completion_tokens = event.completion_tokens
         else:
             raise GenerationError(event)
@@ -94,6 +112,7 @@ class Generation:
         http: the client's request, watched for its disconnect.
         service: the served model.
         requests: what to run; several prompts or ``n`` answers make several requests.
+        prompts: for each, its prompt as `door.Door.open` captures it.
         prompt_tokens: for ``usage``; a prompt with several answers counts once.
         head: the fields that every body of this answer begins with.
     """
@@ -101,6 +120,7 @@ class Generation:
     http: HttpRequest
     service: Service
     requests: Sequence[Request]
+    prompts: Sequence[Json | None]
     prompt_tokens: int
     head: Json
 
@@ -108,11 +128,9 @@ class Generation:
         self, render: Callable[[int, Choice], Awaitable[Json]], object_name: str
     ) -> Response:
         """Wait for every answer, then send one JSON document."""
-        stream = self.service.engine.stream(*self.requests)
+        stream = await self.service.open(self.http, self.requests, self.prompts)
         try:
-            choices = await until_disconnect(
-                self.http.receive, _collect(stream, len(self.requests))
-            )
+            choices = await until_disconnect(self.http.receive, collect(stream, len(self.requests)))
         except ClientGone:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         finally:
@@ -140,10 +158,10 @@ class Generation:
         The status line waits for the first event, so that a request which fails at once gets an
         honest 500 and not a 200 with an error inside.
         """
-        stream = self.service.engine.stream(*self.requests)
+        stream = await self.service.open(self.http, self.requests, self.prompts)
         events = aiter(stream)
         try:
-            first = await until_disconnect(self.http.receive, _next(events))
+            first = await until_disconnect(self.http.receive, first_event(events))
         except ClientGone:
             stream.close()
             return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -154,7 +172,7 @@ class Generation:
         async def chunks() -> AsyncIterator[bytes]:
             head = self.head | {"object": object_name}
             completion_tokens = 0
-            async for index, event in _chain(first, events):
+            async for index, event in chain(first, events):
                 if isinstance(event, Failed):
                     yield encode(failed_body(event))
                     yield DONE
@@ -189,21 +207,23 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Json:
     }
 
 
-async def _collect(stream: EventStream, count: int) -> list[Choice]:
+async def collect(stream: EventStream, count: int) -> list[Choice]:
+    """Every answer, when all are there."""
     choices = [Choice() for _ in range(count)]
     async for index, event in stream:
         choices[index].add(event)
     return choices
 
 
-async def _next(events: AsyncIterator[tuple[int, Event]]) -> tuple[int, Event]:
+async def first_event(events: AsyncIterator[tuple[int, Event]]) -> tuple[int, Event]:
+    """The first event, if it is no failure: that gets a status of its own."""
     index, event = await anext(events)
     if isinstance(event, Failed):
         raise GenerationError(event)
     return index, event
 
 
-async def _chain(
+async def chain(
     first: tuple[int, Event], rest: AsyncIterator[tuple[int, Event]]
 ) -> AsyncIterator[tuple[int, Event]]:
     yield first

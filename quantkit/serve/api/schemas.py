@@ -7,7 +7,7 @@ implement are refused (`UNSUPPORTED`), because ignoring them would be a silent d
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -35,6 +35,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 Text = Annotated[str, Field(max_length=4 * 1024 * 1024)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKENS)]], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=-(2**63) + 1, le=2**63 - 1)]
+ModelName = Annotated[str, Field(max_length=4096)]
 Stop = str | list[str] | None
 
 
@@ -49,7 +50,9 @@ class GenerationRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
-    model: Annotated[str, Field(max_length=4096)] | None = None
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = UNSUPPORTED
+
+    model: ModelName | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
@@ -63,7 +66,7 @@ class GenerationRequest(BaseModel):
     @model_validator(mode="after")
     def _supported(self) -> GenerationRequest:
         for name, value in (self.model_extra or {}).items():
-            if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
+            if name in self.unsupported and value not in self.unsupported[name]:
                 raise ValueError(f"'{name}' is not supported by this server")
         if self.stream_options is not None and not self.stream:
             raise ValueError("'stream_options' needs 'stream': true")
@@ -144,3 +147,95 @@ class ChatRequest(GenerationRequest):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("'top_logprobs' needs 'logprobs': true")
         return self
+
+
+class InputText(BaseModel):
+    """A piece of an item of the Responses API."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["input_text", "output_text", "text"]
+    text: Text
+
+
+class InputItem(BaseModel):
+    """A message of the Responses API."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[InputText], Field(max_length=MAX_MESSAGES)]
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+#: Known fields of the Responses API that are not implemented → the values that mean "off".
+UNSUPPORTED_RESPONSES: dict[str, tuple[Any, ...]] = {
+    "background": (None, False),
+    "conversation": (None,),
+    "include": (None, []),
+    "max_tool_calls": (None,),
+    "previous_response_id": (None,),
+    "prompt": (None,),
+    "reasoning": (None, {}),
+    "text": (None, {}, {"format": {"type": "text"}}),
+    "tools": (None, []),
+    "top_logprobs": (None, 0),
+    "truncation": (None, "disabled"),
+}
+
+
+class ResponsesRequest(GenerationRequest):
+    """``POST /v1/responses``."""
+
+    unsupported: ClassVar = UNSUPPORTED | UNSUPPORTED_RESPONSES
+
+    input: (
+        Annotated[Text, Field(min_length=1)]
+        | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
+    )
+    instructions: Text | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    n: Literal[1] | None = None
+
+
+class TokenizeRequest(BaseModel):
+    """``POST /tokenize``: exactly one of ``prompt`` and ``messages``."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: ModelName | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("exactly one of 'prompt' and 'messages' is needed")
+        return self
+
+
+class DetokenizeRequest(BaseModel):
+    """``POST /detokenize``."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: ModelName | None = None
+    tokens: Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKENS)]], Field(max_length=1_000_000)]
+
+
+class EmbeddingsRequest(BaseModel):
+    """``POST /v1/embeddings``."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: ModelName | None = None
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)] | TokenIds
