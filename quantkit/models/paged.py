@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
 from quantkit.models.decoder import Batch, Decoder
+from quantkit.models.page_pool import PagedSequence, PagePool, pages_for
 from quantkit.ops.decoder import PAGE_TOKENS
 
-
-def pages_for(tokens: int) -> int:
-    """Pages that so many tokens of one sequence fill."""
-    return -(-tokens // PAGE_TOKENS)
-
-
-@dataclass(eq=False)
-class PagedSequence:
-    """Tokens that have been read: where their keys and values are.
-
-    Attributes:
-        length: tokens held.
-        pages: page numbers, in order; the last may be partly filled.
-    """
-
-    length: int = 0
-    pages: list[int] = field(default_factory=list)
+__all__ = ["PagedRunner", "PagedSequence", "Work", "pages_for"]
 
 
 @dataclass(frozen=True)
@@ -53,12 +38,11 @@ class PagedRunner:
     def __init__(self, decoder: Decoder, pages: int, dtype: str = "auto") -> None:
         self.decoder = decoder
         self.cache = decoder.new_cache(pages, dtype)
-        self._free = list(range(pages - 1, -1, -1))
-        self._owners = [0] * pages
+        self.pool = PagePool(pages)
 
     @property
     def free_pages(self) -> int:
-        return len(self._free)
+        return self.pool.free
 
     @property
     def page_nbytes(self) -> int:
@@ -70,20 +54,20 @@ class PagedRunner:
         whole = sequence.length // PAGE_TOKENS
         pages = sequence.pages[:whole]
         for page in pages:
-            self._owners[page] += 1
+            self.pool.share(page)
         child = PagedSequence(sequence.length, list(pages))
         if sequence.length % PAGE_TOKENS:
-            child.pages.append(self._take())
+            child.pages.append(self.pool.take())
             self.cache.copy_page(sequence.pages[whole], child.pages[-1])
         return child
 
+    def truncate(self, sequence: PagedSequence, length: int) -> None:
+        """Forget a sequence's tokens from position ``length`` on; see `PagePool.truncate`."""
+        self.pool.truncate(sequence, length)
+
     def release(self, sequence: PagedSequence) -> None:
         """Give back a sequence's pages. It holds no token afterwards."""
-        for page in sequence.pages:
-            self._owners[page] -= 1
-            if self._owners[page] == 0:
-                self._free.append(page)
-        sequence.length, sequence.pages = 0, []
+        self.pool.release(sequence)
 
     def logits(self, works: Sequence[Work]) -> list[Tensor]:
         """Append each work's tokens to its sequence.
@@ -116,15 +100,16 @@ class PagedRunner:
 
     def _batch(self, works: Sequence[Work], rows: list[int] | None) -> Batch:
         needs = [
-            pages_for(w.sequence.length + len(w.token_ids)) - len(w.sequence.pages) for w in works
+            max(0, pages_for(w.sequence.length + len(w.token_ids)) - len(w.sequence.pages))
+            for w in works
         ]
-        if sum(needs) > len(self._free):
+        if sum(needs) > self.pool.free:
             raise QuantkitError(
-                f"the key-value cache has {len(self._free)} free pages of {PAGE_TOKENS} tokens, "
+                f"the key-value cache has {self.pool.free} free pages of {PAGE_TOKENS} tokens, "
                 f"{sum(needs)} are needed"
             )
-        for work, count in zip(works, needs, strict=True):
-            work.sequence.pages += [self._take() for _ in range(count)]
+        for work in works:
+            self.pool.extend(work.sequence, work.sequence.length + len(work.token_ids))
         return Batch.of(
             [w.token_ids for w in works],
             [w.sequence.length for w in works],
@@ -135,10 +120,3 @@ class PagedRunner:
     def _grow(self, works: Sequence[Work]) -> None:
         for work in works:
             work.sequence.length += len(work.token_ids)
-
-    def _take(self) -> int:
-        if not self._free:
-            raise QuantkitError("the key-value cache has no free page")
-        page = self._free.pop()
-        self._owners[page] = 1
-        return page

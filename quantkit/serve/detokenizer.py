@@ -20,7 +20,7 @@ REPLACEMENT = "\ufffd"
 
 
 class Detokenizer:
-    """Incremental decoding of one answer.
+    """Incremental decoding of one answer; ``stop`` strings count behind ``min_tokens`` tokens.
 
     Decodes a short window ``ids[start:]`` each time and emits what is new in it, because a
     token's text depends on its neighbours and decoding everything anew would be quadratic.
@@ -31,8 +31,10 @@ class Detokenizer:
         tokenizer: PreTrainedTokenizerBase,
         prompt_ids: tuple[int, ...],
         stop: tuple[str, ...] = (),
+        min_tokens: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
+        self._deaf = min_tokens  # tokens whose text no stop string is looked for in
         self.stop = StopStrings(stop)
         self._window = list(prompt_ids[-CONTEXT_TOKENS:])
         self._shown = self._decode().rstrip(REPLACEMENT)
@@ -53,12 +55,15 @@ class Detokenizer:
             self._shown = self._decode()
         elif new:
             self._shown = safe
+        if self._deaf:
+            self._deaf -= 1
+            return new
         return self.stop.push(new)
 
     def finish(self) -> str:
         """The text still held back; nothing after a stop string was found."""
         rest = self._decode()[len(self._shown) :]
-        return self.stop.push(rest) + self.stop.finish()
+        return (rest if self._deaf else self.stop.push(rest)) + self.stop.finish()
 
     @property
     def stopped(self) -> bool:

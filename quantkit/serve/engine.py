@@ -17,36 +17,31 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
-from quantkit.errors import QuantkitError
-from quantkit.models.paged import pages_for
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.models.page_pool import pages_for
 from quantkit.ops.decoder import PAGE_TOKENS
-from quantkit.serve import sampler
-from quantkit.serve.detokenizer import Detokenizer
-from quantkit.serve.events import (
-    Event,
-    Failed,
-    Finished,
-    FinishReason,
-    PromptScored,
-    TokenEvent,
-    TokenLogprob,
-)
-from quantkit.serve.kv_cache import TokenBudget, plan_capacity
+from quantkit.serve.answer import Answer
+from quantkit.serve.counters import Counters
+from quantkit.serve.events import Event, Failed, Finished, FinishReason
+from quantkit.serve.kv_cache import plan_capacity
+from quantkit.serve.memory import make_memory
 from quantkit.serve.metrics import Metrics
+from quantkit.serve.policy.order import Policy
 from quantkit.serve.request import ContextOverflowError, Request, RequestError, Sequence, Sink
-from quantkit.serve.runner import Work, make_runner
-from quantkit.serve.scheduler import PrefillChunk, Scheduler
+from quantkit.serve.runner import ModuleRunner, make_runner, with_kv_dtype
+from quantkit.serve.scheduler import Scheduler, no_guesses
+from quantkit.serve.speculation import SpeculativeConfig, Speculator
 from quantkit.serve.stream import EventStream
+from quantkit.serve.worker import Worker, internal_error
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from quantkit.models.runtime import Runtime
 
 logger = logging.getLogger(__name__)
+
+IDLE_SECONDS = 0.005
 
 
 class QueueFullError(QuantkitError):
@@ -67,6 +62,14 @@ class EngineConfig:
         prefill_chunk: prompt tokens a step may read, beside one token per running answer.
         max_queue: requests that may wait before new ones are refused.
         stall_seconds: work without a finished step for so long makes the engine not ready.
+        kv_cache_dtype: "auto", "fp32", "bf16", "fp8" or "int8"; all but the first only in the
+            native decoder. The 8-bit types give each token a scale of its own.
+        kv_cache_tokens: tokens of all requests together; None is what memory allows and
+            ``max_sequences`` requests can use.
+        enable_prefix_caching: texts that begin alike share keys and values; only in the native
+            decoder, where that changes no bit of any answer.
+        speculative_config: guess tokens and check several at once; None does not. Only in the
+            native decoder, where that changes no token of any answer.
     """
 
     max_sequences: int = 16
@@ -74,33 +77,53 @@ class EngineConfig:
     prefill_chunk: int = 256
     max_queue: int = 1024
     stall_seconds: float = 120.0
+    kv_cache_dtype: str = "auto"
+    kv_cache_tokens: int | None = None
+    enable_prefix_caching: bool = True
+    speculative_config: SpeculativeConfig | None = None
 
 
 class Engine:
     """Runs requests on a `Runtime`. Use `start`, then `submit` or `stream`, then `stop`."""
 
-    def __init__(self, runtime: Runtime, config: EngineConfig | None = None) -> None:
-        self.runtime = runtime
+    def __init__(
+        self,
+        runtime: Runtime,
+        config: EngineConfig | None = None,
+        policy: Policy | None = None,
+    ) -> None:
         self.config = config = config or EngineConfig()
+        decoder, dtype = runtime.decoder, config.kv_cache_dtype
+        self.runtime = with_kv_dtype(runtime, dtype)
+        self.counters = Counters()
         self.capacity = plan_capacity(
             runtime.model,
             max_context=config.max_context,
             max_sequences=config.max_sequences,
-            token_bytes=None if runtime.decoder is None else runtime.decoder.token_nbytes(),
+            token_bytes=None if decoder is None else decoder.token_nbytes(dtype),
+            kv_tokens=config.kv_cache_tokens,
         )
-        granule = PAGE_TOKENS if runtime.decoder is not None else 1
-        # Whole pages for each sequence: the last of a sequence's pages is rarely full.
         kv_tokens = self.capacity.kv_tokens
-        if granule > 1:
-            kv_tokens = max(kv_tokens // granule, pages_for(self.capacity.max_context)) * granule
-        self.runner = make_runner(runtime, kv_tokens)
-        self.budget = TokenBudget(kv_tokens, granule)
+        if decoder is not None:  # whole pages, and always enough for the longest request
+            least = pages_for(self.capacity.max_context)
+            kv_tokens = max(kv_tokens // PAGE_TOKENS, least) * PAGE_TOKENS
+        self.runner = make_runner(runtime, kv_tokens, dtype)
+        self.memory = make_memory(
+            self.runner, kv_tokens, self.counters, prefix_caching=config.enable_prefix_caching
+        )
+        speculator = self._make_speculator()
         self.scheduler = Scheduler(
             max_sequences=config.max_sequences,
             prefill_chunk=config.prefill_chunk,
-            budget=self.budget,
+            memory=self.memory,
+            policy=policy,
+            counters=self.counters,
+            propose=no_guesses if speculator is None else speculator.propose,
         )
         self.metrics = self._make_metrics()
+        self.worker = Worker(
+            self, self.scheduler, self.runner, self.memory, self.metrics, self._begin, speculator
+        )
         self._eos = _eos_ids(runtime)
         self._vocab = int(runtime.model.config.get_text_config().vocab_size)
         # Shared with callers, guarded by the condition:
@@ -131,6 +154,12 @@ class Engine:
         if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= self._vocab:
             raise RequestError(
                 f"prompt: token ids must lie between 0 and {self._vocab - 1}", param="prompt"
+            )
+        named = request.sampling.token_ids
+        if named and not 0 <= min(named) <= max(named) < self._vocab:
+            raise RequestError(
+                f"logit_bias, stop_token_ids: token ids must lie between 0 and {self._vocab - 1}",
+                param="logit_bias" if request.sampling.logit_bias else "stop_token_ids",
             )
         length, limit = len(request.prompt_ids), self.capacity.max_context
         if request.max_length > limit:
@@ -230,12 +259,14 @@ class Engine:
         try:
             while self._take_orders():
                 try:
-                    self.step()
+                    if not self.step():  # nobody may start yet, or all are cancelled
+                        with self._wake:
+                            self._wake.wait(IDLE_SECONDS)
                 except Exception:
                     # Not one sequence's fault (those are caught closer): without knowing whose
                     # state is sound, all fail and the next request starts clean.
                     logger.exception("engine step failed")
-                    self._fail_all(_internal_error())
+                    self._fail_all(internal_error())
                 self._progress = time.monotonic()
         finally:
             self.close_intake()
@@ -255,106 +286,32 @@ class Engine:
             self._fail_all(Failed(abort, shutdown=True))
         for request_id in cancelled:
             if found := self._live.get(request_id):
-                self._finish(found, "cancelled")
+                self.finish(found, "cancelled")
         return not stopping
 
-    def step(self) -> None:
-        """One turn: a token for every decoding sequence and some prompt, in one pass."""
-        step = self.scheduler.schedule()
-        works: list[Work] = []
-        jobs: list[tuple[Sequence, Callable[[Tensor], None]]] = []
-        for sequence in step.decodes:
-            if self._wanted(sequence):
-                works.append(Work(sequence.cache, sequence.output_ids[-1:]))
-                jobs.append((sequence, partial(self._decoded, sequence)))
-        for chunk in step.prefills:
-            sequence = chunk.sequence
-            if not self._wanted(sequence):
-                continue
-            if sequence.cache is None:
-                sequence.cache = self.runner.new_cache()
-            ids = sequence.request.prompt_ids[chunk.start : chunk.end]
-            scores = sequence.request.sampling.scores_prompt
-            works.append(Work(sequence.cache, ids, all_logits=scores))
-            jobs.append((sequence, partial(self._prefilled, chunk)))
-        if not works:
-            return
-        for (sequence, job), result in zip(jobs, self.runner.run(works), strict=True):
-            self._guarded(sequence, partial(_proceed, job, result))
+    def step(self) -> bool:
+        """One turn: a token for every decoding sequence and some prompt, in one pass; False if
+        nobody could run."""
+        return self.worker.step(time.monotonic())
 
-    def _wanted(self, sequence: Sequence) -> bool:
+    def wanted(self, sequence: Sequence) -> bool:
+        """It is neither over nor cancelled."""
         return not sequence.done and sequence.request.id not in self._cancelled
 
-    def _guarded(self, sequence: Sequence, work: Callable[[], None]) -> None:
-        """Run one sequence's work; what it raises is that sequence's end and no one else's."""
-        if not self._wanted(sequence):
-            return
-        try:
-            work()
-        except QuantkitError as error:
-            logger.error("request %s failed: %s", sequence.request.id, error)
-            self._end(sequence, Failed(str(error)), "error")
-        except Exception:
-            logger.exception("request %s failed", sequence.request.id)
-            self._end(sequence, _internal_error(), "error")
-
-    def _prefilled(self, chunk: PrefillChunk, logits: Tensor) -> None:
-        sequence = chunk.sequence
-        request = sequence.request
-        scores = request.sampling.scores_prompt
-        sequence.prefilled = chunk.end
-        self.metrics.prompt_tokens.inc(chunk.end - chunk.start)
-        if scores:
-            self._score_prompt(chunk, logits)
-        if sequence.prompt_left:
-            return
-        if scores:
-            self._emit(sequence, PromptScored(tuple(sequence.prompt_logprobs)))
-        if request.sampling.max_tokens == 0:
-            self._finish(sequence, "length")
-        else:
-            self._choose(sequence, logits[-1])
-
-    def _score_prompt(self, chunk: PrefillChunk, logits: Tensor) -> None:
-        """Row i of a chunk predicts prompt token ``start + i + 1``; the very last row none."""
-        prompt, sampling = chunk.sequence.request.prompt_ids, chunk.sequence.request.sampling
-        if chunk.start == 0:
-            chunk.sequence.prompt_logprobs.append(TokenLogprob(prompt[0], None))
-        targets = list(prompt[chunk.start + 1 : chunk.end + 1])
-        chunk.sequence.prompt_logprobs += sampler.score(
-            logits[: len(targets)], targets, sampling.logprobs or 0
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a request as it was asked to."""
+        event = Finished(
+            reason,
+            sequence.answer.rest() if sequence.answer else "",
+            prompt_tokens=sequence.prompt_read,
+            completion_tokens=sequence.output_tokens,
+            cached_tokens=sequence.cached_tokens,
         )
-
-    def _decoded(self, sequence: Sequence, logits: Tensor) -> None:
-        self._choose(sequence, logits[-1])
-
-    def _choose(self, sequence: Sequence, logits: Tensor) -> None:
-        """Sample a token from ``logits`` [vocab], emit it, and end the request if it is over."""
-        request, sampling = sequence.request, sequence.request.sampling
-        if sequence.generator is None:
-            sequence.generator = sampler.make_generator(sampling.seed, logits.device)
-        if sequence.detokenizer is None:
-            sequence.detokenizer = Detokenizer(
-                self.runtime.tokenizer, request.prompt_ids, sampling.stop
-            )
-            self.metrics.ttft.observe(time.monotonic() - request.arrival)
-        token = sampler.sample(logits, sampling, sequence.generator)
-        logprob = None
-        if sampling.logprobs is not None:
-            logprob = sampler.score(logits[None], [token], sampling.logprobs)[0]
-        sequence.output_ids.append(token)
-        self.metrics.generated_tokens.inc()
-        text = sequence.detokenizer.push(token)
-        self._emit(sequence, TokenEvent(token, text, logprob))
-        if token in self._eos or sequence.detokenizer.stopped:
-            self._finish(sequence, "stop")
-        elif len(sequence.output_ids) == sampling.max_tokens:
-            self._finish(sequence, "length")
-
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        rest = sequence.detokenizer.finish() if sequence.detokenizer else ""
-        event = Finished(reason, rest, sequence.prefilled, len(sequence.output_ids))
         self._end(sequence, event, reason)
+
+    def fail(self, sequence: Sequence, event: Failed) -> None:
+        """End a request that cannot be finished; nothing it computed is used again."""
+        self._end(sequence, event, "error")
 
     def _fail_all(self, event: Failed) -> None:
         for sequence in list(self._live.values()):
@@ -365,18 +322,17 @@ class Engine:
         if sequence.done:
             return
         sequence.done = True
-        self.scheduler.remove(sequence)
-        if sequence.cache is not None:
-            self.runner.release(sequence.cache)
-        sequence.cache = sequence.generator = sequence.detokenizer = None
+        self.scheduler.remove(sequence, sound=outcome != "error")
+        sequence.answer = None
         self.metrics.requests.labels(outcome).inc()
         with self._wake:
             # Under the lock, so that `drain` returns only after the last event went out.
             self._live.pop(sequence.request.id, None)
-            self._emit(sequence, event)
+            self.emit(sequence, event)
             self._wake.notify_all()
 
-    def _emit(self, sequence: Sequence, event: Event) -> None:
+    def emit(self, sequence: Sequence, event: Event) -> None:
+        """Pass an event on to whoever submitted the request."""
         try:
             sequence.sink(event)
         except Exception:
@@ -384,24 +340,48 @@ class Engine:
             logger.warning("request %s: nobody reads its events", sequence.request.id)
             self.cancel(sequence.request.id)
 
+    def _begin(self, sequence: Sequence) -> Answer:
+        return Answer(
+            sequence.request,
+            self.runtime.tokenizer,
+            sequence.request.sampling.end_ids(self._eos),
+            self._vocab,
+            self.runtime.device,
+        )
+
+    def _make_speculator(self) -> Speculator | None:
+        config = self.config.speculative_config
+        if config is None:
+            return None
+        if isinstance(self.runner, ModuleRunner):
+            raise UsageError(
+                "speculation needs the native decoder, which does not run this model: "
+                f"{self.runtime.fallback or 'it was not asked for'}",
+                remedy="leave speculative_config out",
+            )
+        return Speculator(config, self.counters)
+
     def _kv_bytes(self) -> float:
         caches = (sequence.cache for sequence in list(self.scheduler.running))
         return sum(self.runner.nbytes(cache) for cache in caches if cache is not None)
 
     def _make_metrics(self) -> Metrics:
-        metrics = Metrics()
-        metrics.gauge("requests_running", "Requests admitted.", lambda: self.running)
-        metrics.gauge("requests_queued", "Requests waiting for admission.", lambda: self.queued)
-        metrics.gauge("kv_reserved_tokens", "Cache tokens reserved.", lambda: self.budget.used)
-        metrics.gauge("kv_total_tokens", "Cache tokens there are.", lambda: self.budget.total)
-        metrics.gauge("kv_bytes", "Bytes of KV cache held.", self._kv_bytes)
+        metrics, counters, memory = Metrics(), self.counters, self.memory
+        gauges: dict[str, tuple[str, Callable[[], float]]] = {
+            "requests_running": ("Requests admitted.", lambda: self.running),
+            "requests_queued": ("Requests waiting for admission.", lambda: self.queued),
+            "kv_reserved_tokens": ("Cache tokens in use.", lambda: memory.used),
+            "kv_total_tokens": ("Cache tokens there are.", lambda: memory.total),
+            "kv_bytes": ("Bytes of KV cache held.", self._kv_bytes),
+            "prefix_cache_queries": ("Prompt tokens looked up.", lambda: counters.prefix_queries),
+            "prefix_cache_hits": ("Prompt tokens found there.", lambda: counters.prefix_hits),
+            "preemptions": ("Requests stopped for others.", lambda: counters.preemptions),
+            "spec_decode_draft_tokens": ("Tokens proposed.", lambda: counters.draft_tokens),
+            "spec_decode_accepted_tokens": ("Of those, chosen.", lambda: counters.accepted_tokens),
+        }
+        for name, (text, read) in gauges.items():
+            metrics.gauge(name, text, read)
         return metrics
-
-
-def _proceed(job: Callable[[Tensor], None], result: Tensor | Exception) -> None:
-    if isinstance(result, Exception):
-        raise result
-    job(result)
 
 
 def _eos_ids(runtime: Runtime) -> frozenset[int]:
@@ -410,8 +390,3 @@ def _eos_ids(runtime: Runtime) -> frozenset[int]:
     ids = getattr(config, "eos_token_id", None)
     listed = ids if isinstance(ids, list) else [ids]
     return frozenset(int(i) for i in (*listed, runtime.tokenizer.eos_token_id) if i is not None)
-
-
-def _internal_error() -> Failed:
-    """What a client may know of a bug or a lack of memory: the log has the rest."""
-    return Failed("internal error while generating; the server's log has the details")

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens seen so far, and how many of them may exist at once."""
+"""Keys and values of the tokens seen so far, and how many of them memory has room for."""
 
 from __future__ import annotations
 
@@ -41,36 +41,6 @@ class KVCache:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-class TokenBudget:
-    """Accountant of KV cache tokens.
-
-    A sequence reserves its worst case (prompt and longest answer) before it starts, so that one
-    that was admitted can never run out of cache half-way. A reservation is rounded up to whole
-    granules: the tokens of a page, where the cache is paged.
-    """
-
-    def __init__(self, total: int, granule: int = 1) -> None:
-        self.total = total
-        self.granule = granule
-        self._reserved: dict[str, int] = {}
-
-    @property
-    def used(self) -> int:
-        return sum(self._reserved.values())
-
-    def reserve(self, owner: str, tokens: int) -> bool:
-        """Take ``tokens`` for ``owner``; False, and nothing changes, if they are not free."""
-        tokens = -(-tokens // self.granule) * self.granule
-        if self.used + tokens > self.total:
-            return False
-        self._reserved[owner] = tokens
-        return True
-
-    def release(self, owner: str) -> None:
-        """Give back what ``owner`` holds, if anything."""
-        self._reserved.pop(owner, None)
-
-
 @dataclass(frozen=True)
 class Capacity:
     """What an engine can hold: tokens of one sequence, and of all together."""
@@ -93,12 +63,14 @@ def plan_capacity(
     max_context: int | None,
     max_sequences: int,
     token_bytes: int | None = None,
+    kv_tokens: int | None = None,
 ) -> Capacity:
     """Fit context length and cache size to the model and to the memory that is free.
 
     An explicit ``max_context`` is a promise, so it is refused when it cannot be kept; without
     one the context is as long as the model and the memory allow. ``token_bytes``: keys and
-    values of one token; by default what transformers' cache takes.
+    values of one token; by default what transformers' cache takes. ``kv_tokens``: tokens of all
+    together; by default what memory allows and ``max_sequences`` of full length can use.
     """
     trained = int(model.config.get_text_config().max_position_embeddings)
     if max_context is not None and not 2 <= max_context <= trained:
@@ -112,8 +84,15 @@ def plan_capacity(
             f"({affordable} tokens)",
             remedy="lower --max-context or free memory",
         )
+    if kv_tokens is not None:
+        if not (max_context or 2) <= kv_tokens <= affordable:
+            raise UsageError(
+                f"a KV cache of {kv_tokens} tokens is not between one request's "
+                f"{max_context or 2} and the {affordable} that memory allows"
+            )
+        affordable = kv_tokens
     context = max_context or min(trained, affordable)
-    return Capacity(context, min(affordable, context * max_sequences))
+    return Capacity(context, kv_tokens or min(affordable, context * max_sequences))
 
 
 def _free_memory(device: torch.device) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,15 @@ from quantkit.errors import UsageError
 from quantkit.serve.events import Event, TokenLogprob
 
 if TYPE_CHECKING:
-    import torch
-
-    from quantkit.serve.detokenizer import Detokenizer
+    from quantkit.serve.answer import Answer
+    from quantkit.serve.speculation import Draft
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
+MAX_STOP_TOKEN_IDS = 128
 MAX_TOP_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+MAX_REPETITION_PENALTY = 10
 #: torch.Generator takes 64-bit seeds; the OpenAI field is a signed integer.
 MAX_SEED = 2**63 - 1
 
@@ -58,8 +60,16 @@ class SamplingParams:
         top_p: smallest set of tokens whose probability reaches this; 1 is off.
         top_k: number of most likely tokens to keep; 0 is off.
         min_p: drop tokens less likely than this share of the most likely one; 0 is off.
+        frequency_penalty: subtracted from a token's logit for each time it stands in the answer.
+        presence_penalty: subtracted once if it stands there at all.
+        repetition_penalty: logits of tokens that stand in prompt or answer are divided by it
+            where positive, multiplied where negative (Keskar et al. 2019, section 4.1); 1 is off.
+        logit_bias: added to the logits of these token ids.
         max_tokens: tokens to generate at most; 0 only scores the prompt.
+        min_tokens: tokens to generate before anything but ``max_tokens`` may end the answer.
         stop: strings that end the text; they are not part of it.
+        stop_token_ids: tokens that end the answer, beside the model's own.
+        ignore_eos: the model's own do not end it.
         seed: same request, same seed, same text; None draws a fresh one.
         logprobs: how many alternatives to report beside each token; None reports nothing.
         echo: with ``logprobs``, score the prompt's own tokens too.
@@ -69,8 +79,15 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     max_tokens: int = 16
+    min_tokens: int = 0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
     echo: bool = False
@@ -81,7 +98,35 @@ class SamplingParams:
         require(0 < self.top_p <= 1, "top_p", f"{self.top_p} is not in (0, 1]")
         require(self.top_k >= 0, "top_k", f"{self.top_k} is below 0; 0 switches it off")
         require(0 <= self.min_p <= 1, "min_p", f"{self.min_p} is not in [0, 1]")
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            require(-2 <= value <= 2, name, f"{value} is not between -2 and 2")
+        require(
+            0 < self.repetition_penalty <= MAX_REPETITION_PENALTY,
+            "repetition_penalty",
+            f"{self.repetition_penalty} is not above 0 and up to {MAX_REPETITION_PENALTY}",
+        )
+        require(
+            len(self.logit_bias) <= MAX_LOGIT_BIAS,
+            "logit_bias",
+            f"{len(self.logit_bias)} tokens; at most {MAX_LOGIT_BIAS}",
+        )
+        require(
+            all(-100 <= bias <= 100 for bias in self.logit_bias.values()),
+            "logit_bias",
+            "each bias must lie between -100 and 100",
+        )
         require(self.max_tokens >= 0, "max_tokens", f"{self.max_tokens} is below 0")
+        require(
+            0 <= self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            f"{self.min_tokens} is not between 0 and max_tokens, {self.max_tokens}",
+        )
+        require(
+            len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
+            "stop_token_ids",
+            f"{len(self.stop_token_ids)} tokens; at most {MAX_STOP_TOKEN_IDS}",
+        )
         require(
             len(self.stop) <= MAX_STOP_STRINGS,
             "stop",
@@ -102,6 +147,15 @@ class SamplingParams:
             "logprobs",
             f"{self.logprobs} is not between 0 and {MAX_TOP_LOGPROBS}",
         )
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Every token id that the client named."""
+        return (*self.logit_bias, *self.stop_token_ids)
+
+    def end_ids(self, eos_ids: Iterable[int]) -> frozenset[int]:
+        """Tokens that end the answer of a model whose own are these."""
+        return frozenset(() if self.ignore_eos else eos_ids) | {*self.stop_token_ids}
 
     @property
     def greedy(self) -> bool:
@@ -144,26 +198,56 @@ Sink = Callable[[Event], None]
 class Sequence:
     """A request's progress. Only the engine thread touches it once it was submitted.
 
-    ``prefilled``, ``output_ids`` and ``prompt_logprobs`` grow as the engine runs steps;
-    ``cache``, ``generator`` and ``detokenizer`` are set by the engine on the first step and
-    dropped at the end, so a waiting request costs no more than its prompt.
+    What was generated survives a preemption; what was computed of it does not.
+
+    Attributes:
+        tokens: the prompt, then the answer as far as it is known.
+        computed: how many of them have keys and values in ``cache``.
+        cached_tokens: prompt tokens that came out of the prefix cache.
+        answer: random stream and text; made at the first token, dropped at the end.
+        cache: what the runner reads and writes; None while it waits.
+        page_keys: names of its full pages, made as they are needed.
+        stored_pages: how many of its pages the prefix cache has seen.
+        preempted: it was stopped at least once.
+        barren: how often in a row it was stopped without having said a token.
+        draft: what speculation knows of it.
     """
 
     request: Request
     sink: Sink
-    prefilled: int = 0
-    output_ids: list[int] = field(default_factory=list)
+    tokens: list[int] = field(init=False)
+    computed: int = 0
+    cached_tokens: int = 0
+    answer: Answer | None = None
+    cache: Any = None
+    page_keys: list[bytes] = field(default_factory=list)
+    stored_pages: int = 0
+    preempted: bool = False
+    barren: int = 0
+    draft: Draft | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     done: bool = False
-    cache: Any = None
-    generator: torch.Generator | None = None
-    detokenizer: Detokenizer | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt_ids)
 
     @property
-    def prompt_left(self) -> int:
-        """Prompt tokens that the model has not seen yet."""
-        return len(self.request.prompt_ids) - self.prefilled
+    def output_tokens(self) -> int:
+        """Tokens generated."""
+        return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def left(self) -> int:
+        """Known tokens that the model has yet to read."""
+        return len(self.tokens) - self.computed
 
     @property
     def decoding(self) -> bool:
-        return self.prompt_left == 0
+        """All is read but the token that was generated last."""
+        return self.output_tokens > 0 and self.left == 1
+
+    @property
+    def prompt_read(self) -> int:
+        """Prompt tokens that were read at least once since it started."""
+        whole = len(self.request.prompt_ids)
+        return whole if self.output_tokens else min(self.computed, whole)

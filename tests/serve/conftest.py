@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 import torch
-from serve_helpers import Live, assert_empty, serving
+from serve_helpers import Live, running, serving
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -84,17 +84,19 @@ def runtime(tokenizer: PreTrainedTokenizerFast) -> Runtime:
     )
 
 
+@pytest.fixture(scope="session")
+def native(runtime: Runtime) -> Runtime:
+    """The same in the native decoder."""
+    # A copy: the native decoder takes the weights away, and `runtime` is the oracle.
+    return replace(runtime, decoder=build_decoder(copy.deepcopy(runtime.model)))
+
+
 @pytest.fixture(params=["modules", "decoder"])
-def engine(request: pytest.FixtureRequest, runtime: Runtime) -> Iterator[Engine]:
+def engine(request: pytest.FixtureRequest, runtime: Runtime, native: Runtime) -> Iterator[Engine]:
     """A running engine whose small chunks make every longer prompt a chunked one."""
-    served = runtime
-    if request.param == "decoder":
-        # A copy: the native decoder takes the weights away, and `runtime` is the oracle.
-        served = replace(runtime, decoder=build_decoder(copy.deepcopy(runtime.model)))
-    engine = Engine(served, EngineConfig(max_sequences=4, prefill_chunk=16)).start()
-    yield engine
-    assert engine.stop(), "the engine thread did not end"
-    assert_empty(engine)
+    served = native if request.param == "decoder" else runtime
+    with running(served, max_sequences=4, prefill_chunk=16) as engine:
+        yield engine
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from quantkit.serve.api.app import create_app
 from quantkit.serve.api.server import Server, bind, url
 from quantkit.serve.engine import Engine, EngineConfig
 from quantkit.serve.events import Event, Failed, Finished, TokenEvent
+from quantkit.serve.policy.order import Entry, Policy
 from quantkit.serve.request import Request, SamplingParams
 from quantkit.serve.runner import DecoderRunner, ModuleRunner, Runner, Work
 
@@ -23,7 +25,7 @@ from quantkit.serve.runner import DecoderRunner, ModuleRunner, Runner, Work
 def assert_empty(engine: Engine) -> None:
     """Nothing live, nothing reserved."""
     wait_until(lambda: engine.live == 0)
-    assert (engine.running, engine.queued, engine.budget.used) == (0, 0, 0)
+    assert (engine.running, engine.queued, engine.memory.used) == (0, 0, 0)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -31,6 +33,43 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.005)
+
+
+@contextmanager
+def running(runtime: Runtime, policy: Policy | None = None, **config: object) -> Iterator[Engine]:
+    """An engine with its thread; stopped at the end, and nothing leaked."""
+    engine = Engine(runtime, EngineConfig(**config), policy).start()  # type: ignore[arg-type]
+    try:
+        yield engine
+    finally:
+        assert engine.stop(), "the engine thread did not end"
+        assert_empty(engine)
+
+
+class Scattered:
+    """A policy without sense or mercy, that still says something valid each time."""
+
+    def __init__(self, seed: int) -> None:
+        self.state = seed
+
+    def roll(self, below: int) -> int:
+        self.state = (self.state * 6364136223846793005 + 1442695040888963407) % 2**64
+        return (self.state >> 33) % below
+
+    def waiting_order(self, waiting: Items[Entry], running: Items[Entry], now: float) -> list[int]:
+        return sorted(range(len(waiting)), key=lambda i: self.roll(100))
+
+    def prefill_order(self, running: Items[Entry], now: float) -> list[int]:
+        prompts = [i for i, entry in enumerate(running) if entry.prompt_left]
+        return sorted(prompts, key=lambda i: self.roll(100))
+
+    def victim(self, running: Items[Entry], candidate: Entry | None, now: float) -> int | None:
+        if candidate is not None and self.roll(3) == 0:
+            return None
+        return self.roll(len(running))
+
+    def served(self, entry: Entry, tokens: int) -> None:
+        assert tokens > 0
 
 
 @dataclass
@@ -112,7 +151,7 @@ def generate(engine: Engine, *requests: Request) -> list[Outcome]:
             outcomes[index].events.append(event)
         return outcomes
 
-    return asyncio.run(asyncio.wait_for(collect(), 30))
+    return asyncio.run(asyncio.wait_for(collect(), 120))
 
 
 def oracle(runtime: Runtime, ids: list[int], new_tokens: int) -> list[int]:

@@ -17,13 +17,16 @@ from serve_helpers import (
     generate,
     oracle,
     request,
+    running,
     wait_until,
 )
 
 from quantkit.errors import UsageError
+from quantkit.models.page_pool import PagedSequence
 from quantkit.models.runtime import Runtime
 from quantkit.serve.engine import Engine, EngineConfig, QueueFullError, StoppedError
 from quantkit.serve.events import Failed, Finished, PromptScored, TokenEvent
+from quantkit.serve.policy.order import FirstCome
 from quantkit.serve.request import ContextOverflowError, RequestError
 
 PROMPTS = [
@@ -208,7 +211,7 @@ def test_logits_that_are_not_finite_fail_the_request(engine: Engine, monkeypatch
 
 
 def test_scheduler_failure_fails_all_and_the_engine_lives(engine: Engine, monkeypatch) -> None:
-    monkeypatch.setattr(engine.scheduler, "schedule", lambda: 1 / 0)
+    monkeypatch.setattr(engine.scheduler, "schedule", lambda now: 1 / 0)
     for outcome in generate(engine, request("a", [5]), request("b", [6])):
         assert isinstance(outcome.terminal, Failed)
     monkeypatch.undo()
@@ -273,6 +276,49 @@ def test_explicit_context_is_a_promise(runtime: Runtime, monkeypatch) -> None:
         Engine(runtime, EngineConfig(max_context=101))
     # 2 (K and V) x 2 layers x 2 heads x 16 x 4 bytes = 512 bytes a token, half of memory.
     assert Engine(runtime).capacity.max_context == 100
+
+
+def test_kv_dtype(native: Runtime, runtime: Runtime) -> None:
+    item = request("a", [5 + i for i in range(80)], max_tokens=12, logprobs=0)
+    answers, sizes = [], []
+    for dtype in ("auto", "fp32", "int8"):
+        with running(native, kv_cache_dtype=dtype) as engine:
+            answers.append(generate(engine, item)[0].events)
+            sizes.append(engine.runner.nbytes(PagedSequence(1, [0])))
+            suffix = "" if dtype == "auto" else f"+kv-{dtype}"
+            assert engine.runtime.fingerprint["kernels"] == f"reference/f32{suffix}"
+    assert answers[0] == answers[1] != answers[2]
+    assert sizes[0] == sizes[1] == 64 * 512 > sizes[2]
+    with pytest.raises(UsageError, match="needs the native decoder"):
+        Engine(runtime, EngineConfig(kv_cache_dtype="int8"))
+    with pytest.raises(UsageError, match="'int4' is not auto"):
+        Engine(native, EngineConfig(kv_cache_dtype="int4"))
+
+
+def test_kv_cache_tokens_hold_the_longest_request(native: Runtime) -> None:
+    engine = Engine(native, EngineConfig(max_context=100, kv_cache_tokens=300))
+    assert (engine.capacity.max_context, engine.memory.total) == (100, 256)
+    assert Engine(native, EngineConfig(kv_cache_tokens=300)).capacity.max_context == 300
+    with pytest.raises(UsageError, match="not between one request's 100"):
+        Engine(native, EngineConfig(max_context=100, kv_cache_tokens=99))
+
+
+def test_a_policy_may_let_nobody_start_for_a_while(native: Runtime) -> None:
+    class Gate(FirstCome):
+        open = False
+
+        def waiting_order(self, waiting, running, now):  # type: ignore[no-untyped-def]
+            return super().waiting_order(waiting, running, now) if self.open else ()
+
+    gate = Gate()
+    events: list[object] = []
+    with running(native, gate) as engine:
+        engine.submit(request("a", [5]), events.append)
+        time.sleep(0.05)
+        assert (engine.running, engine.queued, events) == (0, 1, [])
+        gate.open = True
+        assert engine.drain(20)
+    assert isinstance(events[-1], Finished)
 
 
 def test_kv_bytes_are_what_the_config_says(runtime: Runtime) -> None:

@@ -121,6 +121,16 @@ def test_a_token_that_is_ruled_out_has_a_finite_logprob() -> None:
         ("stop", ("x",) * 17),
         ("seed", 2**63),
         ("logprobs", 21),
+        ("frequency_penalty", 2.1),
+        ("presence_penalty", float("nan")),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("inf")),
+        ("logit_bias", {1: 100.5}),
+        ("logit_bias", {1: float("nan")}),
+        ("logit_bias", dict.fromkeys(range(1025), 0.0)),
+        ("min_tokens", -1),
+        ("min_tokens", 17),  # more than max_tokens
+        ("stop_token_ids", (1,) * 129),
     ],
 )
 def test_parameters_out_of_range(field: str, value: object) -> None:

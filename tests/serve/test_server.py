@@ -33,7 +33,7 @@ def test_disconnect_releases_the_sequence(server, stream: bool) -> None:
         if stream:
             assert b"200 OK" in sock.recv(1000)
     wait_until(lambda: server.engine.live == 0)
-    assert server.engine.budget.used == 0
+    assert server.engine.memory.used == 0
     assert 'outcome="cancelled"} 1.0' in server.engine.metrics.render().decode()
 
 

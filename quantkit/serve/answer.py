@@ -1,0 +1,78 @@
+"""One request's answer as it grows: from rows of logits to events.
+
+It outlives a preemption: what was said stays said, and the random stream goes on where it stood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from quantkit.serve import sampler
+from quantkit.serve.detokenizer import Detokenizer
+from quantkit.serve.events import FinishReason, TokenEvent
+from quantkit.serve.logits import LogitsProcessor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from quantkit.serve.request import Request
+
+
+class Answer:
+    """Chooses tokens and turns them into text.
+
+    Args:
+        request: what was asked.
+        tokenizer: the model's.
+        end_ids: tokens that end the answer.
+        vocab: number of logits.
+        device: where they are.
+
+    Attributes:
+        finish_reason: why it is over; None while it is not.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: PreTrainedTokenizerBase,
+        end_ids: Collection[int],
+        vocab: int,
+        device: torch.device | str,
+    ) -> None:
+        self.finish_reason: FinishReason | None = None
+        self._params = params = request.sampling
+        self._end_ids = end_ids
+        self._left = params.max_tokens
+        self._generator = sampler.make_generator(params.seed, device)
+        self._logits = LogitsProcessor(params, request.prompt_ids, self._end_ids, vocab, device)
+        self._detokenizer = Detokenizer(
+            tokenizer, request.prompt_ids, params.stop, params.min_tokens
+        )
+
+    def choose(self, logits: Tensor) -> TokenEvent:
+        """Sample a token from its logits ``[vocab]``; look at `finish_reason` afterwards.
+
+        Raises:
+            NotFiniteError: there is a NaN or an infinity among them.
+        """
+        params = self._params
+        token = sampler.sample(self._logits(logits), params, self._generator)
+        logprob = None
+        if params.logprobs is not None:
+            logprob = sampler.score(logits[None], [token], params.logprobs)[0]
+        self._logits.push(token)
+        self._left -= 1
+        text = self._detokenizer.push(token)
+        if token in self._end_ids or self._detokenizer.stopped:
+            self.finish_reason = "stop"
+        elif self._left == 0:
+            self.finish_reason = "length"
+        return TokenEvent(token, text, logprob)
+
+    def rest(self) -> str:
+        """The text still held back."""
+        return self._detokenizer.finish()
