@@ -2,5 +2,5 @@
 
 Start reading at `engine.Engine`; a request travels ``api`` → `request.Request` →
 `engine.Engine` → `scheduler.Scheduler` (which asks a policy and `memory.Memory`) → `worker.Worker`
-→ `runner.Runner` → `answer.Answer` (logits, sampler, detokenizer) → events.
+→ `runner.Runner` → `answer.Answer` (logits, grammar, sampler, detokenizer) → events.
 """

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from quantkit.serve.request import Request
+    from quantkit.serve.structured import Constraint
 
 
 class Answer:
@@ -30,6 +31,7 @@ class Answer:
         end_ids: tokens that end the answer.
         vocab: number of logits.
         device: where they are.
+        constraint: its way through a grammar; None is free.
 
     Attributes:
         finish_reason: why it is over; None while it is not.
@@ -42,10 +44,12 @@ class Answer:
         end_ids: Collection[int],
         vocab: int,
         device: torch.device | str,
+        constraint: Constraint | None = None,
     ) -> None:
         self.finish_reason: FinishReason | None = None
         self._params = params = request.sampling
         self._end_ids = end_ids
+        self._constraint = constraint
         self._left = params.max_tokens
         self._generator = sampler.make_generator(params.seed, device)
         self._logits = LogitsProcessor(params, request.prompt_ids, self._end_ids, vocab, device)
@@ -60,18 +64,30 @@ class Answer:
             NotFiniteError: there is a NaN or an infinity among them.
         """
         params = self._params
-        token = sampler.sample(self._logits(logits), params, self._generator)
+        row = self._logits(logits)
+        if self._constraint is not None:
+            row = self._constraint.mask(row)
+        token = sampler.sample(row, params, self._generator)
         logprob = None
         if params.logprobs is not None:
             logprob = sampler.score(logits[None], [token], params.logprobs)[0]
         self._logits.push(token)
+        if self._constraint is not None:
+            self._constraint.push(token)
         self._left -= 1
         text = self._detokenizer.push(token)
-        if token in self._end_ids or self._detokenizer.stopped:
+        complete = self._constraint is not None and self._constraint.complete
+        if complete or token in self._end_ids or self._detokenizer.stopped:
             self.finish_reason = "stop"
         elif self._left == 0:
             self.finish_reason = "length"
         return TokenEvent(token, text, logprob)
+
+    def possible(self, guesses: list[int]) -> list[int]:
+        """The first of these tokens, as many as may be chosen one after the other."""
+        if self._constraint is None:
+            return guesses
+        return guesses[: self._constraint.prefix(guesses)]
 
     def rest(self) -> str:
         """The text still held back."""

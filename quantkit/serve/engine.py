@@ -34,6 +34,7 @@ from quantkit.serve.runner import ModuleRunner, make_runner, with_kv_dtype
 from quantkit.serve.scheduler import Scheduler, no_guesses
 from quantkit.serve.speculation import SpeculativeConfig, Speculator
 from quantkit.serve.stream import EventStream
+from quantkit.serve.structured import GrammarCompiler
 from quantkit.serve.worker import Worker, internal_error
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class Engine:
         )
         self._eos = _eos_ids(runtime)
         self._vocab = int(runtime.model.config.get_text_config().vocab_size)
+        self.grammars = GrammarCompiler(runtime.tokenizer, self._vocab)
         # Shared with callers, guarded by the condition:
         self._wake = threading.Condition()
         self._inbox: deque[Sequence] = deque()
@@ -148,7 +150,7 @@ class Engine:
         return self
 
     def check(self, request: Request) -> None:
-        """Raise `RequestError` if the request can never run."""
+        """Raise `RequestError` if the request can never run; compiles its grammar, if any."""
         if not request.prompt_ids:
             raise RequestError("prompt: is empty", param="prompt")
         if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= self._vocab:
@@ -161,6 +163,8 @@ class Engine:
                 f"logit_bias, stop_token_ids: token ids must lie between 0 and {self._vocab - 1}",
                 param="logit_bias" if request.sampling.logit_bias else "stop_token_ids",
             )
+        if request.sampling.structured_outputs is not None:
+            self.grammars.check(request.sampling.structured_outputs)
         length, limit = len(request.prompt_ids), self.capacity.max_context
         if request.max_length > limit:
             raise ContextOverflowError(
@@ -341,12 +345,15 @@ class Engine:
             self.cancel(sequence.request.id)
 
     def _begin(self, sequence: Sequence) -> Answer:
+        sampling = sequence.request.sampling
+        end_ids, asked = sampling.end_ids(self._eos), sampling.structured_outputs
         return Answer(
             sequence.request,
             self.runtime.tokenizer,
-            sequence.request.sampling.end_ids(self._eos),
+            end_ids,
             self._vocab,
             self.runtime.device,
+            None if asked is None else self.grammars.constraint(asked, end_ids),
         )
 
     def _make_speculator(self) -> Speculator | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +22,8 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_REPETITION_PENALTY = 10
+MAX_SCHEMA_DEPTH = 32
+MAX_GRAMMAR_BYTES = {"json": 65536, "regex": 4096, "grammar": 65536}
 #: torch.Generator takes 64-bit seeds; the OpenAI field is a signed integer.
 MAX_SEED = 2**63 - 1
 
@@ -52,6 +55,68 @@ def require(condition: bool, param: str, message: str) -> None:
 
 
 @dataclass(frozen=True)
+class StructuredOutputs:
+    """What an answer must look like: exactly one of the fields. Named as in vLLM.
+
+    Attributes:
+        json: a JSON schema, as JSON text.
+        json_object: any JSON object.
+        regex: a regular expression that the whole answer matches.
+        grammar: a context-free grammar in llguidance's variant of Lark.
+
+    Raises:
+        RequestError: not exactly one, too large, too deep, or no JSON.
+    """
+
+    json: str | None = None
+    json_object: bool = False
+    regex: str | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [self.json is not None, self.json_object, self.regex is not None]
+        given.append(self.grammar is not None)
+        require(
+            sum(given) == 1,
+            "structured_outputs",
+            "exactly one of json, json_object, regex and grammar is needed",
+        )
+        for name, limit in MAX_GRAMMAR_BYTES.items():
+            text = getattr(self, name)
+            if text is not None:
+                size = len(text.encode(errors="replace"))
+                require(size <= limit, name, f"{size} bytes; at most {limit}")
+                require(text.isascii() or _is_unicode(text), name, "holds half a surrogate pair")
+        if self.json is not None:
+            try:
+                schema = json.loads(self.json)
+            except (ValueError, RecursionError) as error:
+                raise RequestError(f"json: {error}", param="json") from error
+            require(isinstance(schema, dict), "json", "a schema is an object")
+            deep = _is_deeper(schema, MAX_SCHEMA_DEPTH)
+            require(not deep, "json", f"nested deeper than {MAX_SCHEMA_DEPTH}")
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _is_deeper(value: object, limit: int) -> bool:
+    """Objects and arrays are nested more than ``limit`` deep."""
+    level = [value]
+    for _ in range(limit + 1):
+        inner: list[object] = []
+        for item in level:
+            inner += (
+                item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+            )
+        level = inner
+        if not level:
+            return False
+    return any(isinstance(item, dict | list) for item in level)
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens and when to stop.
 
@@ -73,6 +138,7 @@ class SamplingParams:
         seed: same request, same seed, same text; None draws a fresh one.
         logprobs: how many alternatives to report beside each token; None reports nothing.
         echo: with ``logprobs``, score the prompt's own tokens too.
+        structured_outputs: what the answer must look like; None is free.
     """
 
     temperature: float = 1.0
@@ -91,6 +157,7 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     echo: bool = False
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         finite = math.isfinite(self.temperature)
@@ -121,6 +188,16 @@ class SamplingParams:
             0 <= self.min_tokens <= self.max_tokens,
             "min_tokens",
             f"{self.min_tokens} is not between 0 and max_tokens, {self.max_tokens}",
+        )
+        require(
+            self.structured_outputs is None or not self.min_tokens,
+            "min_tokens",
+            "an answer in a given form ends where the form does",
+        )
+        require(
+            self.structured_outputs is None or not self.ignore_eos,
+            "ignore_eos",
+            "an answer in a given form ends where the form does",
         )
         require(
             len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS,

@@ -189,7 +189,8 @@ class Speculator:
         )
         if count < 1 or written < draft.resume:
             return []
-        return draft.lookup(sequence.tokens, count)
+        guesses = draft.lookup(sequence.tokens, count)
+        return sequence.answer.possible(guesses) if sequence.answer else guesses
 
     def verified(self, sequence: Sequence, proposed: int, accepted: int) -> None:
         """The model was asked about guesses, and so many were right."""
