@@ -58,6 +58,14 @@ def command(
             help="More to redact: a YAML mapping of names to regular expressions.",
         ),
     ] = None,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--otlp-endpoint",
+            metavar="URL",
+            help="Send OpenTelemetry spans there, e.g. http://localhost:4318/v1/traces.",
+        ),
+    ] = None,
     key: Annotated[
         Path | None,
         typer.Option(
@@ -75,6 +83,30 @@ def command(
             help="Longest prompt and answer together. Default: what model and memory allow.",
         ),
     ] = None,
+    prefill_chunk: Annotated[
+        int,
+        typer.Option(
+            "--prefill-chunk", min=1, help="Prompt tokens a step may read beside running answers."
+        ),
+    ] = 256,
+    kv_cache_dtype: Annotated[
+        str, typer.Option("--kv-cache-dtype", help="auto, fp32, bf16, fp8 or int8.")
+    ] = "auto",
+    prefix_caching: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-caching/--no-prefix-caching",
+            help="Share keys and values between a tenant's prompts that begin alike.",
+        ),
+    ] = True,
+    speculative_tokens: Annotated[
+        int,
+        typer.Option(
+            "--speculative-tokens",
+            min=0,
+            help="Tokens to guess from the text before and check in one step; 0 guesses none.",
+        ),
+    ] = 0,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
     ] = None,
@@ -114,9 +146,9 @@ def command(
         )
     asked = engines.Asked(engine_python, tensor_parallel, engine_arg or (), engine_timeout)
     if engine is not engines.Engine.quantkit:
-        if config is not None or capture is not None:
+        if config is not None or capture is not None or otlp_endpoint is not None:
             raise UsageError(
-                f"--config and --capture are quantkit's own; {engine} has no tiers",
+                f"--config, --capture and --otlp-endpoint are quantkit's own; {engine} has none",
                 remedy="leave them out; it takes --api-keys",
             )
         if (kernels, device, threads) != (Kernels.native, "cpu", None):
@@ -141,12 +173,14 @@ def command(
     from quantkit.serve.api import server
     from quantkit.serve.config import open_config, read_config
     from quantkit.serve.keys import read_api_keys
+    from quantkit.serve.tracing import connect
 
     if config is not None:
         serving = read_config(config)
     else:
         serving = open_config(read_api_keys(api_keys) if api_keys else ())
     sample = _capture(capture, capture_rate, capture_patterns)
+    tracing = connect(otlp_endpoint, Path(checkpoint).name) if otlp_endpoint else None
     with server.bind(host, port) as sock:
         import torch
 
@@ -154,6 +188,8 @@ def command(
         from quantkit.serve.api.app import create_app
         from quantkit.serve.capture import Capture
         from quantkit.serve.engine import Engine, EngineConfig
+        from quantkit.serve.policy.tiered import Tiered
+        from quantkit.serve.speculation import SpeculativeConfig
 
         if threads:
             torch.set_num_threads(threads)
@@ -165,10 +201,29 @@ def command(
         runtime = load_runtime(checkpoint, kernels=kernels.value, device=device)
         if runtime.fallback:
             typer.echo(f"in transformers' modules: {runtime.fallback}", err=True)
-        loop = Engine(runtime, EngineConfig(max_sequences=max_sequences, max_context=max_context))
+        guesses = (
+            SpeculativeConfig(num_speculative_tokens=speculative_tokens)
+            if speculative_tokens
+            else None
+        )
+        limits = EngineConfig(
+            max_sequences=max_sequences,
+            max_context=max_context,
+            prefill_chunk=prefill_chunk,
+            kv_cache_dtype=kv_cache_dtype,
+            enable_prefix_caching=prefix_caching,
+            speculative_config=guesses,
+        )
+        loop = Engine(runtime, limits, Tiered(serving.tiers))
         local_only = not closed and not allow_unauthenticated
         captured = Capture(sample) if sample else None
-        app = create_app(loop.start(), access=serving, capture=captured, local_only=local_only)
+        app = create_app(
+            loop.start(),
+            access=serving,
+            capture=captured,
+            tracing=tracing,
+            local_only=local_only,
+        )
 
         def announce() -> None:
             address = server.url(sock)

@@ -12,6 +12,7 @@ from quantkit.errors import QuantkitError
 from quantkit.serve.events import Event, Failed, Finished, TokenEvent
 from quantkit.serve.policy.admission import Admission, Refusal
 from quantkit.serve.stream import EventStream
+from quantkit.serve.tracing import Span, Trace
 from quantkit.serve.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class _Ticket:
 
     request: Request
     prompt: dict[str, Any] | None
+    trace: Trace | None
     first: float | None = None
     last: float = 0.0
     tokens: int = 0
@@ -65,6 +67,7 @@ class Door:
         tenant: Tenant,
         requests: Sequence[Request],
         prompts: Sequence[dict[str, Any] | None],
+        trace: Trace | None = None,
     ) -> EventStream:
         """Let requests in, all or none, and return their events.
 
@@ -73,6 +76,7 @@ class Door:
             requests: what to run.
             prompts: for each, what to capture it with: ``{"messages": [...]}`` or
                 ``{"prompt": ...}``; None is never captured.
+            trace: where their spans go.
 
         Raises:
             RefusedError: over a limit of the tenant, or too late for its tier.
@@ -100,6 +104,7 @@ class Door:
                     deadline=None if target is None else request.arrival + target,
                 ),
                 prompt if wanted else None,
+                trace,
             )
             for request, prompt in zip(requests, prompts, strict=True)
         ]
@@ -134,6 +139,18 @@ class Door:
             outcome = event.reason if isinstance(event, Finished) else "failed"
             self.traffic.ended(tenant, outcome, self._in_time(ticket, event))
             self._keep(ticket, outcome)
+            if ticket.trace is not None:
+                span = Span(
+                    start=ticket.request.arrival,
+                    first_token=ticket.first,
+                    end=now,
+                    outcome=outcome,
+                    input_tokens=prompt,
+                    output_tokens=ticket.tokens,
+                    tenant=tenant.name,
+                    tier=tenant.tier,
+                )
+                ticket.trace.record(span)
 
     def _keep(self, ticket: _Ticket, outcome: str) -> None:
         """Capture an answer that came to its end."""
@@ -150,7 +167,7 @@ class Door:
     def _in_time(ticket: _Ticket, event: Finished | Failed) -> bool | None:
         deadline = ticket.request.deadline
         if isinstance(event, Failed):
-            return False
+            return None if event.invalid else False
         if ticket.first is None:
             # Scored without a token, or its client left: too early to say, unless it is late.
             return None

@@ -7,12 +7,14 @@ After each of them the server answers as before, nothing is live, and no page is
  3 empty prompts, NaN, negative numbers   13 control tokens smuggled into messages
  4 context overflow, over and over        14 the time that a key's comparison takes
  5 malformed tools and schemas            16 one tenant floods the others out
- 8 template arguments from clients        19 other origins, DNS rebinding, open admin routes
- 9 templates that reach for Python        20 disconnects, aborts, repeated ids, stalled readers
+ 6 explosive regexes, deep schemas        19 other origins, DNS rebinding, open admin routes
+ 7 grammars without end                   20 disconnects, aborts, repeated ids, stalled readers
+ 8 template arguments from clients
+ 9 templates that reach for Python
 10 pickled weights
 
 What has tests of its own: slow heads (`test_endpoints`), slow and giant bodies (`test_api` and
-below), 7 and 6 with the grammars, 15 with the prefix cache, 17 and 18 with the loaders.
+below), 15 with the prefix cache, 17 and 18 with the loaders.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from dataclasses import replace
 import httpx
 import pytest
 from jinja2.exceptions import SecurityError
-from serve_helpers import Live, before_forward, serving, wait_until
+from serve_helpers import Live, assert_empty, before_forward, serving, wait_until
 
 from quantkit.errors import QuantkitError
 from quantkit.models.load import load_runtime
@@ -41,6 +43,7 @@ from quantkit.serve.config import ServeConfig
 from quantkit.serve.engine import EngineConfig
 from quantkit.serve.keys import Key, digest
 from quantkit.serve.policy.tiers import Tenant, Tier
+from quantkit.serve.structured import MAX_GRAMMARS
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]
@@ -50,8 +53,7 @@ HELLO = [{"role": "user", "content": "hi"}]
 def unharmed(server: Live) -> Iterator[Live]:
     """A server; in the end it answers and holds nothing."""
     yield server
-    wait_until(lambda: server.engine.live == 0)
-    assert server.engine.budget.used == 0
+    assert_empty(server.engine)
     response = httpx.post(server.url + COMPLETIONS, json={"prompt": "a", "max_tokens": 1})
     assert response.status_code == 200
     assert httpx.get(server.url + "/ready").status_code == 200
@@ -59,6 +61,13 @@ def unharmed(server: Live) -> Iterator[Live]:
 
 def tool(**function: object) -> list[dict]:
     return [{"type": "function", "function": function}]
+
+
+def nested(depth: int) -> dict:
+    schema: dict = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
 
 
 REFUSED = [
@@ -87,6 +96,31 @@ REFUSED = [
     ("5 a tool of no type", CHAT, {"messages": HELLO, "tools": [{"type": 7}]}),
     ("5 a schema that is none", CHAT, {
         "messages": HELLO, "response_format": {"type": "json_schema", "json_schema": 5}
+    }),
+    ("5 a schema of no type", CHAT, {
+        "messages": HELLO,
+        "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}},
+    }),
+    ("5 a schema's broken pattern", CHAT, {
+        "messages": HELLO,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"schema": {"type": "string", "pattern": "(["}},
+        },
+    }),
+    ("5 a broken regex", COMPLETIONS, {"prompt": "a", "structured_outputs": {"regex": "(a"}}),
+    ("6 a regex that explodes", COMPLETIONS, {
+        "prompt": "a", "structured_outputs": {"regex": "(((a{1000}){1000}){1000}){1000}"}
+    }),
+    ("6 a schema nested deeply", CHAT, {
+        "messages": HELLO,
+        "response_format": {"type": "json_schema", "json_schema": {"schema": nested(200)}},
+    }),
+    ("6 a giant schema", CHAT, {
+        "messages": HELLO,
+        "response_format": {
+            "type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 100_000]}}
+        },
     }),
     ("11 a tensor", COMPLETIONS, {"prompt": {"__tensor__": "gASV", "dtype": "float32"}}),
     ("11 embeddings for a prompt", COMPLETIONS, {"prompt_embeds": "gASVKAAAAAAA"}),
@@ -128,6 +162,14 @@ def test_2_a_body_that_trickles_is_cut(live, monkeypatch) -> None:
             'Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"pro'.encode()
         )
         assert b" 408 " in sock.recv(1000)
+
+
+def test_7_grammars_without_end_are_forgotten(unharmed: Live, post) -> None:
+    """More different grammars than are kept: each is served, and the table stays bounded."""
+    for i in range(MAX_GRAMMARS + 8):
+        body = {"prompt": "a", "max_tokens": 1, "structured_outputs": {"regex": f"x{i}"}}
+        assert post(COMPLETIONS, body).status_code == 200
+    assert len(unharmed.engine.grammars) == MAX_GRAMMARS
 
 
 def test_8_clients_bring_no_template_and_no_arguments(unharmed: Live, post) -> None:

@@ -117,7 +117,7 @@ def test_a_failing_response_says_so(server, client: openai.OpenAI, monkeypatch) 
         ({"input": "a", "max_output_tokens": 5000}, "max_tokens"),
         ({"input": "a", "previous_response_id": "resp_1"}, None),
         ({"input": "a", "background": True}, None),
-        ({"input": "a", "text": {"format": {"type": "json_object"}}}, None),
+        ({"input": "a", "text": {"format": {"type": "json_schema"}}}, "text"),
         ({"input": "a", "n": 2}, "n"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from quantkit import __version__
 from quantkit.serve.api import chat, completions, documents, errors, responses, tokens
@@ -24,6 +24,7 @@ from quantkit.serve.capture import Capture
 from quantkit.serve.config import ServeConfig, open_config
 from quantkit.serve.engine import Engine
 from quantkit.serve.request import RequestError
+from quantkit.serve.tracing import Tracing
 
 
 def create_app(
@@ -31,6 +32,7 @@ def create_app(
     *,
     access: ServeConfig | None = None,
     capture: Capture | None = None,
+    tracing: Tracing | None = None,
     local_only: bool | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
@@ -41,11 +43,12 @@ def create_app(
         access: tiers, tenants and keys; by default everybody may call and is treated alike.
             /health and /ready never need a key.
         capture: where a sample of the traffic goes.
+        tracing: where OpenTelemetry spans go.
         local_only: answer only requests that name this machine; by default if there are no keys.
         max_body_bytes: longer bodies are refused with 413.
     """
     access = access or open_config()
-    service = Service(engine, access, capture)
+    service = Service(engine, access, capture, tracing)
     # No docs pages: they load scripts from other hosts. /openapi.json is the contract.
     app = FastAPI(title="quantkit", version=__version__, docs_url=None, redoc_url=None)
     errors.install(app)
@@ -104,21 +107,21 @@ def create_app(
         service.check_model(name)
         return _card(service)
 
-    @app.get("/version")
+    @app.get("/version", responses=documents.refusals())
     async def get_version() -> dict[str, str]:
         return {"version": __version__}
 
-    @app.get("/health")
+    @app.get("/health", responses=documents.probe("Live", "live"))
     async def health() -> JSONResponse:
         """Live: the engine thread runs. If not, only a restart helps."""
         return JSONResponse({"live": engine.alive}, 200 if engine.alive else 503)
 
-    @app.get("/ready")
+    @app.get("/ready", responses=documents.probe("Ready", "ready"))
     async def ready() -> JSONResponse:
         """Ready: it takes requests and those it has move forward."""
         return JSONResponse({"ready": engine.ready}, 200 if engine.ready else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, responses=documents.refusals())
     async def metrics(http: Request) -> Response:
         """Prometheus' text format; of all tenants, so for operators only."""
         if http.state.tenant.name not in access.operators:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, create_model
 
 
 class Error(BaseModel):
@@ -20,10 +20,15 @@ class ErrorDocument(BaseModel):
     error: Error
 
 
+class PromptDetails(BaseModel):
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
 
 
 class CompletionChoice(BaseModel):
@@ -144,6 +149,15 @@ def refusals() -> dict[int | str, dict[str, Any]]:
     """The ``responses`` that every route may give."""
     return {
         status: {"model": ErrorDocument, "description": text} for status, text in ERRORS.items()
+    }
+
+
+def probe(title: str, field: str) -> dict[int | str, dict[str, Any]]:
+    """The ``responses`` of a probe: one field, true with 200 and false with 503."""
+    model = create_model(title, **{field: (bool, ...)})  # type: ignore[call-overload]
+    return {
+        200: {"model": model, "description": "Yes."},
+        503: {"model": model, "description": "No."},
     }
 
 

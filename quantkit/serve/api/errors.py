@@ -42,8 +42,9 @@ def error_body(
 
 def failed_body(event: Failed) -> dict[str, Any]:
     """The body for a request that the engine failed."""
-    kind = "service_unavailable" if event.shutdown else "server_error"
-    return error_body(event.message, kind)
+    if event.invalid:
+        return error_body(event.message, "invalid_request_error")
+    return error_body(event.message, "service_unavailable" if event.shutdown else "server_error")
 
 
 def install(app: FastAPI) -> None:
@@ -103,7 +104,9 @@ def _stopped(_: Request, error: Exception) -> JSONResponse:
 
 def _failed(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, GenerationError)
-    return JSONResponse(failed_body(error.event), 503 if error.event.shutdown else 500)
+    event = error.event
+    status = 400 if event.invalid else 503 if event.shutdown else 500
+    return JSONResponse(failed_body(event), status)
 
 
 def _http(_: Request, error: Exception) -> JSONResponse:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from quantkit.serve.events import (
 )
 from quantkit.serve.request import Request
 from quantkit.serve.stream import EventStream
+from quantkit.serve.tracing import Tracing
 
 Json = dict[str, Any]
 #: Nobody reads it: the status that access logs show for a client that left.
@@ -46,8 +47,15 @@ class Service:
     """The served model: its engine, the door to it, its encoder and the names that clients may
     call it by."""
 
-    def __init__(self, engine: Engine, config: ServeConfig, capture: Capture | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        config: ServeConfig,
+        capture: Capture | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
         self.engine = engine
+        self.tracing = tracing
         self.door = Door(engine, config, capture)
         self.encoder = PromptEncoder(engine.runtime.tokenizer)
         # A folder is served under its own name; its full path is understood as well.
@@ -62,7 +70,10 @@ class Service:
         prompts: Sequence[Json | None],
     ) -> EventStream:
         """Let the requests of an HTTP request in, as `door.Door.open` does for its tenant."""
-        return await self.door.open(http.state.tenant, requests, prompts)
+        trace = self.tracing.begin(http.url.path, http.headers) if self.tracing else None
+        # Waiting to be tokenized is waiting, too.
+        arrived = [replace(request, arrival=http.state.arrival) for request in requests]
+        return await self.door.open(http.state.tenant, arrived, prompts, trace)
 
     def check_model(self, name: str | None) -> None:
         """Raise `ModelNotFoundError` unless ``name`` is served here; no name means the one."""
@@ -137,12 +148,13 @@ class Generation:
             stream.close()
         rendered = [await render(index, choice) for index, choice in enumerate(choices)]
         completion_tokens = sum(choice.completion_tokens for choice in choices)
+        cached_tokens = max(choice.cached_tokens for choice in choices)
         return JSONResponse(
             self.head
             | {
                 "object": object_name,
                 "choices": rendered,
-                "usage": usage(self.prompt_tokens, completion_tokens),
+                "usage": usage(self.prompt_tokens, completion_tokens, cached_tokens),
             }
         )
 
@@ -171,7 +183,7 @@ class Generation:
 
         async def chunks() -> AsyncIterator[bytes]:
             head = self.head | {"object": object_name}
-            completion_tokens = 0
+            completion_tokens = cached_tokens = 0
             async for index, event in chain(first, events):
                 if isinstance(event, Failed):
                     yield encode(failed_body(event))
@@ -179,11 +191,12 @@ class Generation:
                     return
                 if isinstance(event, Finished):
                     completion_tokens += event.completion_tokens
+                    cached_tokens = max(cached_tokens, event.cached_tokens)
                 async for choice in render(index, event):
                     body = head | {"choices": [choice | {"index": index}]}
                     yield encode(body | {"usage": None} if include_usage else body)
             if include_usage:
-                total = usage(self.prompt_tokens, completion_tokens)
+                total = usage(self.prompt_tokens, completion_tokens, cached_tokens)
                 yield encode(head | {"choices": [], "usage": total})
             yield DONE
 
@@ -199,11 +212,13 @@ def head(service: Service, prefix: str) -> Json:
     }
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> Json:
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:
+    """What an answer cost; ``cached_tokens`` of the answer that found most in the prefix cache."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import time
 from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
@@ -107,7 +108,10 @@ def _hostname(address: str) -> str:
 
 
 class BodyLimit:
-    """Refuses bodies over ``limit`` bytes before they are held in memory, and slow ones."""
+    """Refuses bodies over ``limit`` bytes before they are held in memory, and slow ones.
+
+    When the body was there is left in ``request.state.arrival``, on the monotonic clock.
+    """
 
     def __init__(
         self, app: ASGIApp, limit: int = MAX_BODY_BYTES, seconds: float = BODY_SECONDS
@@ -134,6 +138,8 @@ class BodyLimit:
         if chunks is None:
             await self._refuse(413, f"the body is over {self.limit} bytes", scope, receive, send)
             return
+        # A request has arrived when all of it is here: a slow client is not a slow server.
+        scope.setdefault("state", {})["arrival"] = time.monotonic()
         await self.app(scope, _replay(chunks, receive), send)
 
     async def _read(self, receive: Receive) -> list[Message] | None:

@@ -126,6 +126,12 @@ class Writer:
         yield self._event("response.output_item.done", output_index=0, item=item)
         yield self._event(f"response.{document['status']}", response=document)
 
+    def _format(self) -> Json:
+        asked = self.body.text and self.body.text.format
+        if not asked:
+            return {"type": "text"}
+        return asked.model_dump(by_alias=True, exclude_none=True)
+
     def _event(self, kind: str, **fields: Any) -> bytes:
         body = {"type": kind, "sequence_number": self._number} | fields
         self._number += 1
@@ -160,7 +166,7 @@ class Writer:
             "previous_response_id": None,
             "store": False,
             "temperature": 1.0 if body.temperature is None else body.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": self._format()},
             "tool_choice": "none",
             "tools": [],
             "top_p": 1.0 if body.top_p is None else body.top_p,

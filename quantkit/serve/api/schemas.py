@@ -7,11 +7,20 @@ implement are refused (`UNSUPPORTED`), because ignoring them would be a silent d
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from quantkit.serve.request import MAX_TOP_LOGPROBS, SamplingParams
+from quantkit.serve.request import (
+    MAX_LOGIT_BIAS,
+    MAX_REPETITION_PENALTY,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TOP_LOGPROBS,
+    RequestError,
+    SamplingParams,
+    StructuredOutputs,
+)
 
 MAX_PROMPTS = 256
 MAX_CHOICES = 16
@@ -23,10 +32,6 @@ MAX_TOKENS = 2**31 - 1
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": (None, []),
     "functions": (None, []),
-    "response_format": (None, {"type": "text"}),
-    "logit_bias": (None, {}),
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
     "suffix": (None, ""),
     "best_of": (None, 1),
     "audio": (None,),
@@ -35,8 +40,76 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 Text = Annotated[str, Field(max_length=4 * 1024 * 1024)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKENS)]], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=-(2**63) + 1, le=2**63 - 1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+#: Token ids are strings, as keys of JSON objects always are.
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_LOGIT_BIAS),
+]
 ModelName = Annotated[str, Field(max_length=4096)]
 Stop = str | list[str] | None
+
+
+class JsonSchema(BaseModel):
+    """A named schema of ``response_format``."""
+
+    model_config = ConfigDict(strict=True, populate_by_name=True)
+
+    name: Annotated[str, Field(max_length=256)] | None = None
+    strict: bool | None = None
+    body: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class ResponseFormat(BaseModel):
+    """What an answer must look like. ``json_schema`` needs a schema, the others take none."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_needed(self) -> ResponseFormat:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise ValueError(f"type {self.type!r} and 'json_schema' do not go together")
+        return self
+
+    def structured(self) -> StructuredOutputs | None:
+        if self.json_schema is not None:
+            return StructuredOutputs(json=as_json(self.json_schema.body))
+        return StructuredOutputs(json_object=True) if self.type == "json_object" else None
+
+
+class StructuredFormat(BaseModel):
+    """vLLM's ``structured_outputs``: exactly one of its fields."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    json_: Annotated[dict[str, Any] | Text | None, Field(alias="json")] = None
+    json_object: bool | None = None
+    regex: Text | None = None
+    grammar: Text | None = None
+
+    def structured(self) -> StructuredOutputs:
+        given = as_json(self.json_) if isinstance(self.json_, dict) else self.json_
+        return StructuredOutputs(
+            json=given,
+            json_object=bool(self.json_object),
+            regex=self.regex,
+            grammar=self.grammar,
+        )
+
+
+def as_json(schema: dict[str, Any]) -> str:
+    """A schema as text.
+
+    Raises:
+        RequestError: it is nested too deeply to be written.
+    """
+    try:
+        return json.dumps(schema)
+    except RecursionError as error:
+        raise RequestError("the schema is nested too deeply", param="response_format") from error
 
 
 class StreamOptions(BaseModel):
@@ -60,6 +133,20 @@ class GenerationRequest(BaseModel):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: Seed | None = None
     stop: Stop = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=MAX_REPETITION_PENALTY)] | None = None
+    logit_bias: LogitBias | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    stop_token_ids: (
+        Annotated[
+            list[Annotated[int, Field(ge=0, le=MAX_TOKENS)]], Field(max_length=MAX_STOP_TOKEN_IDS)
+        ]
+        | None
+    ) = None
+    ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -68,6 +155,8 @@ class GenerationRequest(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if name in self.unsupported and value not in self.unsupported[name]:
                 raise ValueError(f"'{name}' is not supported by this server")
+        if self.response_format is not None and self.structured_outputs is not None:
+            raise ValueError("'response_format' and 'structured_outputs' exclude each other")
         if self.stream_options is not None and not self.stream:
             raise ValueError("'stream_options' needs 'stream': true")
         return self
@@ -87,12 +176,24 @@ class GenerationRequest(BaseModel):
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=max(self.top_k or 0, 0),  # -1 is the other usual way to write "off"
             min_p=self.min_p or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             max_tokens=max_tokens,
+            min_tokens=self.min_tokens or 0,
             stop=tuple(stop),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            structured_outputs=self._structured(),
             seed=seed,
             logprobs=logprobs,
             echo=echo,
         )
+
+    def _structured(self) -> StructuredOutputs | None:
+        asked = self.response_format or self.structured_outputs
+        return None if asked is None else asked.structured()
 
 
 class CompletionRequest(GenerationRequest):
@@ -183,11 +284,33 @@ UNSUPPORTED_RESPONSES: dict[str, tuple[Any, ...]] = {
     "previous_response_id": (None,),
     "prompt": (None,),
     "reasoning": (None, {}),
-    "text": (None, {}, {"format": {"type": "text"}}),
     "tools": (None, []),
     "top_logprobs": (None, 0),
     "truncation": (None, "disabled"),
 }
+
+
+class TextFormat(BaseModel):
+    """``text.format`` of the Responses API: `ResponseFormat`, with the schema beside its type."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: Annotated[str, Field(max_length=256)] | None = None
+    strict: bool | None = None
+    body: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+
+    @model_validator(mode="after")
+    def _schema_where_needed(self) -> TextFormat:
+        if (self.body is not None) != (self.type == "json_schema"):
+            raise ValueError(f"type {self.type!r} and 'schema' do not go together")
+        return self
+
+
+class TextOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    format: TextFormat | None = None
 
 
 class ResponsesRequest(GenerationRequest):
@@ -203,6 +326,15 @@ class ResponsesRequest(GenerationRequest):
     max_output_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     n: Literal[1] | None = None
+    text: TextOptions | None = None
+
+    def _structured(self) -> StructuredOutputs | None:
+        asked = self.text and self.text.format
+        if not asked:
+            return super()._structured()
+        if asked.body is not None:
+            return StructuredOutputs(json=as_json(asked.body))
+        return StructuredOutputs(json_object=True) if asked.type == "json_object" else None
 
 
 class TokenizeRequest(BaseModel):
