@@ -13,7 +13,6 @@ class Counters:
         prefix_queries: prompt tokens of admitted requests, looked up in the prefix cache.
         prefix_hits: of those, tokens whose keys and values were there.
         preemptions: running requests that were stopped for others.
-        recomputed: tokens that had to be read again after that.
         draft_tokens: tokens proposed by speculation.
         accepted_tokens: of those, tokens that the model chose, too.
     """
@@ -21,7 +20,6 @@ class Counters:
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0
-    recomputed: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
 

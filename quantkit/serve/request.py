@@ -122,7 +122,8 @@ class SamplingParams:
 
     Attributes:
         temperature: 0 is greedy.
-        top_p: smallest set of tokens whose probability reaches this; 1 is off.
+        top_p: smallest set of tokens whose probability reaches this, with all that are as likely
+            as its last; 1 is off.
         top_k: number of most likely tokens to keep; 0 is off.
         min_p: drop tokens less likely than this share of the most likely one; 0 is off.
         frequency_penalty: subtracted from a token's logit for each time it stands in the answer.

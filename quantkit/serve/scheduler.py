@@ -194,7 +194,6 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._counters.preemptions += 1
-        self._counters.recomputed += sequence.computed
         self.running.remove(sequence)
         self.memory.release(sequence)
         sequence.computed = 0

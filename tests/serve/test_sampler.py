@@ -64,6 +64,29 @@ def test_frequencies_follow_the_distribution() -> None:
     assert (frequency - sampler.distribution(ROW, params)).abs().max() < 0.04
 
 
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
+def test_the_ends_of_the_distribution_are_tokens(monkeypatch, uniform: float) -> None:
+    """Neither the first nor the last token is possible, and neither is ever chosen."""
+    row = torch.full((1000,), -torch.inf)
+    row[100:900] = torch.linspace(-3, 3, 800)
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.tensor(uniform))
+    token = sampler.sample(row, SamplingParams(), sampler.make_generator(0))
+    assert {0.0: token == 100, 0.5: 100 < token < 899, 1 - 2**-53: token == 899}[uniform]
+
+
+@pytest.mark.parametrize("top_p", [0.001, 0.3, 0.999, 0.9999999])
+def test_top_p_of_many_tokens(top_p: float) -> None:
+    """More tokens than are looked at first, a few of them alike."""
+    row = torch.linspace(0, 2, 900).repeat_interleave(2)
+    found = sampler.distribution(row, SamplingParams(top_p=top_p))
+    kept = (found > 0).nonzero().flatten()
+    assert kept.tolist() == list(range(1800 - len(kept), 1800))  # the likeliest
+    assert len(kept) % 2 == 0  # and with each its twin
+    own = row.softmax(-1)
+    assert own[kept].sum() >= top_p - 1e-5
+    assert own[kept[2:]].sum() < top_p
+
+
 def test_negative_and_large_seeds() -> None:
     for seed in (-1, -(2**63) + 1, 2**63 - 1):
         params = SamplingParams(seed=seed)
