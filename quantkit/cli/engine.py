@@ -147,7 +147,7 @@ def serve(
 ) -> int:
     """``quantkit serve --engine vllm``; returns the exit code."""
     from quantkit.engines.artifact import read_artifact
-    from quantkit.serve.api.middleware import read_api_keys
+    from quantkit.serve.keys import read_api_keys
 
     keys = () if api_keys is None else read_api_keys(api_keys)
     if len(keys) > 1:
