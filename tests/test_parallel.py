@@ -159,10 +159,13 @@ def test_two_give_the_codes_of_one(name: str, tiny: Path, tmp_path: Path) -> Non
     }
 
 
-def test_what_needs_all_windows_runs_in_one_process(tiny: Path, tmp_path: Path) -> None:
+def test_what_needs_all_windows_runs_in_one_process(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained = Recipe(SCHEMES["w4a16-g64"], algorithm=(Step("rtn"), Step("signround")))
     with pytest.raises(UsageError, match="signround: goes through all windows"):
         together(2, lambda w: run(tiny, tmp_path / "a", trained, w))
+    monkeypatch.setattr("quantkit.calibrate.spills", lambda *_: True)
     with pytest.raises(UsageError, match="--activation-memory: goes through all windows"):
         together(
             2,
