@@ -152,8 +152,8 @@ def set_key(key: str, value: Any) -> Callable[[Json, Json], None]:
         (edited(set_value(0.5)), "0.5 where a log-probability belongs"),
         (edited(no_alternatives), "without its most likely alternative"),
         (edited(no_logprobs), "without log-probabilities"),
-        (edited(set_key("logprobs", [])), "without log-probabilities"),
-        (edited(set_key("usage", [])), "None prompt tokens counted where 64 were sent"),
+        (edited(set_key("logprobs", [1])), "without log-probabilities"),
+        (edited(set_key("usage", [1])), "None prompt tokens counted where 64 were sent"),
         (lambda n, a, b: {"choices": []}, "without exactly one choice"),
         (lambda n, a, b: Reply({"error": {"message": "out of pages"}}, 500), "500: out of pages"),
         (lambda n, a, b: Reply("<html>", 502), "status 502: <html>"),
@@ -217,7 +217,7 @@ def disorder(logprobs: Json, answer: Json) -> None:
     [
         (uniform, "canary 'uniform'"),
         (disorder, "canary 'shuffled words'"),
-        (set_key("logprobs", []), "without log-probabilities"),
+        (set_key("logprobs", [1]), "without log-probabilities"),
     ],
 )
 def test_chance_level_log_probabilities_fail_the_canaries(
