@@ -76,6 +76,7 @@ class Simulation:
     policy: Policy
     admission: Admission | None = None
     tenants: dict[str, Tenant] = field(default_factory=dict)
+    promises: dict[str, float | None] = field(default_factory=dict)
     now: float = 0.0
     waiting: list[Job] = field(default_factory=list)
     running: list[Job] = field(default_factory=list)
@@ -97,6 +98,9 @@ class Simulation:
             tenant, prompt = self.tenants[job.entry.tenant], {job.entry.id: job.entry.prompt_tokens}
             job.refused = self.admission.admit(tenant, prompt, job.entry.arrival) is not None
         if not job.refused:
+            promise = self.promises.get(job.entry.tier)
+            if promise is not None:
+                job.entry = replace(job.entry, deadline=job.entry.arrival + promise)
             self.waiting.append(job)
 
     def _step(self) -> None:
@@ -212,7 +216,8 @@ def compare(machine: Machine, workload: Workload, load: float = 1.5) -> dict[str
     def serve(policy: Policy, only: str | None = None, *, shed: bool = False) -> dict:
         jobs = [j for j in make_jobs(workload, load * full) if only in (None, j.entry.tier)]
         admission = Admission(tiers, list(tenants.values()), 0.0) if shed else None
-        Simulation(machine, policy, admission, tenants).run(jobs)
+        promises = {tier.name: tier.ttft for tier in tiers} if shed else {}
+        Simulation(machine, policy, admission, tenants, promises).run(jobs)
         by_tier = {t.name: [j for j in jobs if j.entry.tier == t.name] for t in tiers}
         return {name: summary(mine) for name, mine in by_tier.items() if mine}
 

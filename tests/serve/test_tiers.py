@@ -33,9 +33,9 @@ def test_a_paid_request_overtakes_and_stops_free_ones(runtime: Runtime, monkeypa
 
         def hold(token_ids: list[int]) -> None:
             """Two free requests run, and get no further before the paid one is there."""
-            wait_until(lambda: server.engine.live >= 2, 30)
+            wait_until(lambda: go_on.is_set() or server.engine.live >= 2, 60)
             if server.engine.running == 2:
-                go_on.wait(30)
+                go_on.wait(60)
 
         before_forward(monkeypatch, server.engine.runner, hold)
         answers: dict[str, str] = {}
@@ -44,7 +44,7 @@ def test_a_paid_request_overtakes_and_stops_free_ones(runtime: Runtime, monkeypa
             body = {"prompt": f"dog {name}", "max_tokens": max_tokens, "temperature": 0}
             headers = {"Authorization": f"Bearer {key}"}
             url = f"{server.url}/v1/completions"
-            response = httpx.post(url, json=body, headers=headers, timeout=60)
+            response = httpx.post(url, json=body, headers=headers, timeout=300)
             answers[name] = response.json()["choices"][0]["text"]
             ended.append(name)
 
@@ -57,8 +57,9 @@ def test_a_paid_request_overtakes_and_stops_free_ones(runtime: Runtime, monkeypa
             wait_until(lambda i=i: server.engine.live == i, 30)
         go_on.set()
         for thread in threads:
-            thread.join(60)
+            thread.join(300)
         assert ended[0] == "paid"
+        assert sorted(ended) == ["free0", "free1", "free2", "free3", "paid"]
         assert server.engine.counters.preemptions >= 1
     alone = Engine(native, EngineConfig(), Tiered(TIERS)).start()
     try:
