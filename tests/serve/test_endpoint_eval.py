@@ -21,6 +21,7 @@ from quantkit.model import template_hash, tokenizer_hash
 from quantkit.models.decoder import build_decoder
 from quantkit.models.runtime import Runtime
 from quantkit.results import Results
+from quantkit.serve.config import open_config
 from tests.evals.eval_builders import CHOICE, GENERATE, choice_rows, write_suite
 
 TEXT = "The quick brown fox sleeps, and the lazy dog jumps over it. " * 12
@@ -125,7 +126,7 @@ def test_a_key_is_asked_for_and_sent(native: Runtime, tmp_path: Path) -> None:
     text.write_text(TEXT)
     key.write_text("# the server's\nsecret\n")
     options = ["--text", str(text), "--seq-len", "32", "--no-canary"]
-    with serving(native, api_keys=("secret",)) as live:
+    with serving(native, access=open_config(["secret"])) as live:
         command = ["eval", str(folder), "--endpoint", f"{live.url}/v1", *options]
         assert run(command) == 4
         assert run([*command, "--endpoint-key-file", str(key)]) == 0
