@@ -96,8 +96,15 @@ def test_imports_go_downwards(path: Path) -> None:
         assert other not in NEVER.get(me, ()), f"{me} must not import {other}"
 
 
-@pytest.mark.parametrize("name", ["quantkit.gate", "quantkit.results", "quantkit.report"])
-def test_gate_and_report_need_no_torch(name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("quantkit.gate", "quantkit.results", "quantkit.report"),
+        *("quantkit.serve.policy.tiered", "quantkit.serve.policy.admission"),
+        *("quantkit.serve.config", "quantkit.serve.capture"),
+    ],
+)
+def test_what_needs_no_torch(name: str) -> None:
     code = f"import sys, {name}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

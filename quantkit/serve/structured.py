@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -140,14 +140,15 @@ class GrammarCompiler:
     def _tokenizer(self) -> LLTokenizer:
         if self._tokens is None:
             from llguidance.hf import from_tokenizer
+            from transformers import PreTrainedTokenizerFast
 
-            try:
-                self._tokens = from_tokenizer(cast("Any", self._hf), n_vocab=self._vocab)
-            except ValueError as error:
+            if not isinstance(self._hf, PreTrainedTokenizerFast):
                 raise RequestError(
-                    f"structured_outputs: this model's tokenizer cannot follow a grammar: {error}",
+                    "structured_outputs: this model's tokenizer is not a fast one, which "
+                    "following a grammar needs",
                     param="structured_outputs",
-                ) from error
+                )
+            self._tokens = from_tokenizer(self._hf, n_vocab=self._vocab)
         return self._tokens
 
 
@@ -159,9 +160,9 @@ def _source(asked: StructuredOutputs) -> _Source:
     if asked.grammar is not None:
         return _Source(LLMatcher.grammar_from_lark(asked.grammar), "grammar")
     schema: dict[str, Any] = json.loads(ANY_OBJECT if asked.json is None else asked.json)
-    # Whitespace between tokens is where small models go on for ever.
-    compact: Any = {"whitespace_flexible": False}
     try:
-        return _Source(LLMatcher.grammar_from_json_schema(schema, overrides=compact), "json")
+        # Whitespace between tokens is where small models go on for ever.
+        text = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
     except ValueError as error:
         raise RequestError(f"json: {error}", param="json") from error
+    return _Source(text, "json")

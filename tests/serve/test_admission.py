@@ -87,6 +87,15 @@ def test_rate_of_requests() -> None:
     assert found.admit(tenant, {"b": 5}, 2.0) is None
 
 
+def test_a_long_wait_is_told_as_it_is() -> None:
+    tenant = Tenant("t", "free", requests_per_second=0.001)
+    found = admission(tenant)
+    assert found.admit(tenant, {"a": 5}, 0.0) is None
+    refusal = found.admit(tenant, {"b": 5}, 0.0)
+    assert refusal is not None
+    assert refusal.retry_after == 1000
+
+
 def test_answers_count_when_they_are_over() -> None:
     tenant = Tenant("t", "free", tokens_per_second=10)  # a burst of 100
     found = admission(tenant)

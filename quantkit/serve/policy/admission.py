@@ -161,7 +161,8 @@ class Admission:
             wait = bucket.wait(need, now) if bucket else 0.0
             if bucket and wait:
                 message = f"over this key's {bucket.rate:g} {unit} a second"
-                return Refusal(429, "rate_limit", message, _whole(wait))
+                # Known to the second, however long: nothing is estimated here.
+                return Refusal(429, "rate_limit", message, max(1, math.ceil(wait)))
         return None
 
     def _queue_full(self, tenant: Tenant) -> Refusal | None:

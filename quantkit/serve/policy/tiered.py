@@ -140,6 +140,7 @@ def _due(entry: Entry) -> float:
 
 
 def _cost(entry: Entry) -> float:
-    """Weighted tokens of a request at worst: nobody knows when it will end."""
+    """Weighted tokens of a request at worst: nobody knows when it will end. Never nothing: what
+    costs nothing would be paid for at once."""
     left = max(0, entry.max_tokens - entry.output_tokens)
-    return INPUT_WEIGHT * entry.prompt_left + OUTPUT_WEIGHT * left
+    return max(INPUT_WEIGHT, INPUT_WEIGHT * entry.prompt_left + OUTPUT_WEIGHT * left)
