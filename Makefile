@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test test-all setup native cuda sanitize interop check format bench clean
+.PHONY: demo walkthrough test test-all setup native cuda sanitize interop check format bench clean
 
 demo: setup          ## set up, then calibrate, gate and serve the real model
 	$(BIN)/python examples/demo.py
+
+walkthrough: setup   ## every verdict and exit code, on the real model
+	$(BIN)/python examples/walkthrough.py
 
 test: setup          ## set up, then run the default test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
@@ -58,4 +61,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build quantkit/_native .demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build quantkit/_native .demo .walkthrough .pytest_cache .mypy_cache .ruff_cache
