@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from quantkit import model as models
 from quantkit import numerics
 from quantkit.errors import UsageError
 from quantkit.input_range import InputRange, choose_range, sample_tokens
@@ -24,6 +25,9 @@ from quantkit.parallel import ALONE, World
 from quantkit.recipe import Step
 from quantkit.reference import in_unquantized_pass
 from quantkit.schemes import QuantSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: What the two scales of an attention module are called on disk.
 SIDES = ("k_scale", "v_scale")
@@ -234,3 +238,22 @@ def find_attentions(model: nn.Module, prefix: str) -> dict[str, nn.Module]:
         and takes_cache(module)
         and any(isinstance(child, nn.Linear) for child in module.children())
     }
+
+
+def decoder_attentions(model: PreTrainedModel) -> tuple[str, ...]:
+    """The attention modules of the decoder.
+
+    Raises:
+        UsageError: there is not exactly one in each block.
+    """
+    stacks = models.find_stacks(model)
+    prefix, blocks = stacks[-1]
+    found = tuple(find_attentions(model, prefix))
+    inside = [models.block_of(name, {prefix: 0}) for name in found]
+    if len(stacks) > 1 or inside != list(range(len(blocks))):
+        raise UsageError(
+            f"kv_cache: {len(found)} modules with a key-value cache were found in {len(blocks)} "
+            "blocks, and each block needs one",
+            remedy="drop the key",
+        )
+    return found

@@ -10,14 +10,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from quantkit import model as models
 from quantkit.algorithms import ROTATE, SOLVERS
 from quantkit.errors import UsageError
 from quantkit.folding import Fold, find_folds
 from quantkit.footprint import footprint
-from quantkit.kv_cache import SIDES, find_attentions
+from quantkit.kv_cache import SIDES, decoder_attentions
 from quantkit.observers import Candidates
 from quantkit.recipe import Recipe, Step
 from quantkit.rotation import PlannedRotation, plan_rotation
@@ -242,7 +241,7 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
     stacks = models.find_stacks(model)
     numbers = models.block_numbers(model)
     blocks = [block for _, stack in stacks for block in stack]
-    caches = () if recipe.kv_cache is None else _caches(model, stacks)
+    caches = () if recipe.kv_cache is None else decoder_attentions(model)
     encoder = models.family_of(model.config) is models.FAMILIES["encoder"]
     head = None if encoder else models.head_name(model)
     linears = models.linear_layers(model)
@@ -342,24 +341,6 @@ def layer_bits(layer: PlannedLayer, model_dtype_bits: int = 16) -> int:
 def _trained(step: Step | None, names: Sequence[str]) -> dict[str, Any] | None:
     """What is trained, and how, as JSON."""
     return None if step is None else {"options": dict(step.options), "layers": list(names)}
-
-
-def _caches(model: PreTrainedModel, stacks: Sequence[tuple[str, nn.ModuleList]]) -> tuple[str, ...]:
-    """The attention modules of the decoder.
-
-    Raises:
-        UsageError: there is not exactly one in each block.
-    """
-    prefix, blocks = stacks[-1]
-    found = tuple(find_attentions(model, prefix))
-    inside = [models.block_of(name, {prefix: 0}) for name in found]
-    if len(stacks) > 1 or inside != list(range(len(blocks))):
-        raise UsageError(
-            f"kv_cache: {len(found)} modules with a key-value cache were found in {len(blocks)} "
-            "blocks, and each block needs one",
-            remedy="drop the key",
-        )
-    return found
 
 
 def _check_fits(name: str, shape: tuple[int, int], scheme: Scheme) -> None:
