@@ -73,15 +73,21 @@ def rows(batch: Batch) -> int:
     return len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
 
 
-def cut_batches(ids: Tensor | None) -> list[Tensor]:
+def cut_batches(ids: Tensor | None, least: int = 1) -> list[Tensor]:
     """Windows ``[samples, seq_len]`` cut into batches of about `BATCH_TOKENS`.
 
     The first batch is one window: layers are traced on it, and the reloaded checkpoint is
     run on it in exactly the same shapes.
+
+    Args:
+        ids: the windows.
+        least: batches that are wanted at least; smaller ones are cut for that, if there are
+            windows enough.
     """
     if ids is None:
         return []
-    rest = list(ids[1:].split(max(1, BATCH_TOKENS // ids.shape[1]))) if len(ids) > 1 else []
+    windows = max(1, min(BATCH_TOKENS // ids.shape[1], (len(ids) - 1) // max(least - 1, 1)))
+    rest = list(ids[1:].split(windows)) if len(ids) > 1 else []
     return [ids[:1], *rest]
 
 

@@ -1,5 +1,7 @@
 """The calibration loop: for each block, rotate → rescale → observe → solve → replace → propagate.
 
+A block whose rounding is trained on its output (`quantkit.reconstruct`) is so between the last two.
+
 Statistics live for one block. What persists, and what a resumed run starts from, are the
 finished blocks in the work folder (`quantkit.work`).
 """
@@ -11,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,20 +33,27 @@ from quantkit.collector import Collector
 from quantkit.distill import Distilled, Teacher, distill
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.folding import apply_scales
+from quantkit.footprint import spills
 from quantkit.importance import Importance
 from quantkit.integrity import check_block
 from quantkit.kv_cache import BlockCache, CacheEntry, CacheRange, quantized_caches
 from quantkit.machine import environment
-from quantkit.paused import find_spines, head_input, run_paused, trace_groups
+from quantkit.parallel import ALONE, World, check_alike
+from quantkit.paused import find_spines, head_input, run_paused, run_repeated, trace_groups
 from quantkit.plan import Plan, PlannedLayer
 from quantkit.progress import Progress, silent
 from quantkit.quantize import QuantizedLayer, quantize_group, quantized_inputs
 from quantkit.recipe import Step
+from quantkit.reconstruct import Block, Windows, check_windows, reconstruct
 from quantkit.reference import original_weights, unquantized
 from quantkit.rescale import choose_scales
-from quantkit.rotation import rotate_block, rotate_ends
+from quantkit.rotation import residual_writer, rotate_block, rotate_ends
 from quantkit.routing import ExpertTokens
+from quantkit.spill import HiddenFiles
 from quantkit.work import HEAD, WorkFolder
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: Windows that a data-free recipe runs, only to measure output errors.
 PROBE_WINDOWS = 8
@@ -61,9 +70,14 @@ def calibrate(
     all_experts: bool = False,
     resume: bool = False,
     release: bool = False,
+    activation_memory: int | None = None,
     progress: Progress = silent,
+    together: World = ALONE,
 ) -> Calibrated:
     """Quantize every planned layer; the model's weights are replaced as it goes.
+
+    Several processes run their shares of the windows. The first one solves and writes, and what it
+    returns is whole; the others return no layers.
 
     Args:
         source: the model; afterwards it computes with the dequantized weights.
@@ -76,10 +90,15 @@ def calibrate(
         resume: continue from the finished blocks in ``work``.
         release: drop each block's weights when nothing needs them any more; the model
             cannot be run afterwards.
+        activation_memory: bytes of hidden states to hold; where the plan's need more, they lie
+            on disk between blocks and passes are repeated instead of paused. The result is the
+            same to the bit. None holds all.
         progress: called as (done, total, label), one step a batch and group.
+        together: the processes that calibrate this model.
 
     Raises:
-        UsageError: no data where the plan needs some, or ``work`` belongs to another run.
+        UsageError: no data where the plan needs some, ``work`` belongs to another run, or one
+            batch of hidden states is more than ``activation_memory``.
         QuantkitError: NaN, a Hessian that cannot be factored, a layer no token reached, an expert
             that too few did.
     """
@@ -96,20 +115,37 @@ def calibrate(
     }
     if all_experts:
         state["all_experts"] = True
-    blocks = WorkFolder(work, state, resume=resume)
+    spilled = spills(plan, activation_memory)
+    if together.size > 1 and (spilled or plan.signround):
+        what = "--activation-memory" if spilled else "signround"
+        raise UsageError(
+            f"{what}: goes through all windows of a block, and they are in {together.size} "
+            "processes",
+            remedy="start one process, or leave it out",
+        )
+    inputs = {key: value for key, value in state.items() if key in ("weights", "plan", "data")}
+    check_alike(together, "model, recipe or data", inputs)
+    # The others have no folder: nothing is asked of a file system that all of them would share.
+    folder = WorkFolder(work, state, resume=resume) if together.leads else None
     if plan.unties_head:
         models.untie(source.model)
     ids = None if data is None else data.ids if plan.needs_data else data.ids[:PROBE_WINDOWS]
     with torch.no_grad():
         experts = ExpertTokens(source.model, min_expert_tokens, all_tokens=all_experts)
-        batches = _batches(data, ids)
-        loop = _Loop(source, plan, batches, observer, experts, blocks, release, progress)
+        batches = _batches(data, ids, together)
+        loop = _Loop(
+            source, plan, batches, ids, observer, experts, folder, release, progress, together
+        )
+        if spilled:
+            loop.spill()
         layers, probe, distilled = loop.run()
     return Calibrated(layers, probe, loop.solve_seconds, distilled, loop.caches)
 
 
-def _batches(data: CalibrationData | None, ids: Tensor | None) -> Sequence[Batch]:
-    return data.batches if data is not None and data.batches else cut_batches(ids)
+def _batches(data: CalibrationData | None, ids: Tensor | None, together: World) -> Sequence[Batch]:
+    if data is None or ids is None:
+        return []
+    return together.share(data.batches or cut_batches(ids, together.size))
 
 
 @dataclass(frozen=True)
@@ -139,21 +175,26 @@ class _Loop:
         source: models.SourceModel,
         plan: Plan,
         batches: Sequence[Batch],
+        ids: Tensor | None,
         observer: Step,
         experts: ExpertTokens,
-        work: WorkFolder,
+        work: WorkFolder | None,
         release: bool,
         progress: Progress,
+        together: World,
     ) -> None:
         self.model = source.model
         self.plan = plan
         self.spines = find_spines(source.model)
         self.spine = self.spines[0]  # whose blocks are at work
-        self.batches = batches
+        self.together = together
+        self.batches = batches  # of this process
+        self.ids = ids  # of all
         #: Tokens that every layer sees; None where an encoder's and its decoder's differ.
         self.tokens: int | None = None
         if len(self.spines) == 1 and all(isinstance(batch, Tensor) for batch in batches):
-            self.tokens = sum(batch.numel() for batch in batches if isinstance(batch, Tensor))
+            own = sum(batch.numel() for batch in batches if isinstance(batch, Tensor))
+            self.tokens = sum(together.agree(own))
         self.observer = observer
         self.experts = experts
         self.work = work
@@ -164,6 +205,12 @@ class _Loop:
         self.total = (plan.blocks + rescaled + (1 if head else 0)) * max(1, len(batches))
         windows = sum(rows(batch) for batch in batches)
         self.total += windows if plan.needs_fisher else 0
+        #: Steps of a block's training, and the pass behind it.
+        self.training = 0
+        if plan.signround:
+            check_windows(batches)
+            self.training = plan.signround.options["steps"] + len(batches)
+            self.total += plan.blocks * self.training
         self.total += windows + plan.distill.options["steps"] if plan.distill else 0
         self.done = 0
         self.progress = progress
@@ -175,6 +222,19 @@ class _Loop:
         self.importance: Importance | None = None
         self.attentions = {name: source.model.get_submodule(name) for name in plan.caches}
         self.caches: dict[str, CacheRange] = {}
+        self._keep: Callable[[str, Tensor], Tensor] = lambda _, x: x
+        self._run_groups = run_paused
+
+    def spill(self) -> None:
+        """Hold hidden states on disk from now on. UsageError for a model on another device."""
+        if self.model.device.type != "cpu":
+            raise UsageError(
+                f"--activation-memory: hidden states are on {self.model.device.type}",
+                remedy="leave it out, or calibrate on the CPU",
+            )
+        assert self.work is not None
+        self._keep = HiddenFiles(self.work.path / "hidden").keep
+        self._run_groups = run_repeated
 
     def run(self) -> tuple[dict[str, QuantizedLayer], Probe, Distilled | None]:
         results: dict[str, QuantizedLayer] = {}
@@ -187,54 +247,77 @@ class _Loop:
                 self._windows(),
                 self.work,
                 lambda: self._advance("token weights"),
+                self.together,
             )
-        teacher = self._teacher() if self.plan.distill else None
+        teacher = self._teacher() if self.plan.distill and self.together.leads else None
         if self.plan.rotation is not None:
             rotate_ends(self.model, self.plan.rotation)
         hidden: list[Tensor] = []
         for index in range(self.plan.blocks):
             if index in starts:
                 self.spine = starts[index]
-                hidden = self.spine.embed(self.batches, hidden)
-                self.exact = list(hidden) if self.plan.needs_drift else []
+                hidden = self._embed(hidden)
+                self.exact = list(hidden) if self.plan.needs_reference else []
+                if self.plan.signround is not None:  # learns to call blocks on so many windows
+                    self.spine.embed([self._windows()[: self.plan.signround.options["windows"]]])
             layers = self.plan.in_block(index)
             models.bring_in(self.spine.blocks[index - self.spine.first])
             if self.plan.rotation is not None:
                 rotate_block(self.model, index, self.plan.rotation)
             self._rescale(index, layers, hidden)
-            saved = self.work.load(index, layers)
+            saved = self._on_disk(WorkFolder.load, index, layers)
             if saved is not None:
-                self.exact = [run() for run in self._calls(index, self.exact)]
+                self.exact = self._run_exact(index)
                 self._install(saved)
                 if self.plan.kv is not None:
-                    self.caches |= self.work.load_caches(index, self.plan.kv)
-                hidden = self._propagate(index, layers, saved, hidden)
+                    self.caches |= self._on_disk(WorkFolder.load_caches, index, self.plan.kv)
+                hidden = self._propagate(index, layers, saved, hidden, "resumed")
+                self.done += self.training
             elif hidden:
-                block, hidden = self._solve_block(index, layers, hidden)
+                block, hidden = self._finish_block(index, layers, hidden)
                 if self.plan.kv is not None:
                     found = {name: self.caches[name] for name in self.plan.caches_in(index)}
-                    self.work.save_caches(index, found)
-                saved = self.work.save(index, block, layers)
+                    self._on_disk(WorkFolder.save_caches, index, found)
+                saved = self._on_disk(WorkFolder.save, index, block, layers)
             else:
-                saved = self.work.save(index, self._solve_without_data(layers), layers)
+                block = self._solve_without_data(layers)
+                saved = self._on_disk(WorkFolder.save, index, block, layers)
             check_block(layers, saved, self.tokens)
-            results.update(saved)
-            if self.release and hidden and teacher is None:
+            if self.together.leads:  # mapped from files there, in memory elsewhere
+                results.update(saved)
+            if self.release and hidden and self.plan.distill is None:
                 self._release(layers)
             memory.trim_heap()
         head = self.plan.in_block(None)
         if head:
-            saved = self.work.load(HEAD, head)
+            saved = self._on_disk(WorkFolder.load, HEAD, head)
             if saved is None:
-                saved = self.work.save(HEAD, self._solve_head(head, hidden), head)
+                solved = self._solve_head(head, hidden)
+                saved = self._on_disk(WorkFolder.save, HEAD, solved, head)
             check_block(head, saved, self.tokens)
             self._install(saved)
-            results.update(saved)
+            if self.together.leads:
+                results.update(saved)
+        if not self.together.leads:
+            return {}, Probe(self.batches[0], hidden[0]), None
         ordered = {layer.name: results[layer.name] for layer in self.plan.layers}
         if teacher is None:
             return ordered, self._probe(ordered, hidden), None
         trained = self._distill(ordered, teacher)
         return trained.layers, self._probe(trained.layers, []), trained
+
+    def _embed(self, encoded: list[Tensor]) -> list[Tensor]:
+        """Hidden states in front of the spine's first block; a batch at a time where it is the
+        only one, else behind an encoder's."""
+        alone = len(self.spines) == 1
+        parts = [[batch] for batch in self.batches] if alone else [self.batches]
+        found = (x for part in parts for x in self.spine.embed(part, encoded))
+        return [self._keep(f"hidden.{i}", x) for i, x in enumerate(found)]
+
+    def _run_exact(self, index: int) -> list[Tensor]:
+        """What the unquantized model has behind a block, as long as its weights are the block's."""
+        runs = self._calls(index, self.exact)
+        return [self._keep(f"exact.{i}", run()) for i, run in enumerate(runs)]
 
     def _probe(self, results: Mapping[str, QuantizedLayer], hidden: list[Tensor]) -> Probe:
         ids: Batch
@@ -250,17 +333,23 @@ class _Loop:
             return Probe(ids, head_input(self.model, ids))
 
     def _windows(self) -> Tensor:
-        """All windows of token ids int64 ``[samples, seq_len]``."""
+        """This process's windows of token ids int64 ``[samples, seq_len]``."""
         return torch.cat([batch for batch in self.batches if isinstance(batch, Tensor)])
 
     def _teacher(self) -> Teacher:
-        ids = self._windows()
-        return Teacher(self.model, ids, self.work, lambda: self._advance("the original's targets"))
+        assert self.ids is not None
+        assert self.work is not None
+        return Teacher(
+            self.model, self.ids, self.work, lambda: self._advance("the original's targets")
+        )
 
     def _distill(self, results: Mapping[str, QuantizedLayer], teacher: Teacher) -> Distilled:
-        ids = self._windows()
+        assert self.ids is not None
+        assert self.work is not None
         with self._quantized_caches():
-            return distill(self.model, self.plan, results, ids, teacher, self.work, self._advance)
+            return distill(
+                self.model, self.plan, results, self.ids, teacher, self.work, self._advance
+            )
 
     def _quantized_caches(self, index: int | None = None) -> AbstractContextManager[None]:
         """While active, keys and values are rounded by the ranges that were found: one block's, or
@@ -283,14 +372,60 @@ class _Loop:
         if not folds:
             return
         label = f"block {index + 1}/{self.plan.blocks}: scaling"
-        scales = self.work.load_scales(index)
+        scales = self._on_disk(WorkFolder.load_scales, index)
         if scales is None:
             runs = self._calls(index, hidden)
-            scales = choose_scales(folds, layers, self.linears, runs, lambda: self._advance(label))
-            self.work.save_scales(index, scales)
+            scales = choose_scales(
+                folds, layers, self.linears, runs, lambda: self._advance(label), self.together
+            )
+            self._on_disk(WorkFolder.save_scales, index, scales)
         else:
             self.done += len(hidden)
         apply_scales(self.model, folds, scales)
+
+    def _finish_block(
+        self, index: int, layers: Mapping[str, PlannedLayer], hidden: list[Tensor]
+    ) -> tuple[dict[str, QuantizedLayer], list[Tensor]]:
+        """A block's layers, solved and, where the plan says so, trained; and its outputs."""
+        done = self.done + len(hidden) + self.training
+        originals = {n: self.linears[n].weight for n, x in layers.items() if x.reconstructed}
+        if self.plan.needs_reference and not self.plan.needs_drift:
+            self.exact = self._run_exact(index)
+        solved, outputs = self._solve_block(index, layers, hidden)
+        if originals:
+            del outputs
+            solved = self._train_block(index, layers, solved, originals, hidden)
+            outputs = self._propagate(index, layers, solved, hidden, "trained")
+        self.done = done
+        return solved, outputs
+
+    def _train_block(
+        self,
+        index: int,
+        layers: Mapping[str, PlannedLayer],
+        solved: Mapping[str, QuantizedLayer],
+        originals: Mapping[str, Tensor],
+        hidden: list[Tensor],
+    ) -> dict[str, QuantizedLayer]:
+        assert self.plan.signround is not None
+        options = self.plan.signround.options
+        local = index - self.spine.first
+        writer = f"{self.spine.prefix}.{local}.{residual_writer(self.model)}"
+        block = Block(
+            self.spine.blocks[local],
+            lambda x: self._calls(index, [x])[0](),
+            {name: self.linears[name] for name in layers},
+            layers,
+            solved,
+            originals,
+        )
+        return reconstruct(
+            block,
+            Windows.of(hidden, self.exact, writer, self.importance),
+            options,
+            seed=options["seed"] + index,
+            advance=lambda what: self._advance(f"block {index + 1}/{self.plan.blocks}: {what}"),
+        )
 
     def _solve_block(
         self, index: int, layers: Mapping[str, PlannedLayer], hidden: list[Tensor]
@@ -301,7 +436,7 @@ class _Loop:
         """
         runs = self._calls(index, hidden)
         outputs: list[Tensor | None] = [None] * len(runs)
-        streams = 2 if self.exact else 1
+        streams = 2 if self.plan.needs_drift else 1
         exact_inputs: dict[tuple[int, str], Tensor] = {}
         groups = self._groups(index, layers, runs[0]) if layers else []
         by_leader = {group[0]: group for group in groups}
@@ -320,9 +455,11 @@ class _Loop:
                 return
             if leader not in collectors:
                 members = [layers[name] for name in by_leader[leader]]
-                collectors[leader] = Collector(members, self.observer, self.importance)
+                collectors[leader] = Collector(
+                    members, self.observer, self.importance, self.together
+                )
             exact = exact_inputs.pop((batch, leader), None)
-            if self.exact and (exact is None or exact.shape != x.shape):
+            if streams == 2 and (exact is None or exact.shape != x.shape):
                 raise QuantkitError(
                     f"{leader}: the quantized and the unquantized model send it other tokens",
                     remedy="set `feedback: 0` for layers that a router chooses",
@@ -331,11 +468,12 @@ class _Loop:
 
         def solve(leader: str) -> None:
             if leader in cache.sides:
-                cache.solve(leader, self.model.dtype)
+                cache.solve(leader, self.model.dtype, self.together)
                 return
             began = time.monotonic()
-            self.experts.add(leader, collectors[leader].tokens)
-            solved = collectors.pop(leader).solve(self.linears)
+            collector = collectors.pop(leader)
+            solved = collector.solve(self.linears)
+            self.experts.add(leader, collector.tokens)
             self.solve_seconds += time.monotonic() - began
             self._install(solved)
             results.update(solved)
@@ -343,21 +481,21 @@ class _Loop:
         def finished(run: int, out: Tensor) -> None:
             batch = run // streams
             if run % streams != streams - 1:
-                self.exact[batch] = out
+                self.exact[batch] = self._keep(f"exact.{batch}", out)
                 return
             if not numerics.is_finite(out):
                 raise QuantkitError(
                     f"block {index}: the output holds NaN or infinite values",
                     remedy="the model overflows in its dtype on this data; load it in another",
                 )
-            outputs[batch] = out
+            outputs[batch] = self._keep(f"hidden.{batch}", out)
             self._advance(f"block {index + 1}/{self.plan.blocks}")
 
-        if self.exact:
+        if streams == 2:
             exact = [unquantized(run) for run in self._calls(index, self.exact)]
             runs = [run for pair in zip(exact, runs, strict=True) for run in pair]
         leaders = [*cache.sides.items(), *((g[0], self.linears[g[0]]) for g in groups)]
-        planned = {name: self.linears[name] for name in (layers if self.exact else ())}
+        planned = {name: self.linears[name] for name in (layers if streams == 2 else ())}
         block = self.spine.blocks[index - self.spine.first]
         with (
             quantized_inputs(self.linears, layers, results),
@@ -365,7 +503,7 @@ class _Loop:
             quantized_caches(self.attentions, cache.entries),
             models.expert_inputs(block, self.experts.mode),
         ):
-            run_paused(runs, leaders, observe, solve, finished)
+            self._run_groups(runs, leaders, observe, solve, finished)
         if self.plan.needs_data:
             self.experts.check(layers)
         else:
@@ -380,12 +518,13 @@ class _Loop:
         layers: Mapping[str, PlannedLayer],
         saved: Mapping[str, QuantizedLayer],
         hidden: list[Tensor],
+        label: str,
     ) -> list[Tensor]:
         outputs = []
         with quantized_inputs(self.linears, layers, saved), self._quantized_caches(index):
-            for run in self._calls(index, hidden):
-                outputs.append(run())
-                self._advance(f"block {index + 1}/{self.plan.blocks} (resumed)")
+            for i, run in enumerate(self._calls(index, hidden)):
+                outputs.append(self._keep(f"hidden.{i}", run()))
+                self._advance(f"block {index + 1}/{self.plan.blocks} ({label})")
         return outputs
 
     def _solve_without_data(self, layers: Mapping[str, PlannedLayer]) -> dict[str, QuantizedLayer]:
@@ -402,7 +541,8 @@ class _Loop:
     ) -> dict[str, QuantizedLayer]:
         if not hidden:
             return self._solve_without_data(layers)
-        collector = Collector(list(layers.values()), self.observer, self.importance)
+        members = list(layers.values())
+        collector = Collector(members, self.observer, self.importance, self.together)
         for i, ids in enumerate(self.batches):
             [x] = self.spine.head_inputs([ids], [hidden[i]])
             exact = list(self.spine.head_inputs([ids], [self.exact[i]])) if self.exact else [None]
@@ -429,12 +569,23 @@ class _Loop:
         """For each batch, a function that runs this block of the model on it."""
         return self.spine.calls(index - self.spine.first, hidden)
 
+    def _on_disk(
+        self, do: Callable[Concatenate[WorkFolder, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """What the first process gets from its work folder, on all of them."""
+
+        def there() -> T:
+            assert self.work is not None
+            return do(self.work, *args, **kwargs)
+
+        return self.together.first(there)
+
     def _install(self, layers: Mapping[str, QuantizedLayer]) -> None:
         """Give layers their dequantized weights."""
         for name, layer in layers.items():
             module = self.linears[name]
             original = module.weight
-            weight = numerics.dequantize(layer.qtensor, original.dtype)
+            weight = numerics.dequantize(layer.qtensor, original.dtype).to(original.device)
             module.weight = nn.Parameter(weight, requires_grad=False)
             memory.forget_pages(original)
 

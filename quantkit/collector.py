@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from quantkit import numerics
 from quantkit.algorithms import SOLVERS, Stats
 from quantkit.input_range import InputRange, choose_range, sample_tokens
 from quantkit.observers import Candidates, HessianAccumulator
+from quantkit.parallel import ALONE, World, check_alike
 from quantkit.plan import PlannedLayer
 from quantkit.quantize import QuantizedLayer, quantize_group
 from quantkit.recipe import Step
@@ -39,6 +41,7 @@ class Collector:
         observer: turns static activations into a range.
         importance: of tokens in the order of the batches, and of outputs; None where all are
             alike.
+        together: the processes that read the other batches.
     """
 
     def __init__(
@@ -46,8 +49,10 @@ class Collector:
         members: Sequence[PlannedLayer],
         observer: Step,
         importance: Importance | None = None,
+        together: World = ALONE,
     ) -> None:
         self.members = members
+        self.together = together
         self.importance = importance
         self.weights: Mapping[str, Tensor] = {} if importance is None else importance.weights
         self.sample: Tensor | None = None
@@ -88,14 +93,33 @@ class Collector:
     def solve(self, linears: Mapping[str, nn.Linear]) -> dict[str, QuantizedLayer]:
         """Quantize the group. See `quantkit.quantize.quantize_group`.
 
+        The first process does, on what all of them saw.
+
         Args:
             linears: the model's layers by name.
         """
+        names = [layer.name for layer in self.members]
+        check_alike(self.together, "order of layers", names)
         static = {
             layer.scheme.input: self._range(layer.scheme.input, linears)
             for layer in self.members
             if layer.scheme.input is not None and not layer.scheme.input.dynamic
         }
+        dtype = linears[names[0]].weight.dtype
+        for (spec, _), moments in self.moments.items():
+            found = None if spec is None else static.get(spec)
+            if spec is not None and found is not None:
+                for x, unquantized in self.held:
+                    moments.update(_as_multiplied(x, spec, found.scale(spec, dtype)), unquantized)
+            moments.pool(self.together)
+        self.tokens = sum(self.together.agree(self.tokens))
+        samples = [x for x in self.together.gather(self.sample) if x is not None]
+        self.sample = samples[0] if samples else None
+        return self.together.first(lambda: self._solve(linears, static))
+
+    def _solve(
+        self, linears: Mapping[str, nn.Linear], static: Mapping[QuantSpec, InputRange]
+    ) -> dict[str, QuantizedLayer]:
         alike: dict[_Key, list[PlannedLayer]] = {}
         for layer in self.members:
             alike.setdefault(self._key(layer), []).append(layer)
@@ -104,10 +128,6 @@ class Collector:
             weights = {layer.name: linears[layer.name].weight for layer in layers}
             moments = self.moments[spec, name]
             found = None if spec is None else static.get(spec)
-            if spec is not None and found is not None:
-                scale = found.scale(spec, next(iter(weights.values())).dtype)
-                for x, unquantized in self.held:
-                    moments.update(_as_multiplied(x, spec, scale), unquantized)
             coupled = self.importance.outputs(name) if self.importance and name else ()
             stats = Stats(moments.hessian_value(), self.tokens, moments.drift_value(), coupled)
             solved |= quantize_group(layers, weights, stats, found, self.sample)
@@ -118,10 +138,15 @@ class Collector:
 
     def _range(self, spec: QuantSpec, linears: Mapping[str, nn.Linear]) -> InputRange:
         """One range for all layers of this spec: they share the input, and so its scale."""
-        assert self.candidates is not None
         weights = [linears[x.name].weight for x in self.members if x.scheme.input == spec]
-        sample = sample_tokens([x for x, _ in self.held])
-        return choose_range(self.candidates.ranges(spec), sample, weights, spec)
+        sample = sample_tokens([x for x, _ in self.held], together=self.together)
+        observed = self.together.gather(self.candidates)
+
+        def choose() -> InputRange:
+            kept = [each for each in observed if each is not None]
+            return choose_range(reduce(Candidates.merge, kept).ranges(spec), sample, weights, spec)
+
+        return self.together.first(choose)
 
 
 class _Moments:
@@ -142,28 +167,41 @@ class _Moments:
 
     def update(self, x: Tensor, unquantized: Tensor | None) -> None:
         """Add tokens ``[tokens, K]``: rounding is judged on what a layer really multiplies with."""
+        counts = None
+        if self.weights is not None:
+            counts = self.weights[self.tokens : self.tokens + len(x)].to(x.device)
         if self.needs_hessian:
             if self.hessian is None:
                 self.hessian = HessianAccumulator(self.columns)
-            if self.weights is None:
-                self.hessian.update(x)
-            else:
-                counts = self.weights[self.tokens : self.tokens + len(x)]
-                self.hessian.update(x * counts.sqrt().to(x)[:, None])
+            self.hessian.update(x if counts is None else x * counts.sqrt().to(x)[:, None])
         self.tokens += len(x)
         if self.needs_drift:
             assert unquantized is not None
             if self.drift is None:
-                self.drift = torch.zeros(self.columns, self.columns)
+                self.drift = torch.zeros(self.columns, self.columns, dtype=torch.float64)
             real = x.float()
             apart = unquantized.reshape(x.shape).float() - real
-            self.drift.addmm_(apart.t().to(self.drift.device), real.to(self.drift.device))
+            if counts is not None:
+                apart *= counts[:, None]
+            self.drift += (apart.t() @ real).to(self.drift.device)
+
+    def pool(self, together: World) -> None:
+        """Bring what all processes saw together on the first."""
+        self.tokens = sum(together.agree(self.tokens))
+        if self.needs_hessian:
+            if self.hessian is None:
+                self.hessian = HessianAccumulator(self.columns)
+            self.hessian.pool(together.add, self.tokens)
+        if self.needs_drift:
+            if self.drift is None:
+                self.drift = torch.zeros(self.columns, self.columns, dtype=torch.float64)
+            together.add(self.drift)
 
     def hessian_value(self) -> Tensor | None:
         return None if self.hessian is None else self.hessian.value()
 
     def drift_value(self) -> Tensor | None:
-        return None if self.drift is None else self.drift / max(self.tokens, 1)
+        return None if self.drift is None else (self.drift / max(self.tokens, 1)).float()
 
 
 def _as_multiplied(x: Tensor, spec: QuantSpec | None, scale: Tensor | None = None) -> Tensor:

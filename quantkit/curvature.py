@@ -26,8 +26,7 @@ drawn towards its mean over the layer's schemes, as far as the spread between sc
 the spread between windows explains (empirical Bayes; the variance between schemes as DerSimonian
 and Laird, "Meta-analysis in clinical trials", 1986, estimate it). Where schemes really differ
 they stay apart: one input column of massive activations (Sun et al., arXiv 2402.17762) can make up
-nearly all of a layer's output error and hardly reach the logits. `Estimate.direct` is what the
-scheme's own products say.
+nearly all of a layer's output error and hardly reach the logits. `Estimate.direct` is not drawn.
 
 A solver fits its errors to the tokens that it saw, so the first half of the windows is what it
 solves on, and the second half is what is differentiated.
@@ -53,6 +52,7 @@ from quantkit.plan import PlannedLayer
 from quantkit.progress import Progress, silent
 from quantkit.quantize import quantize_group
 from quantkit.schemes import Scheme
+from quantkit.steps import check_codes
 
 #: Windows whose weight gradients are held until they meet the rounding errors: each reading of
 #: all errors of a block serves so many windows.
@@ -377,6 +377,7 @@ def _check(
     if solver not in SOLVERS:
         raise UsageError(f"unknown solver {solver!r}", remedy=f"known: {', '.join(SOLVERS)}")
     for scheme in schemes.values():
+        check_codes(scheme.name, solver, scheme)
         if scheme.input is not None:
             raise UsageError(
                 f"{scheme.name}: quantizes activations, and sensitivity is measured of weights",

@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 from quantkit import model as models
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.gradients import gradient_of_draws
+from quantkit.gradients import gradient_of_draws, skip_draws
 from quantkit.ops import get_backend
+from quantkit.parallel import ALONE, World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,6 +67,7 @@ def measure_gradients(
     coupled: Mapping[str, float] = MappingProxyType({}),
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
+    together: World = ALONE,
 ) -> Gradients:
     """Second moments of the gradients of each layer's output.
 
@@ -78,6 +80,8 @@ def measure_gradients(
         coupled: layers whose G is wanted, with the exponent of their tokens' weights.
         seed: of the labels that are drawn.
         advance: called after each window.
+        together: the processes that have the other windows. Squares are of this one's tokens;
+            matrices of outputs are complete on the first alone.
 
     Raises:
         UsageError: part of the model is on disk.
@@ -86,12 +90,15 @@ def measure_gradients(
     if any(p.is_meta for p in model.parameters()):
         raise UsageError(
             "Fisher weights go back through the whole model, and part of it is on disk",
-            remedy="set `fisher: 0`, or give it more memory",
+            remedy="take `fisher` out of the recipe, or give it more memory",
         )
     linears = models.linear_layers(model)
     seen = {name: _Moments(ids.numel(), linears[name], coupled.get(name)) for name in names}
     generator = torch.Generator().manual_seed(seed)
-    with torch.enable_grad(), _frozen(model), _recorded(model, seen):
+    # Each window gets the labels that one process would draw for it.
+    for _ in range(sum(together.agree(len(ids))[: together.rank])):
+        skip_draws(ids.shape[1], generator)
+    with torch.enable_grad(), frozen(model), _recorded(model, seen):
         for window in ids.split(1):
             logits = model(input_ids=window.to(model.device), use_cache=False).logits
             logits.backward(gradient_of_draws(logits.detach(), generator))
@@ -100,17 +107,24 @@ def measure_gradients(
         if moments.count != ids.numel():
             raise QuantkitError(
                 f"{name}: not every token meets this layer exactly once",
-                remedy="set `fisher: 0` for layers that a router chooses",
+                remedy="take `fisher` out for layers that a router chooses",
             )
         if not bool(moments.squares.isfinite().all()):
             raise QuantkitError(
                 f"{name}: a gradient of its output is NaN or infinite",
-                remedy="set `fisher: 0`, or load the model in another dtype",
+                remedy="take `fisher` out, or load the model in another dtype",
             )
-    return Gradients(
-        {name: moments.squares for name, moments in seen.items()},
-        {name: moments.blocks() for name, moments in seen.items() if name in coupled},
-    )
+    squares = {name: moments.squares for name, moments in seen.items()}
+    # One layer after the other: a sum is gone when the next is rounded.
+    outputs = {name: seen.pop(name).blocks(together) for name in names if name in coupled}
+    return Gradients(squares, outputs)
+
+
+def output_parts(width: int) -> list[range]:
+    """``width`` outputs in blocks of nearly the same size, `OUTPUT_BLOCK` at most."""
+    count = -(-width // OUTPUT_BLOCK)
+    edges = [round(i * width / count) for i in range(count + 1)]
+    return [range(a, b) for a, b in itertools.pairwise(edges)]
 
 
 def token_weights(squares: Tensor, exponent: float) -> Tensor:
@@ -143,11 +157,9 @@ class _Moments:
         self.squares = torch.zeros(tokens)
         self.count = 0
         self.exponent = exponent
-        width, device = layer.out_features, layer.weight.device
-        blocks = 0 if exponent is None else -(-width // OUTPUT_BLOCK)
-        self.sums = [
-            torch.zeros(len(part), len(part), device=device) for part in _parts(width, blocks)
-        ]
+        parts = [] if exponent is None else output_parts(layer.out_features)
+        device = layer.weight.device
+        self.sums = [torch.zeros(len(part), len(part), device=device) for part in parts]
 
     def add(self, gradient: Tensor) -> None:
         flat = gradient.reshape(-1, gradient.shape[-1]).float()
@@ -167,10 +179,11 @@ class _Moments:
             solvers.syrk_accumulate(total, rows[:, start : start + len(total)])
             start += len(total)
 
-    def blocks(self) -> tuple[Tensor, ...]:
-        """G, symmetric; the identity where no gradient ever came."""
+    def blocks(self, together: World) -> tuple[Tensor, ...]:
+        """G of all processes, symmetric; the identity where no gradient ever came."""
         found = []
         for total in self.sums:
+            together.add(total)
             whole = (total.tril() + total.tril(-1).t()).cpu()
             mean = float(whole.diagonal().mean())
             whole = whole / mean if mean > 0 else torch.eye(len(whole))
@@ -178,14 +191,8 @@ class _Moments:
         return tuple(found)
 
 
-def _parts(width: int, count: int) -> list[range]:
-    """``width`` outputs in ``count`` blocks of nearly the same size."""
-    edges = [round(i * width / count) for i in range(count + 1)] if count else []
-    return [range(a, b) for a, b in itertools.pairwise(edges)]
-
-
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient: only those of activations are computed."""
     asking = [p for p in model.parameters() if p.requires_grad]
     for parameter in asking:

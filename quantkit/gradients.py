@@ -41,6 +41,12 @@ def gradient_of_draws(logits: Tensor, generator: torch.Generator) -> Tensor:
     return out.view_as(logits)
 
 
+def skip_draws(tokens: int, generator: torch.Generator) -> None:
+    """Leave a generator where `gradient_of_draws` of so many tokens would leave it."""
+    for start in range(0, tokens, PREDICTED_TOKENS):
+        torch.rand(min(PREDICTED_TOKENS, tokens - start), 1, generator=generator)
+
+
 @contextmanager
 def recorded(modules: Mapping[str, nn.Module]) -> Iterator[Calls]:
     """While active, lists every run of these layers."""

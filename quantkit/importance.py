@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
-from quantkit.fisher import measure_gradients, token_weights
+from quantkit.fisher import measure_gradients, output_parts, token_weights
+from quantkit.parallel import ALONE, World
 from quantkit.plan import Plan
 from quantkit.work import WorkFolder
 
@@ -20,14 +22,16 @@ class Importance:
     """Weights of tokens, and which outputs' errors belong together, for the layers that ask.
 
     One pass through the unquantized model and back, or what an earlier run's left in the work
-    folder. Matrices of outputs stay there: one layer's at a time is in memory.
+    folder. Matrices of outputs are all in memory during the pass (`pass_bytes`) and on disk behind
+    it: then one layer's at a time is read back, by the first process.
 
     Args:
         model: unquantized.
         plan: says which layers ask for what.
-        ids: token ids int64 ``[samples, seq_len]``.
-        work: where it is kept.
+        ids: token ids int64 ``[samples, seq_len]``, of this process.
+        work: where it is kept; the first process's alone.
         advance: called once a window.
+        together: the processes that have the other windows.
 
     Raises:
         UsageError, QuantkitError: see `quantkit.fisher.measure_gradients`.
@@ -38,28 +42,44 @@ class Importance:
         model: PreTrainedModel,
         plan: Plan,
         ids: Tensor,
-        work: WorkFolder,
+        work: WorkFolder | None,
         advance: Callable[[], None],
+        together: World = ALONE,
     ) -> None:
         self._work = work
         self._coupled = {layer.name: layer.fisher for layer in plan.layers if layer.coupled}
         asking = {layer.name: layer.fisher for layer in plan.layers if layer.fisher}
-        squares = work.load_tensors("tokens")
+        squares = together.first(lambda: _kept(work))
         if squares is None:
             found = measure_gradients(
-                model, list(asking), ids, coupled=self._coupled, advance=advance
+                model,
+                list(asking),
+                ids,
+                coupled=self._coupled,
+                advance=advance,
+                together=together,
             )
-            for name, blocks in found.outputs.items():
-                parts = {str(i): block for i, block in enumerate(blocks)}
-                work.save_tensors(f"outputs/{name}", parts)
-            squares = dict(found.squares)
-            work.save_tensors("tokens", squares)  # last: all of the pass is on disk with it
+            shares = {name: together.gather(share) for name, share in found.squares.items()}
+
+            def keep() -> dict[str, Tensor]:
+                assert work is not None
+                for name, blocks in found.outputs.items():
+                    parts = {str(i): block for i, block in enumerate(blocks)}
+                    work.save_tensors(f"outputs/{name}", parts)
+                whole = {name: torch.cat(parts) for name, parts in shares.items()}
+                work.save_tensors("tokens", whole)  # last: all of the pass is on disk with it
+                return whole
+
+            squares = together.first(keep)
         else:
             for _ in ids:
                 advance()
-        #: What each token counts in the Hessian of a layer, fp32 ``[tokens]`` by name.
+        start = sum(together.agree(ids.numel())[: together.rank])
+        own = slice(start, start + ids.numel())
+        #: What each token of this process counts in the Hessian of a layer, fp32 ``[tokens]`` by
+        #: name.
         self.weights: Mapping[str, Tensor] = {
-            name: token_weights(squares[name], exponent) for name, exponent in asking.items()
+            name: token_weights(squares[name], exponent)[own] for name, exponent in asking.items()
         }
 
     def outputs(self, name: str) -> list[Tensor]:
@@ -70,6 +90,7 @@ class Importance:
         """
         if name not in self._coupled:
             return []
+        assert self._work is not None
         blocks = self._work.load_tensors(f"outputs/{name}")
         if not blocks:
             raise QuantkitError(
@@ -77,3 +98,16 @@ class Importance:
                 remedy="run again without --resume to start over",
             )
         return [blocks[str(i)] for i in range(len(blocks))]
+
+
+def pass_bytes(plan: Plan) -> int:
+    """What the pass back holds of all layers at once, beside the model and one window's
+    activations: a float for every token, and fp32 sums of the outputs that are coupled."""
+    asking = [layer for layer in plan.layers if layer.fisher]
+    parts = (part for x in asking if x.coupled for part in output_parts(x.shape[0]))
+    tokens = len(asking) * plan.samples * plan.seq_len
+    return 4 * (tokens + sum(len(part) ** 2 for part in parts))
+
+
+def _kept(work: WorkFolder | None) -> dict[str, Tensor] | None:
+    return None if work is None else work.load_tensors("tokens")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit import numerics
+from quantkit.parallel import ALONE, World
 from quantkit.schemes import QuantSpec
 
 #: Most tokens that errors are measured on: of the largest ones, and of the others, spread evenly.
@@ -49,7 +50,10 @@ class TokenSample:
 
 
 def sample_tokens(
-    inputs: Sequence[Tensor], largest: int = LARGEST, spread: int = SPREAD
+    inputs: Sequence[Tensor],
+    largest: int = LARGEST,
+    spread: int = SPREAD,
+    together: World = ALONE,
 ) -> TokenSample:
     """The tokens of an input that a range must serve: some with the largest values, and others.
 
@@ -57,14 +61,26 @@ def sample_tokens(
         inputs: the batches, ``[tokens, K]`` each.
         largest: how many of the largest ones are taken, at most.
         spread: how many of the others, at most.
+        together: whose batches are looked at; only the first process's answer is complete.
     """
     magnitudes = torch.cat([x.abs().amax(-1).float() for x in inputs])
-    order = torch.argsort(magnitudes, descending=True, stable=True)
-    near = int((magnitudes >= NEAR_LARGEST * magnitudes.max()).sum())
-    rest = order[near:].sort().values
-    if len(rest) > spread:
-        rest = rest[torch.arange(spread, device=rest.device) * len(rest) // spread]
-    return TokenSample(_gather(inputs, order[: min(near, largest)]), _gather(inputs, rest))
+    shares = together.gather(magnitudes)
+
+    def choose() -> tuple[Tensor, Tensor, list[int]]:
+        every = torch.cat([share.to(magnitudes.device) for share in shares])
+        order = torch.argsort(every, descending=True, stable=True)
+        near = int((every >= NEAR_LARGEST * every.max()).sum())
+        rest = order[near:].sort().values
+        if len(rest) > spread:
+            rest = rest[torch.arange(spread, device=rest.device) * len(rest) // spread]
+        return order[: min(near, largest)], rest, [len(share) for share in shares]
+
+    near, rest, lengths = together.first(choose)
+    start = sum(lengths[: together.rank])
+    return TokenSample(
+        _assemble(together.gather(_gather(inputs, near - start)), near, lengths),
+        _assemble(together.gather(_gather(inputs, rest - start)), rest, lengths),
+    )
 
 
 def output_errors(
@@ -134,9 +150,23 @@ def _output_energy(weights: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: ((x @ gram) * x).sum(1).clamp(min=0)
 
 
+def _assemble(parts: Sequence[Tensor], rows: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Each row from the process that has it, with the tokens that each has."""
+    if len(parts) < 2:
+        return parts[0] if parts else torch.empty(0)
+    out = parts[0].clone()
+    start = 0
+    for part, length in zip(parts, lengths, strict=True):
+        here = (rows >= start) & (rows < start + length)
+        out[here] = part.to(out.device)[here]
+        start += length
+    return out
+
+
 def _gather(inputs: Sequence[Tensor], rows: Tensor) -> Tensor:
-    """Rows of the concatenation of the batches, without making it."""
-    out = torch.empty(len(rows), inputs[0].shape[1], dtype=inputs[0].dtype, device=rows.device)
+    """Rows of the concatenation of the batches, without making it; zeros for those outside."""
+    rows = rows.to(inputs[0].device)
+    out = torch.zeros(len(rows), inputs[0].shape[1], dtype=inputs[0].dtype, device=rows.device)
     start = 0
     for x in inputs:
         here = ((rows >= start) & (rows < start + len(x))).nonzero().squeeze(1)

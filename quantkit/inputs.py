@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from quantkit import model as models
 from quantkit.batches import Batch
@@ -29,10 +30,9 @@ def load_inputs(
     if family.audio:
         return _speech(sources, source, calibration)
     seq_len = calibration.seq_len
-    # Encoders learn position by position; rotary ones go on behind their last.
-    most = getattr(source.model.config, "max_position_embeddings", None)
     encoder = family is models.FAMILIES["encoder"]
-    if encoder and most is not None and seq_len > most:
+    most = _positions(source.model) if encoder else None
+    if most is not None and seq_len > most:
         raise UsageError(
             f"calibrate.seq_len {seq_len} is more than the {most} positions of this encoder",
             remedy=f"set it to {most} or less",
@@ -53,6 +53,21 @@ def load_inputs(
     return replace(tokens, ids=ids, hash=content_hash(ids.numpy())), []
 
 
+def _positions(model: nn.Module) -> int | None:
+    """The longest input of an encoder in tokens, or None where its config does not say.
+
+    Encoders learn position by position; rotary ones go on behind their last. RoBERTa and its like
+    count positions from behind the padding token's: transformers,
+    ``create_position_ids_from_input_ids``.
+    """
+    most: int | None = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.rpartition(".")[2] == "position_embeddings" and padding is not None:
+            return None if most is None else most - padding - 1
+    return most
+
+
 def _frame(source: models.SourceModel) -> tuple[int, int] | None:
     """The tokens that an encoder's texts begin and end with: where it gathers what they mean."""
     begin, end = source.tokenizer.cls_token_id, source.tokenizer.sep_token_id
@@ -69,7 +84,7 @@ def _speech(
             extractor = AutoFeatureExtractor.from_pretrained(source.folder, local_files_only=True)
     except (OSError, ValueError) as e:
         raise UsageError(
-            f"{source.source}: has no feature extractor ({str(e).splitlines()[0]})",
+            f"{source.source}: has no feature extractor ({models.first_line(e)})",
             remedy="copy preprocessor_config.json from the original model",
         ) from e
     config = source.model.config

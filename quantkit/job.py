@@ -23,6 +23,7 @@ from quantkit.evals.divergence import cut_windows
 from quantkit.evals.evaluate import harness
 from quantkit.evals.scorers import SCORERS
 from quantkit.evals.suites import Suite, find_suites, installed_folder, load_suite, load_suites
+from quantkit.footprint import spills
 from quantkit.gate.policy import LimitGate, Policy, TaskGate
 from quantkit.inputs import load_inputs
 from quantkit.models.load import check_target
@@ -58,6 +59,7 @@ class Job:
         resume: continue from finished blocks.
         device: ``cpu`` or ``cuda``.
         kernels: what the artifact is judged in.
+        activation_memory: bytes of hidden states that calibration may hold; None for all.
         seq_len, max_tokens: windows of held-out text.
     """
 
@@ -73,6 +75,7 @@ class Job:
     kernels: str = "native"
     seq_len: int = 1024
     max_tokens: int | None = None
+    activation_memory: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -158,6 +161,7 @@ def prepare(job: Job) -> Prepared:
             plan = make_plan(job.recipe, source.model, samples=len(tokens.ids), seq_len=seq_len)
     elif plan.needs_data:
         raise UsageError("this recipe calibrates, and there is no data", remedy="give --data FILE")
+    spills(plan, job.activation_memory)
     return Prepared(
         job=job,
         source=source,
@@ -216,7 +220,7 @@ def _policy(job: Job) -> tuple[Policy | None, tuple[gate.Preflight, ...]]:
             if task_gate.name.startswith("latency."):
                 raise UsageError(
                     f"{source}: {task_gate.name}: a run measures no latency",
-                    remedy="hold it with `quantkit gate` on results that have timings",
+                    remedy="hold it with `quantkit gate --timings FILE`",
                 )
             continue
         suite = names.get(task_gate.name.rpartition(".")[0])
@@ -276,6 +280,13 @@ _MARKS = {
 
 
 def _check_out(job: Job) -> None:
+    try:
+        _check_places(job)
+    except OSError as e:  # a name that is too long, a folder that may not be searched
+        raise UsageError(f"{job.folder}: cannot be used ({e.strerror or e})") from e
+
+
+def _check_places(job: Job) -> None:
     out = job.folder
     if out.name in ("", ".."):
         raise UsageError(f"{out}: has no name to put others beside", remedy="choose another -o")

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from quantkit import numerics
 from quantkit.errors import UsageError
 from quantkit.input_range import InputRange, choose_range, sample_tokens
 from quantkit.observers import Candidates
+from quantkit.parallel import ALONE, World
 from quantkit.recipe import Step
 from quantkit.reference import in_unquantized_pass
 from quantkit.schemes import QuantSpec
@@ -119,13 +121,18 @@ class _SideCollector:
         self.candidates.update(x)
         self.held.append(x)
 
-    def range(self) -> InputRange:
-        """The range over all that was taken in."""
-        sample = sample_tokens(self.held)
-        like = sample.largest
-        nothing_behind = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
-        ranges = self.candidates.ranges(self.spec)
-        return choose_range(ranges, sample, [nothing_behind], self.spec)
+    def range(self, together: World) -> InputRange:
+        """The range over all that was taken in, here and by the other processes."""
+        sample = sample_tokens(self.held, together=together)
+        observed = together.gather(self.candidates)
+
+        def choose() -> InputRange:
+            like = sample.largest
+            nothing_behind = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
+            ranges = reduce(Candidates.merge, observed).ranges(self.spec)
+            return choose_range(ranges, sample, [nothing_behind], self.spec)
+
+        return together.first(choose)
 
 
 class BlockCache:
@@ -158,9 +165,9 @@ class BlockCache:
         """Take in one batch ``[B, heads, T, head_dim]`` of a side."""
         self._collectors[side].update(x)
 
-    def solve(self, side: str, dtype: torch.dtype) -> None:
+    def solve(self, side: str, dtype: torch.dtype, together: World = ALONE) -> None:
         """Give a side the scale of all that was observed, in the model's dtype."""
-        found = self.ranges[side] = self._collectors.pop(side).range()
+        found = self.ranges[side] = self._collectors.pop(side).range(together)
         self.sides[side].scale = found.scale(self.sides[side].spec, dtype)
 
     def found(self) -> dict[str, CacheRange]:

@@ -38,6 +38,12 @@ def trim_heap() -> None:
         return
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor lies in a mapping of a safetensors file that is still there."""
+    start = tensor.data_ptr()
+    return _is_file_mapping(start, start + tensor.numel() * tensor.element_size())
+
+
 def _is_file_mapping(start: int, stop: int) -> bool:
     """Whether one mapping of a safetensors file holds this whole address range."""
     try:

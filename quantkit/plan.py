@@ -16,12 +16,19 @@ from quantkit import model as models
 from quantkit.algorithms import ROTATE, SOLVERS
 from quantkit.errors import UsageError
 from quantkit.folding import Fold, find_folds
+from quantkit.footprint import footprint
 from quantkit.kv_cache import SIDES, find_attentions
 from quantkit.observers import Candidates
 from quantkit.recipe import Recipe, Step
 from quantkit.rotation import PlannedRotation, plan_rotation
 from quantkit.schemes import Granularity, QuantSpec, Scheme
-from quantkit.steps import check_trainable, layer_steps, one_refiner
+from quantkit.steps import (
+    check_codes,
+    check_reconstructible,
+    check_trainable,
+    layer_steps,
+    one_trainer,
+)
 from quantkit.support import check_family
 
 if TYPE_CHECKING:
@@ -44,6 +51,7 @@ class PlannedLayer:
         solver: name of the algorithm that rounds it.
         options: the solver's options, defaults filled in.
         rescalers: what scales its input before it is solved, in order; options filled in.
+        reconstructed: its rounding is trained once its block's layers are solved.
         distilled: its scales are trained once every layer is solved.
         rotated: whether the model's rotation turns its weight.
     """
@@ -55,6 +63,7 @@ class PlannedLayer:
     solver: str
     options: Mapping[str, Any] = field(default_factory=dict)
     rescalers: tuple[Step, ...] = ()
+    reconstructed: bool = False
     distilled: bool = False
     rotated: bool = False
 
@@ -81,7 +90,8 @@ class PlannedLayer:
     def steps(self) -> str:
         """Its algorithms in order, for people: ``smoothquant → gptq``."""
         first = [ROTATE] if self.rotated else []
-        last = ["distill"] if self.distilled else []
+        last = ["signround"] if self.reconstructed else []
+        last += ["distill"] if self.distilled else []
         return " → ".join([*first, *(step.name for step in self.rescalers), self.solver, *last])
 
 
@@ -103,12 +113,14 @@ class Plan:
         source_bytes: the original's weights on disk.
         size_bytes: the export's tensors, by theory.
         activation_bytes: of the calibration tokens' hidden states, at their peak.
+        spilled_bytes: the same with those of all but one batch on disk.
         block_bytes: one block's weights.
         samples, seq_len: calibration tokens.
         unties_head: the head gets a tensor of its own.
         rotation: what is rotated before anything else, or None.
         folds: where rescalers scale, in order.
         unscaled: label → reason, for whatever the recipe would have scaled and cannot.
+        signround: how the rounding of the layers that ask for it is trained, block by block.
         distill: how the scales of the layers that ask for it are trained.
         kv: how keys and values are quantized, or None.
         caches: the attention modules whose keys and values are, in order.
@@ -120,6 +132,7 @@ class Plan:
     source_bytes: int
     size_bytes: int
     activation_bytes: int
+    spilled_bytes: int
     block_bytes: int
     samples: int
     seq_len: int
@@ -127,6 +140,7 @@ class Plan:
     rotation: PlannedRotation | None = None
     folds: tuple[PlannedFold, ...] = ()
     unscaled: Mapping[str, str] = field(default_factory=dict)
+    signround: Step | None = None
     distill: Step | None = None
     kv: QuantSpec | None = None
     caches: tuple[str, ...] = ()
@@ -139,15 +153,20 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        return bool(self.folds or self.distill or self.caches) or any(
+        return bool(self.folds or self.signround or self.distill or self.caches) or any(
             SOLVERS[layer.solver].needs_hessian or layer.scheme.needs_static_input
             for layer in self.layers
         )
 
     @property
     def needs_drift(self) -> bool:
-        """Whether the unquantized model's pass runs beside the quantized one's."""
+        """Whether the unquantized model's pass stops at every layer beside the quantized one's."""
         return any(layer.needs_drift for layer in self.layers)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the unquantized model runs through every block, too."""
+        return self.needs_drift or self.signround is not None
 
     @property
     def needs_fisher(self) -> bool:
@@ -191,12 +210,8 @@ class Plan:
                 for fold in self.folds
             },
             "unscaled": dict(self.unscaled),
-            "distill": {
-                "options": dict(self.distill.options),
-                "layers": [layer.name for layer in self.layers if layer.distilled],
-            }
-            if self.distill
-            else None,
+            "signround": _trained(self.signround, [x.name for x in self.layers if x.reconstructed]),
+            "distill": _trained(self.distill, [x.name for x in self.layers if x.distilled]),
             "kv_cache": None if self.kv is None else self.kv.label(),
             "caches": list(self.caches),
             "kept": list(self.kept),
@@ -205,6 +220,7 @@ class Plan:
             "size_bytes": self.size_bytes,
             "bits_per_weight": self.bits_per_weight,
             "activation_bytes": self.activation_bytes,
+            "spilled_bytes": self.spilled_bytes,
             "block_bytes": self.block_bytes,
             "samples": self.samples,
             "seq_len": self.seq_len,
@@ -238,7 +254,7 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
             f"pattern {unmatched[0]!r} matches no layer",
             remedy=f"layers are named like {next(iter(linears))!r}",
         )
-    layers, kept, refiners = [], [], {}
+    layers, kept, reconstructors, refiners = [], [], {}, {}
     for name, module in linears.items():
         block = models.block_of(name, numbers)
         scheme = None if name == head and kept_head else recipe.scheme_for(name)
@@ -248,14 +264,18 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
             continue
         shape = (module.out_features, module.in_features)
         _check_fits(name, shape, scheme)
-        rescalers, solver, refiner = layer_steps(recipe, name)
-        if refiner is not None and block is not None:
+        steps = layer_steps(recipe, name)
+        check_codes(name, steps.solver.name, scheme)
+        if steps.reconstructor is not None and block is not None:
+            check_reconstructible(name, scheme)
+            reconstructors[name] = steps.reconstructor
+        if steps.refiner is not None and block is not None:
             check_trainable(name, scheme)
-            refiners[name] = refiner
+            refiners[name] = steps.refiner
+        trained = (name in reconstructors, name in refiners)
+        solver, options = steps.solver.name, steps.solver.options
         layers.append(
-            PlannedLayer(
-                name, block, shape, scheme, solver.name, solver.options, rescalers, name in refiners
-            )
+            PlannedLayer(name, block, shape, scheme, solver, options, steps.rescalers, *trained)
         )
     if not layers:
         raise UsageError("the recipe keeps every layer: nothing to quantize")
@@ -278,7 +298,6 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
     unties = (quantized_head or turned_head) and models.is_tied(model)
     source_bytes = _weight_bytes(model)
     element = torch.finfo(next(model.parameters()).dtype).bits // 8
-    width = max(layer.shape[1] for layer in layers)
     hidden = models.embedding_shape(model)[1]
     if models.family_of(model.config).stacks == 2:
         hidden *= 3  # the encoder's outputs stay beside the decoder's hidden states
@@ -289,17 +308,15 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
     size += len(caches) * len(SIDES) * element
     if rotation is not None:
         size += rotation.head_bytes
-    # Hidden states in and out of a block, and the widest input that is paused inside it.
-    activation = samples * seq_len * element * (2 * hidden + width)
-    if any(layer.needs_drift for layer in layers):
-        activation *= 2
+    states = footprint(layers, samples, seq_len, element, hidden)
     return Plan(
         layers=tuple(layers),
         kept=tuple(kept),
         blocks=len(blocks),
         source_bytes=source_bytes,
         size_bytes=size,
-        activation_bytes=activation,
+        activation_bytes=states.held,
+        spilled_bytes=states.spilled,
         block_bytes=sum(p.numel() * p.element_size() for p in blocks[0].parameters()),
         samples=samples,
         seq_len=seq_len,
@@ -307,7 +324,8 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
         rotation=rotation,
         folds=folds,
         unscaled=unscaled,
-        distill=one_refiner(refiners),
+        signround=one_trainer(reconstructors, "a whole block"),
+        distill=one_trainer(refiners, "the whole model"),
         kv=recipe.kv_cache,
         caches=caches,
     )
@@ -319,6 +337,11 @@ def layer_bits(layer: PlannedLayer, model_dtype_bits: int = 16) -> int:
     if layer.scheme.needs_static_input:
         bits += model_dtype_bits
     return bits
+
+
+def _trained(step: Step | None, names: Sequence[str]) -> dict[str, Any] | None:
+    """What is trained, and how, as JSON."""
+    return None if step is None else {"options": dict(step.options), "layers": list(names)}
 
 
 def _caches(model: PreTrainedModel, stacks: Sequence[tuple[str, nn.ModuleList]]) -> tuple[str, ...]:
@@ -384,6 +407,13 @@ def _plan_folds(
         if not fold.of_norm:
             steps = tuple(step for step in steps if step.options["pairs"] == "all")
         if steps:
+            producer = planned.get(fold.producer)
+            if producer is not None and producer.coupled:
+                raise UsageError(
+                    f"{producer.name}: outputs: coupled knows the original's outputs, and the "
+                    f"scaling of {members[0].name}'s input makes others of them",
+                    remedy="take one of the two out, or scale behind norms only (pairs: norms)",
+                )
             folds.append(PlannedFold(**vars(fold), steps=steps))
     unscaled |= {r.label: r.reason for r in refused if any(name in asking for name in r.consumers)}
     return tuple(folds), unscaled

@@ -22,7 +22,7 @@ def provenance(prepared: Prepared) -> dict[str, Any]:
         "recipe": {
             "name": recipe.file.stem if recipe.file else None,
             "sha256": recipe.sha256,
-            "text": recipe.file.read_text(encoding="utf-8") if recipe.file else None,
+            "text": recipe.text if recipe.file else None,
         },
         "plan": prepared.plan.digest,
         "data": _data(recipe.calibrate, tokens) if tokens else None,

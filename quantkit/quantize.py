@@ -21,6 +21,22 @@ from quantkit.schemes import Granularity, QuantSpec, ScaleFormat
 
 
 @dataclass(frozen=True)
+class Reconstruction:
+    """What training a block's rounding came to (`quantkit.reconstruct`).
+
+    Attributes:
+        start_loss: mean squared error of the block's output as the solvers left it, over all
+            windows, as tokens and channels are weighed.
+        loss: the same of what is kept; ``start_loss`` if that is the start.
+        steps: how many were taken.
+    """
+
+    start_loss: float
+    loss: float
+    steps: int
+
+
+@dataclass(frozen=True)
 class QuantizedLayer:
     """A solved layer.
 
@@ -32,6 +48,7 @@ class QuantizedLayer:
         output_error: ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖ on a sample of its calibration input (after
             activation quantization, where the scheme has one); None without data.
         rounding: who rounded it, and what came of that.
+        reconstruction: of its block, if the layer was trained in it.
     """
 
     qtensor: QTensor
@@ -40,6 +57,7 @@ class QuantizedLayer:
     output_error: float | None
     input_range: InputRange | None = None
     rounding: Rounding | None = None
+    reconstruction: Reconstruction | None = None
 
 
 def quantize_group(
@@ -52,7 +70,8 @@ def quantize_group(
     """Solve layers that share one input.
 
     Layers that agree in spec, solver and options are stacked by rows, so that the Hessian is
-    factored once; rows never influence each other, so the result is the same.
+    factored once; rows never influence each other, so the result is the same. A layer whose outputs
+    are coupled has statistics of its own, and is not stacked.
 
     Args:
         layers: what is planned for each.
@@ -65,6 +84,13 @@ def quantize_group(
         QuantkitError: NaN in a weight, a Hessian that cannot be factored, a solver that did no
             better than rounding to nearest; names the layer.
     """
+    # Statistics are summed up on the CPU, and wherever the weights are they are solved.
+    device = weights[layers[0].name].device
+    stats = replace(
+        stats,
+        hessian=None if stats.hessian is None else stats.hessian.to(device),
+        drift=None if stats.drift is None else stats.drift.to(device),
+    )
     solved: dict[str, QTensor] = {}
     for members in _stackable(layers):
         first = members[0]
@@ -98,10 +124,10 @@ def quantize_group(
                     remedy="give --data FILE, or use a dynamic scheme",
                 )
             scale = input_range.scale(spec, weights[layer.name].dtype)
-        measured = _measure(solved[layer.name], weights[layer.name], spec, scale, sample)
+        new = measured(solved[layer.name], weights[layer.name], spec, scale, sample)
         static = scale is not None
         result[layer.name] = replace(
-            measured,
+            new,
             input_range=input_range if static else None,
             rounding=_audit(layer, weights[layer.name], solved[layer.name], stats),
         )
@@ -163,9 +189,17 @@ def _stackable(layers: Sequence[PlannedLayer]) -> list[list[PlannedLayer]]:
     return list(groups.values())
 
 
-def _measure(
+def measured(
     q: QTensor, weight: Tensor, spec: QuantSpec | None, scale: Tensor | None, sample: Tensor | None
 ) -> QuantizedLayer:
+    """A layer with its errors against the weight ``[N, K]`` that it stands for.
+
+    Args:
+        q: the quantized weight.
+        weight: the original one.
+        spec: of quantized inputs, and ``scale`` of static ones.
+        sample: inputs ``[tokens, K]`` for the output error, or None.
+    """
     reference = weight.float()
     restored = numerics.dequantize(q, torch.float32)
     weight_error = _relative(restored, reference)

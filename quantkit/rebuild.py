@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from quantkit import __version__
 from quantkit import model as models
@@ -22,7 +23,7 @@ from quantkit.machine import environment
 from quantkit.observers import OBSERVER_OPTIONS
 from quantkit.progress import Reporter, silent_reporter
 from quantkit.recipe import Recipe, SourceSpec, load_recipe
-from quantkit.results import read_json
+from quantkit.results import read_json, write_text
 from quantkit.run import execute
 
 #: What a manifest says of the judgement and of names, which a rebuild need not repeat.
@@ -176,6 +177,10 @@ def _without_names(value: Any) -> Any:
     return value
 
 
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
 def _detail(ours: Path, theirs: Path) -> str:
     """Which tensors of a weight file differ; of another file, the first byte that does."""
     if ours.suffix == ".safetensors":
@@ -185,7 +190,7 @@ def _detail(ours: Path, theirs: Path) -> str:
                 name
                 for name in sorted(left)
                 if (x := a.get_tensor(name)).dtype != (y := b.get_tensor(name)).dtype
-                or not torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+                or not torch.equal(_bytes(x), _bytes(y))
             ]
         return (
             f"{len(other)} of {len(left | right)} tensors, first {other[0]}" if other else "header"
@@ -202,14 +207,14 @@ def _recipe(manifest: Mapping[str, Any], folder: Path) -> Recipe:
         raise QuantkitError(
             f"{MANIFEST} holds no recipe", remedy="only what `quantkit calibrate` made is rebuilt"
         )
-    for key in ("machine", "versions", "device"):
+    for key in ("source", "machine", "versions", "device"):
         if key not in manifest:
             raise QuantkitError(
                 f"{MANIFEST} of quantkit {manifest.get('quantkit')} lacks {key!r}",
                 remedy=f"quantkit {__version__} rebuilds what it made",
             )
-    file = folder / f"{stored['name']}.yaml"
-    file.write_text(stored["text"], encoding="utf-8")
+    file = folder / "recipe.yaml"  # its name in the manifest may be any path
+    write_text(file, stored["text"])
     recipe = load_recipe(file, known_algorithms=KNOWN, known_observers=OBSERVER_OPTIONS)
     if recipe.sha256 != stored["sha256"]:
         raise QuantkitError(f"{MANIFEST}: the recipe's text is not the one that its hash names")
@@ -240,7 +245,9 @@ def _paths(checkpoint: Path) -> Mapping[str, Any]:
     """Where the run that made a checkpoint found its inputs, if its ``OUT.run`` is still there."""
     name = checkpoint.resolve().name.removesuffix(".rejected")
     file = checkpoint.resolve().with_name(f"{name}.run") / "run.json"
-    return read_json(file).get("paths") or {} if file.is_file() else {}
+    document = read_json(file) if file.is_file() else {}
+    paths = document.get("paths") if isinstance(document, dict) else None
+    return paths if isinstance(paths, dict) else {}
 
 
 @contextmanager

@@ -146,6 +146,7 @@ class Recipe:
         gate_lines: line of each key of ``gate``, for the gate's own messages.
         file: where it was read from; None for text that was given.
         sha256: of the text.
+        text: as it was read, whatever becomes of the file.
     """
 
     scheme: Scheme
@@ -160,6 +161,7 @@ class Recipe:
     suites: tuple[str, ...] = ()
     file: Path | None = field(default=None, compare=False)
     sha256: str = ""
+    text: str = field(default="", compare=False, repr=False)
 
     def is_kept(self, name: str) -> bool:
         """Whether the layer with this module name stays in the model's dtype."""
@@ -286,6 +288,7 @@ def parse_recipe(
         gate_lines={key: node.line for key, node in gate.items()},
         file=file,
         sha256=hashlib.sha256(text.encode()).hexdigest(),
+        text=text,
     )
     if "algorithm" in top:
         recipe = replace(recipe, algorithm=_steps(top["algorithm"], "algorithm", known_algorithms))

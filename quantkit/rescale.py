@@ -8,6 +8,7 @@ before it left: statistics are divided as the input is, so that no further pass 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from quantkit.algorithms import RESCALERS
 from quantkit.algorithms.scaling import Consumer, Scaling
 from quantkit.errors import QuantkitError
 from quantkit.observers import ChannelMagnitudes, HessianAccumulator
+from quantkit.parallel import ALONE, World
 from quantkit.plan import PlannedFold, PlannedLayer
 
 #: Tokens of the sample on which output errors are measured where activations are quantized.
@@ -28,6 +30,7 @@ def choose_scales(
     linears: Mapping[str, nn.Linear],
     runs: Sequence[Callable[[], Tensor]],
     advance: Callable[[], None] = lambda: None,
+    together: World = ALONE,
 ) -> dict[str, Tensor]:
     """What to divide each producer of a block by.
 
@@ -39,6 +42,7 @@ def choose_scales(
         linears: the model's layers by name; not changed.
         runs: a forward pass through the block for each batch.
         advance: called after each pass.
+        together: the processes that run the other batches.
 
     Returns:
         fp32 ``[P]`` by producer, for `quantkit.folding.apply_scales`.
@@ -46,7 +50,8 @@ def choose_scales(
     Raises:
         QuantkitError: NaN in an input or weight; names the fold.
     """
-    seen = {fold.producer: _Input(fold, linears, len(runs)) for fold in folds}
+    batches = sum(together.agree(len(runs)))
+    seen = {fold.producer: _Input(fold, linears, batches) for fold in folds}
     hooks = [
         linears[fold.consumers[0]].register_forward_pre_hook(
             lambda _, inputs, fold=fold: seen[fold.producer].update(inputs[0])
@@ -62,17 +67,28 @@ def choose_scales(
             hook.remove()
     chosen = {}
     for fold in folds:
-        try:
-            scaling = seen.pop(fold.producer).scaling(layers, linears)
-            total = torch.ones(fold.outputs, device=scaling.channels.device)
-            for step in fold.steps:
-                scales = RESCALERS[step.name].scales(scaling, step.options)
-                total = total * scales
-                scaling = scaling.scaled(scales)
-        except QuantkitError as e:
-            raise QuantkitError(f"{fold.label}: {e.message}", remedy=e.remedy) from e
-        chosen[fold.producer] = total.cpu()
+        found = seen.pop(fold.producer)
+        found.pool(together)
+        chosen[fold.producer] = together.first(partial(_choose, fold, found, layers, linears))
     return chosen
+
+
+def _choose(
+    fold: PlannedFold,
+    found: _Input,
+    layers: Mapping[str, PlannedLayer],
+    linears: Mapping[str, nn.Linear],
+) -> Tensor:
+    try:
+        scaling = found.scaling(layers, linears)
+        total = torch.ones(fold.outputs, device=scaling.channels.device)
+        for step in fold.steps:
+            scales = RESCALERS[step.name].scales(scaling, step.options)
+            total = total * scales
+            scaling = scaling.scaled(scales)
+    except QuantkitError as e:
+        raise QuantkitError(f"{fold.label}: {e.message}", remedy=e.remedy) from e
+    return total.cpu()
 
 
 class _Input:
@@ -81,10 +97,10 @@ class _Input:
     def __init__(self, fold: PlannedFold, linears: Mapping[str, nn.Linear], batches: int) -> None:
         self.fold = fold
         weight = linears[fold.consumers[0]].weight
-        self.device, columns = weight.device, weight.shape[1]
-        self.magnitudes = ChannelMagnitudes(columns)
+        self.device, self.columns = weight.device, weight.shape[1]
+        self.magnitudes = ChannelMagnitudes(self.columns)
         needed = any(RESCALERS[step.name].needs_hessian for step in fold.steps)
-        self.hessian = HessianAccumulator(columns, self.device) if needed else None
+        self.hessian = HessianAccumulator(self.columns, self.device) if needed else None
         self.share = -(-SAMPLE_TOKENS // max(batches, 1))
         self.sample: list[Tensor] = []
 
@@ -96,6 +112,15 @@ class _Input:
             self.hessian.update(x)
         every = max(len(x) // self.share, 1)
         self.sample.append(x[::every][: self.share].clone())
+
+    def pool(self, together: World) -> None:
+        """Bring what all processes saw together on the first."""
+        if self.hessian is not None:
+            counts = together.gather(self.hessian.count)
+            self.hessian.pool(together.add, sum(counts))
+        seen = together.gather(self.magnitudes)
+        self.magnitudes = reduce(ChannelMagnitudes.merge, seen, ChannelMagnitudes(self.columns))
+        self.sample = [x for sample in together.gather(self.sample) for x in sample]
 
     def scaling(
         self, layers: Mapping[str, PlannedLayer], linears: Mapping[str, nn.Linear]

@@ -18,6 +18,7 @@ to load a model. ``n`` is the manifest: a file with another number of rows is re
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -370,6 +371,8 @@ def read_json(path: str | Path) -> Any:
         raise UsageError(f"{path}: cannot be read ({e})") from e
     except json.JSONDecodeError as e:
         raise UsageError(f"{path}:{e.lineno}: not JSON ({e.msg})") from e
+    except (ValueError, RecursionError) as e:  # a number of 5,000 digits, nesting without end
+        raise UsageError(f"{path}: not JSON that can be read ({e})") from e
 
 
 def write_json(path: str | Path, doc: Any) -> None:
@@ -399,7 +402,8 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file to a staging name beside ``path``, then rename it into place.
 
     Raises:
-        UsageError: the folder cannot be written, or the disk is full.
+        UsageError: the folder cannot be written.
+        QuantkitError: the disk is full.
     """
     path = Path(path)
     staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -411,4 +415,6 @@ def write_text(path: str | Path, text: str) -> None:
         raise QuantkitError(f"{path}: text that is not valid Unicode ({e.reason})") from e
     except OSError as e:
         staging.unlink(missing_ok=True)
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise QuantkitError(f"{path}: the disk is full", remedy="free some space") from e
         raise UsageError(f"{path}: cannot be written ({e.strerror or e})") from e

@@ -227,6 +227,13 @@ def rotate_block(model: PreTrainedModel, index: int, rotation: PlannedRotation) 
             _clear(block.get_submodule(name), model)
 
 
+def residual_writer(model: PreTrainedModel) -> str | None:
+    """The layer whose output ends a block, by its name in the block: what its errors cost is what
+    the block's cost. None where a norm stands between, or the architecture has no table."""
+    streams = STREAMS.get(_kind(model))
+    return None if streams is None or streams.no_residual else streams.writers[-1]
+
+
 def _kind(model: PreTrainedModel) -> str:
     return str(model.config.get_text_config().model_type)
 

@@ -51,7 +51,11 @@ class ExpertTokens:
         short = [(e, i) for e, i in sorted(planned) if self.counts[e][i] < self.least]
         if not short:
             return
-        done = [name for name, counts in self.counts.items() if any(counts)]
+        done = [
+            name
+            for name, counts in self.counts.items()
+            if any(counts) or any(name == experts for experts, _ in short)
+        ]
         width = max(len(name) for name in done)
         table = "\n".join(
             f"  {name:{width}}  {' '.join(str(n) for n in self.counts[name])}" for name in done

@@ -23,28 +23,58 @@ from quantkit.integrity import few_tokens
 from quantkit.job import Job, Prepared, prepare
 from quantkit.models.load import load_runtime
 from quantkit.outcomes import Outcomes, write_run
-from quantkit.progress import Reporter, silent_reporter
+from quantkit.parallel import ALONE, World
+from quantkit.progress import Progress, Reporter, silent, silent_reporter
 from quantkit.provenance import provenance
 from quantkit.reload import check_layers, check_reload
 from quantkit.results import Outcome
 from quantkit.scoring import evidence, score
 from quantkit.work import empty_work, locked_work
 
-__all__ = ["Job", "Outcomes", "Prepared", "execute", "prepare"]
+__all__ = ["Job", "Outcomes", "Prepared", "execute", "follow", "prepare"]
 
 
-def execute(prepared: Prepared, reporter: Reporter = silent_reporter) -> Outcomes:
-    """Carry a prepared job out.
+def execute(
+    prepared: Prepared, reporter: Reporter = silent_reporter, together: World = ALONE
+) -> Outcomes:
+    """Carry a prepared job out, as the first or only process.
 
     Raises:
         UsageError: another run is at work on the same OUT.
         QuantkitError: see `quantkit.calibrate.calibrate`; the reload differs; NaN in evals.
     """
     with locked_work(prepared.job.beside("partial")):
-        return _execute(prepared, reporter)
+        return _execute(prepared, reporter, together)
 
 
-def _execute(prepared: Prepared, reporter: Reporter) -> Outcomes:
+def follow(prepared: Prepared, together: World) -> None:
+    """Calibrate a prepared job's windows for the first process, which does the rest.
+
+    Raises:
+        QuantkitError: what ended the first process's calibration, too, or NaN in these windows.
+    """
+    _calibrate(prepared, silent, together)
+
+
+def _calibrate(prepared: Prepared, progress: Progress, together: World) -> Calibrated:
+    job = prepared.job
+    return calibrate(
+        prepared.source,
+        prepared.plan,
+        _data(prepared),
+        job.beside("partial"),
+        observer=job.recipe.calibrate.observer,
+        min_expert_tokens=job.recipe.calibrate.min_expert_tokens,
+        all_experts=job.recipe.calibrate.all_experts,
+        resume=job.resume,
+        release=True,
+        activation_memory=job.activation_memory,
+        progress=progress,
+        together=together,
+    )
+
+
+def _execute(prepared: Prepared, reporter: Reporter, together: World) -> Outcomes:
     job, source, plan = prepared.job, prepared.source, prepared.plan
     seconds = {"load": round(prepared.load_seconds, 3)}
     work, staging = job.beside("partial"), job.beside("staging")
@@ -54,18 +84,7 @@ def _execute(prepared: Prepared, reporter: Reporter) -> Outcomes:
         recover(folder)
     began = time.monotonic()
     with reporter("calibrate") as progress:
-        calibrated = calibrate(
-            source,
-            plan,
-            _data(prepared),
-            work,
-            observer=job.recipe.calibrate.observer,
-            min_expert_tokens=job.recipe.calibrate.min_expert_tokens,
-            all_experts=job.recipe.calibrate.all_experts,
-            resume=job.resume,
-            release=True,
-            progress=progress,
-        )
+        calibrated = _calibrate(prepared, progress, together)
     seconds["quantize"] = round(calibrated.solve_seconds, 3)
     seconds["calibrate"] = round(time.monotonic() - began - calibrated.solve_seconds, 3)
     began = time.monotonic()

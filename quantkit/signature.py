@@ -51,6 +51,9 @@ def sign(folder: Path, key: Path) -> Path:
     except (ValueError, OSError) as e:
         staging.unlink(missing_ok=True)
         raise QuantkitError(f"{folder}: cannot be signed ({e})") from e
+    except BaseException:  # Ctrl-C: one file more, and an older signature would not hold
+        staging.unlink(missing_ok=True)
+        raise
     return path
 
 

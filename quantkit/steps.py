@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from quantkit.algorithms import (
+    RECONSTRUCTORS,
     REFINERS,
     RESCALERS,
     ROTATE,
     SOLVERS,
+    Reconstructor,
     Refiner,
     Rescaler,
     Solver,
 )
 from quantkit.errors import UsageError
 from quantkit.recipe import Recipe, Step
-from quantkit.schemes import ScaleFormat, Scheme
+from quantkit.schemes import DType, ScaleFormat, Scheme
 
 
-def layer_steps(recipe: Recipe, name: str) -> tuple[tuple[Step, ...], Step, Step | None]:
-    """A layer's rescalers, solver and refiner, their options checked and filled in.
+@dataclass(frozen=True)
+class LayerSteps:
+    """A layer's algorithms by where they stand in its list, their options filled in."""
+
+    rescalers: tuple[Step, ...]
+    solver: Step
+    reconstructor: Step | None = None
+    refiner: Step | None = None
+
+
+def layer_steps(recipe: Recipe, name: str) -> LayerSteps:
+    """A layer's algorithms, their options checked and filled in.
 
     Raises:
         UsageError: a list that cannot run, an unknown algorithm or option, or a value that an
@@ -30,29 +43,50 @@ def layer_steps(recipe: Recipe, name: str) -> tuple[tuple[Step, ...], Step, Step
     given = [step for step in recipe.algorithm_for(name) if step.name != ROTATE]
     steps = [_filled_in(step, name) for step in given]
     stages = [_stage(step) for step in steps]
-    if stages.count(1) != 1 or stages != sorted(stages) or stages.count(2) > 1:
+    once = stages.count(1) == 1 and stages.count(2) <= 1 and stages.count(3) <= 1
+    if not once or stages != sorted(stages):
         raise UsageError(
             f"{name}: algorithm list {[s.name for s in steps]}: exactly one solver is needed, "
-            "behind any rescalers and in front of a refiner",
+            "behind any rescalers and in front of a reconstructor and a refiner",
             remedy=f"rescalers: {', '.join(RESCALERS)}; solvers: {', '.join(SOLVERS)}; "
-            f"refiners: {', '.join(REFINERS)}",
+            f"reconstructors: {', '.join(RECONSTRUCTORS)}; refiners: {', '.join(REFINERS)}",
         )
     at = stages.index(1)
     turned = any(step.name == ROTATE for step in recipe.algorithm)
-    if steps[at].options.get("outputs") == "coupled" and (at or turned):
+    if steps[at].options.get("outputs") == "coupled" and turned:
         raise UsageError(
-            f"{name}: outputs: coupled knows the original's outputs, and a rotation or a scaling "
-            "makes others of them",
+            f"{name}: outputs: coupled knows the original's outputs, and a rotation makes others "
+            "of them",
             remedy="take one of the two out of the algorithm list",
         )
-    return tuple(steps[:at]), steps[at], steps[at + 1] if steps[at + 1 :] else None
+    behind = {stage: step for stage, step in zip(stages, steps, strict=True) if stage > 1}
+    return LayerSteps(tuple(steps[:at]), steps[at], behind.get(2), behind.get(3))
 
 
 def _stage(step: Step) -> int:
-    """Where a step stands in a layer's list: rescalers, solver, refiner."""
-    if step.name in RESCALERS:
-        return 0
-    return 1 if step.name in SOLVERS else 2
+    """Where a step stands in a layer's list."""
+    stages = [set(RESCALERS), set(SOLVERS), set(RECONSTRUCTORS), set(REFINERS)]
+    return next(i for i, known in enumerate(stages) if step.name in known)
+
+
+def check_reconstructible(name: str, scheme: Scheme) -> None:
+    """UsageError for a scheme whose codes are no integers."""
+    if scheme.weight.dtype is not DType.INT:
+        raise UsageError(
+            f"{name}: signround trains the rounding of integers, and {scheme.name} has "
+            f"{scheme.weight.label()} weights",
+            remedy="take signround out of this layer's algorithm list",
+        )
+
+
+def check_codes(name: str, solver: str, scheme: Scheme) -> None:
+    """UsageError for a solver of integer codes that is asked for others."""
+    if SOLVERS[solver].integers and scheme.weight.dtype is not DType.INT:
+        raise UsageError(
+            f"{name}: {solver} works in steps of integer codes, and {scheme.name} has "
+            f"{scheme.weight.label()} weights",
+            remedy="take imatrix or gptq for this layer, or an integer scheme",
+        )
 
 
 def check_trainable(name: str, scheme: Scheme) -> None:
@@ -65,25 +99,34 @@ def check_trainable(name: str, scheme: Scheme) -> None:
         )
 
 
-def one_refiner(refiners: Mapping[str, Step]) -> Step | None:
-    """The one refiner of the whole model.
+def one_trainer(asking: Mapping[str, Step], scope: str) -> Step | None:
+    """The one reconstructor, or the one refiner, of the whole model.
+
+    Args:
+        asking: layer → its step.
+        scope: what is trained at once, such as ``"the whole model"``.
 
     Raises:
         UsageError: layers ask for it with different options.
     """
-    steps = list(refiners.items())
+    steps = list(asking.items())
     for name, step in steps[1:]:
         if step != steps[0][1]:
             raise UsageError(
                 f"{steps[0][0]} and {name} ask for {step.name} with different options, and it "
-                "trains the whole model at once",
+                f"trains {scope} at once",
                 remedy="give both the same options",
             )
     return steps[0][1] if steps else None
 
 
 def _filled_in(step: Step, name: str) -> Step:
-    known: dict[str, Solver | Rescaler | Refiner] = {**RESCALERS, **SOLVERS, **REFINERS}
+    known: dict[str, Solver | Rescaler | Reconstructor | Refiner] = {
+        **RESCALERS,
+        **SOLVERS,
+        **RECONSTRUCTORS,
+        **REFINERS,
+    }
     if step.name not in known:
         raise UsageError(
             f"{name}: unknown algorithm {step.name!r}",
@@ -133,10 +176,18 @@ def _check_option(algorithm: str, key: str, value: Any) -> None:
         refuse("is a whole number from 1 to 1000")
     if key in ("steps", "windows") and not (type(value) is int and _is_number(value, 1, 100_000)):
         refuse("is a whole number from 1 to 100000")
+    if key == "patience" and not (type(value) is int and _is_number(value, 0, 100_000)):
+        refuse("is a whole number from 0 to 100000")
+    if key in ("lr", "range_lr") and value != "auto" and not _is_number(value, 0, 0.5):
+        refuse("is auto or a number from 0 to 0.5")
     if key == "seed" and not (type(value) is int and value >= 0):
         refuse("is a whole number from 0")
     if key in ("scale_lr", "norm_lr") and not _is_number(value, 0, 0.5):
         refuse("is a number from 0 to 0.5")
+    if key == "p" and not (_is_number(value, 0, 2) and value > 0):
+        refuse("is a number above 0, at most 2")
+    if key == "iterations" and not (type(value) is int and _is_number(value, 1, 1000)):
+        refuse("is a whole number from 1 to 1000")
     if key == "refine" and not (type(value) is int and _is_number(value, 0, 100)):
         refuse("is a whole number from 0 to 100")
     if key in ("feedback", "fisher") and not _is_number(value, 0, 1):

@@ -164,7 +164,7 @@ class Node:
             if self.node.tag == f"tag:yaml.org,2002:{kind}":
                 try:
                     return yaml.SafeLoader("").construct_object(self.node)
-                except (ValueError, KeyError):
+                except (ValueError, LookupError):  # `!!int ""` is an IndexError to PyYAML
                     self.fail(f"{self.label}: {self.node.value!r} is not of the YAML type {kind}")
         if self.node.tag == "tag:yaml.org,2002:timestamp":
             return str(self.node.value)

@@ -18,6 +18,7 @@ _NO_LOGITS = {
     "fisher": "tokens are weighed by what they cost a next-token prediction",
     "distill": "scales are trained on next-token predictions",
     "feedback": "the unquantized pass runs beside the quantized one in causal models only",
+    "signround": "the unquantized pass runs beside the quantized one in causal models only",
 }
 
 #: What an expert, which sees the tokens that a router chooses, cannot have.
@@ -25,6 +26,7 @@ _NO_ROUTER = {
     "fisher": "a router sends this layer some of the tokens only",
     "distill": "an expert that no token of a batch reaches has no gradient",
     "feedback": "the quantized and the unquantized model's routers send it other tokens",
+    "signround": "an expert that no token of a step reaches has no gradient",
 }
 
 
@@ -60,6 +62,7 @@ def check_family(model: PreTrainedModel, layers: Sequence[PlannedLayer]) -> None
             "fisher": bool(layer.fisher),
             "distill": layer.distilled,
             "feedback": layer.needs_drift,
+            "signround": layer.reconstructed,
         }
         for option, reason in reasons.items():
             if wanted[option]:

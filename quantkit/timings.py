@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+#: Of the file that `PairedTimings` are kept in.
+SCHEMA = 1
+
 #: What two timings must share to be compared.
 HOST_KEYS = ("machine", "cpu", "threads")
 
@@ -55,3 +58,44 @@ class Timings:
             return table
 
         return Timings(dict(doc["host"]), int(doc["concurrency"]), times("ttft"), times("tpot"))
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One side of a comparison: which system it was, by its fingerprint, and its latencies."""
+
+    model: str
+    kernels: str
+    timings: Timings
+
+    def to_json(self) -> dict[str, Any]:
+        return {"model": self.model, "kernels": self.kernels, "timings": self.timings.to_json()}
+
+    @staticmethod
+    def from_json(doc: Mapping[str, Any]) -> Timed:
+        """Read `to_json` back; raises as `Timings.from_json`."""
+        return Timed(
+            str(doc["model"]), str(doc["kernels"]), Timings.from_json(dict(doc["timings"]))
+        )
+
+
+@dataclass(frozen=True)
+class PairedTimings:
+    """Two models, timed in one session: what ``quantkit bench decode --timings`` writes."""
+
+    candidate: Timed
+    baseline: Timed
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "candidate": self.candidate.to_json(),
+            "baseline": self.baseline.to_json(),
+        }
+
+    @staticmethod
+    def from_json(doc: Mapping[str, Any]) -> PairedTimings:
+        """Read `to_json` back; raises as `Timings.from_json`."""
+        if doc["schema"] != SCHEMA:
+            raise ValueError(f"schema {doc['schema']!r} is not {SCHEMA}")
+        return PairedTimings(Timed.from_json(doc["candidate"]), Timed.from_json(doc["baseline"]))

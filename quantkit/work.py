@@ -7,6 +7,7 @@
     WORK/outputs/NAME.safetensors  which outputs' errors belong together, where a solver asks
     WORK/targets.safetensors      what the original's head saw, for `quantkit.distill`
     WORK/distill.safetensors      the state of its training
+    WORK/hidden/                  hidden states between blocks, where they are not held in memory
     WORK/blocks/0007.scales       what block 7's producers were divided by, if they were
                                   (safetensors)
     WORK/blocks/0007.cache.json   the ranges of its keys and values, if they are quantized
@@ -37,7 +38,7 @@ from quantkit.kv_cache import CacheRange
 from quantkit.model import hash_file
 from quantkit.numerics import QTensor
 from quantkit.plan import PlannedLayer
-from quantkit.quantize import QuantizedLayer
+from quantkit.quantize import QuantizedLayer, Reconstruction
 from quantkit.results import read_json, write_json
 from quantkit.rounding import Rounding
 from quantkit.schemes import QuantSpec
@@ -111,6 +112,8 @@ class WorkFolder:
                 facts[name]["input_range"] = asdict(layer.input_range)
             if layer.rounding is not None:
                 facts[name]["rounding"] = asdict(layer.rounding)
+            if layer.reconstruction is not None:
+                facts[name]["reconstruction"] = asdict(layer.reconstruction)
         stem = self._stem(index)
         path = stem.with_suffix(".safetensors")
         _write_tensors(tensors, path)
@@ -157,6 +160,7 @@ class WorkFolder:
                     **facts[name],
                     "input_range": _input_range(facts[name]),
                     "rounding": _rounding(facts[name]),
+                    "reconstruction": _reconstruction(facts[name]),
                 },
             )
             for name, layer in planned.items()
@@ -194,7 +198,6 @@ class WorkFolder:
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write what belongs to the whole model, under a name of its own."""
         path = self.path / f"{name}.safetensors"
-        path.parent.mkdir(exist_ok=True)
         _write_tensors(dict(tensors), path)
 
     def load_tensors(self, name: str) -> dict[str, Tensor] | None:
@@ -216,6 +219,11 @@ def _rounding(facts: Mapping[str, Any]) -> Rounding | None:
     return None if found is None else Rounding(**found)
 
 
+def _reconstruction(facts: Mapping[str, Any]) -> Reconstruction | None:
+    found = facts.get("reconstruction")
+    return None if found is None else Reconstruction(**found)
+
+
 def _changes(begun: Mapping[str, Any], state: Mapping[str, Any]) -> str:
     """What a resumed run has otherwise than the one that began, for a message."""
     keys = [key for key in begun.keys() | state.keys() if begun.get(key) != state.get(key)]
@@ -227,7 +235,7 @@ def _changes(begun: Mapping[str, Any], state: Mapping[str, Any]) -> str:
 def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
-    except SafetensorError as e:
+    except (OSError, SafetensorError) as e:
         raise QuantkitError(f"{path}: is damaged ({e})", remedy=_AGAIN) from e
 
 
@@ -235,14 +243,20 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """A safetensors file, there as a whole or not at all."""
     staging = path.with_name(f"{path.name}.tmp")
     try:
+        path.parent.mkdir(exist_ok=True)
         save_file(tensors, staging)
         # A rename may reach the disk before what it names does.
         with staging.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(staging, path)
-    except OSError as e:
-        staging.unlink(missing_ok=True)
-        raise UsageError(f"{path}: cannot be written ({e.strerror or e})") from e
+    except (OSError, SafetensorError) as e:
+        # safetensors has errors of its own, a full disk among them.
+        with suppress(OSError):
+            staging.unlink(missing_ok=True)
+        reason = getattr(e, "strerror", None) or e
+        raise QuantkitError(
+            f"{path}: cannot be written ({reason})", remedy="free some space, then --resume"
+        ) from e
 
 
 @contextmanager

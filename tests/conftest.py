@@ -13,6 +13,27 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.run_helpers import RECIPE
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where benchmarks lie that are not part of this project."""
+    parser.addoption(
+        "--eval-data",
+        type=Path,
+        default=None,
+        help="A folder with arc_easy.jsonl, piqa.jsonl, boolq.jsonl, openbook_qa.jsonl (query, "
+        "choices, gold) and lambada_openai.jsonl (context, continuation).",
+    )
+
+
+@pytest.fixture(scope="session")
+def eval_data(request: pytest.FixtureRequest) -> Path:
+    """The folder of ``--eval-data``."""
+    folder: Path | None = request.config.getoption("--eval-data")
+    if folder is None:
+        pytest.skip("needs benchmark files: pytest --eval-data FOLDER")
+    return folder
+
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

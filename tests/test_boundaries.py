@@ -22,7 +22,8 @@ LAYERS = (
         *("data", "model", "folding", "plan", "paused", "quantize", "reference", "collector"),
         *("rescale", "rotation", "work", "calibrate", "fisher", "distill"),
         *("batches", "inputs", "routing", "support"),
-        *("rounding", "integrity", "machine", "signature"),
+        *("reconstruct", "footprint", "spill", "rounding", "integrity", "machine", "signature"),
+        "parallel",
         *("gradients", "importance", "curvature", "ablation", "mixture", "measurement"),
         "checkpoint",
     },
@@ -32,7 +33,7 @@ LAYERS = (
         *("baseline", "blame", "job", "reload", "scoring", "outcomes", "provenance"),
         *("run", "rebuild"),
     },
-    {"cli"},
+    {"cli", "__main__"},
 )
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 

@@ -16,6 +16,7 @@ from quantkit import model as models
 from quantkit.algorithms import Stats, gptq
 from quantkit.algorithms.refine import OUTPUT_DAMP
 from quantkit.calibrate import CalibrationData, calibrate
+from quantkit.collector import _Moments
 from quantkit.errors import QuantkitError
 from quantkit.fisher import FLOOR, Gradients, measure_gradients, token_weights
 from quantkit.gradients import gradient_of_draws
@@ -134,6 +135,22 @@ def run(
     plan = make_plan(recipe, loaded.model, samples=len(IDS), seq_len=IDS.shape[1])
     done = calibrate(loaded, plan, CalibrationData(IDS, "hash"), work, **options)  # type: ignore[arg-type]
     return loaded, done.layers
+
+
+def test_feedback_weighs_tokens_as_the_hessian_does() -> None:
+    """W + W C H⁻¹ is the least-squares answer only for one set of weights."""
+    generator = torch.Generator().manual_seed(2)
+    x, exact = (torch.randn(40, 8, generator=generator) for _ in range(2))
+    counts = torch.rand(40, generator=generator) + 0.5
+    moments = _Moments(8, counts)
+    moments.needs_hessian = moments.needs_drift = True
+    for part, unquantized in zip(x.split(16), exact.split(16), strict=True):
+        moments.update(part, unquantized)
+    hessian, drift = moments.hessian_value(), moments.drift_value()
+    assert hessian is not None
+    assert drift is not None
+    torch.testing.assert_close(hessian, (x * counts[:, None]).T @ x / 40)
+    torch.testing.assert_close(drift, ((exact - x) * counts[:, None]).T @ x / 40)
 
 
 def test_each_layer_is_solved_with_its_own_weights(

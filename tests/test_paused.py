@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 
 from quantkit import model as models
 from quantkit.errors import QuantkitError
-from quantkit.paused import Spine, run_paused, trace_groups
+from quantkit.paused import Spine, run_paused, run_repeated, trace_groups
 from tests.conftest import tiny_llama
 
 
@@ -55,7 +58,10 @@ def test_a_layer_that_never_runs_is_an_error(spine: Spine) -> None:
         trace_groups(spine.calls(0, hidden)[0], {"idle": torch.nn.Linear(4, 4)})
 
 
-def test_replacing_a_layer_changes_what_follows_and_nothing_before(spine: Spine) -> None:
+@pytest.mark.parametrize("run_groups", [run_paused, run_repeated])
+def test_replacing_a_layer_changes_what_follows_and_nothing_before(
+    run_groups: Callable[..., None], spine: Spine
+) -> None:
     """The paused pass must equal an ordinary pass through the replaced layers."""
     ids = batches(2, 1)
     block = spine.blocks[0]
@@ -69,7 +75,7 @@ def test_replacing_a_layer_changes_what_follows_and_nothing_before(spine: Spine)
         events.append(f"solve {name}")
         linears[name].weight.data *= 0.5
 
-    run_paused(
+    run_groups(
         spine.calls(0, hidden),
         leaders,
         lambda _, name, x: events.append(f"see {name} {tuple(x.shape)}"),
@@ -89,7 +95,30 @@ def test_replacing_a_layer_changes_what_follows_and_nothing_before(spine: Spine)
             torch.testing.assert_close(outputs[i], run())
 
 
-def test_an_error_while_solving_leaves_no_hook_behind(spine: Spine) -> None:
+def test_repeated_passes_hold_one_batch_at_a_time(spine: Spine) -> None:
+    hidden = spine.embed(batches(1, 1, 1))
+    linears = dict(models.linear_layers(spine.blocks[0]))
+    leaders = [(n, linears[n]) for n in ("self_attn.o_proj", "mlp.down_proj")]
+    seen: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def observe(_: int, __: str, x: torch.Tensor) -> None:
+        seen.append(weakref.ref(x))
+        alive.append(sum(ref() is not None for ref in seen))
+
+    for run_groups, most in ((run_paused, 3), (run_repeated, 1)):
+        seen.clear()
+        alive.clear()
+        calls = spine.calls(0, hidden)
+        run_groups(calls, leaders, observe, lambda _: gc.collect(), lambda *_: None)
+        assert max(alive) == most
+        assert len(alive) == 6
+
+
+@pytest.mark.parametrize("run_groups", [run_paused, run_repeated])
+def test_an_error_while_solving_leaves_no_hook_behind(
+    run_groups: Callable[..., None], spine: Spine
+) -> None:
     hidden = spine.embed(batches(1, 1))
     linear = spine.blocks[0].self_attn.q_proj
 
@@ -97,7 +126,7 @@ def test_an_error_while_solving_leaves_no_hook_behind(spine: Spine) -> None:
         raise QuantkitError("no")
 
     with pytest.raises(QuantkitError, match="no"):
-        run_paused(spine.calls(0, hidden), [("q", linear)], lambda *_: None, fail, lambda *_: None)
+        run_groups(spine.calls(0, hidden), [("q", linear)], lambda *_: None, fail, lambda *_: None)
     assert not linear._forward_pre_hooks
 
 

@@ -40,7 +40,7 @@ def made(tiny: Path, traffic: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """From two sources, with options on the command line, then everything moved and renamed."""
     folder = tmp_path_factory.mktemp("rebuild")
     recipe = folder / "mine.yaml"
-    recipe.write_text(RECIPE)
+    recipe.write_bytes(RECIPE.replace("\n", "\r\n").encode())  # as some editors save it
     words = folder / "words.txt"
     words.write_text("where is my parcel and when will it come? " * 40)
     argv = arguments(tiny, recipe, traffic, folder / "out", "--data", str(words), "--seed", "7")
@@ -126,6 +126,22 @@ def test_other_inputs_are_refused(
     edit(copy.checkpoint, lambda manifest: manifest.pop("machine"))
     assert run(copy.argv) == 4
     assert "lacks 'machine'" in capfd.readouterr().err
+
+
+def test_a_manifest_is_not_trusted_with_paths(copy: Made, tmp_path: Path) -> None:
+    aimed = tmp_path / "written"
+    edit(copy.checkpoint, lambda manifest: manifest["recipe"].update(name=str(aimed)))
+    run(copy.argv)
+    assert not aimed.with_suffix(".yaml").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", '{"files": null}', "{}"])
+def test_something_else_than_a_manifest(
+    text: str, copy: Made, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (copy.checkpoint / "quantkit.json").write_text(text)
+    assert run(["inspect", str(copy.checkpoint), "--sbom", "-"]) == 4
+    assert "is no manifest" in capfd.readouterr().err
 
 
 def test_files_that_only_one_of_the_two_has(copy: Made, tmp_path: Path) -> None:

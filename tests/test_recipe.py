@@ -233,6 +233,10 @@ MISTAKES = [
         "r.yaml:2 model: 'x' is not of the YAML type int",
     ),
     (
+        "scheme: w8a8\nmodel: !!int ''",
+        "r.yaml:2 model: '' is not of the YAML type int",
+    ),
+    (
         "scheme: w8a8\nkeep: [a",
         "r.yaml:2 is not YAML: expected ',' or ']', but got '<stream end>'",
     ),

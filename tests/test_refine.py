@@ -13,9 +13,11 @@ from quantkit.algorithms import Stats, gptq
 from quantkit.algorithms import refine as refinement
 from quantkit.algorithms.refine import OUTPUT_DAMP, fit_scales, has_own_scales, refine
 from quantkit.errors import UsageError
-from quantkit.recipe import Recipe, Step
+from quantkit.plan import make_plan
+from quantkit.recipe import Recipe, Rule, Step
 from quantkit.schemes import SCHEMES
 from quantkit.steps import layer_steps
+from tests.conftest import tiny_llama
 from tests.test_algorithms import SPECS, problem
 
 GROUPED = ["w4a16-g32", "w4a16-asym-g64", "w3a16-g96", "w4a16-channel", "fp8"]
@@ -152,12 +154,22 @@ def test_rows_are_fitted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(fit_scales(*arguments), whole)
 
 
-@pytest.mark.parametrize("first", ["rotate", "awq"])
-def test_coupled_outputs_are_those_of_the_original(first: str) -> None:
-    steps = (Step(first), Step("gptq", {"fisher": 0.5, "outputs": "coupled"}))
-    recipe = Recipe(SCHEMES["w4a16-g64"], algorithm=steps)
-    with pytest.raises(UsageError, match="knows the original's outputs"):
-        layer_steps(recipe, "layer")
+def test_coupled_outputs_are_those_of_the_original() -> None:
+    """A rotation turns them, and a scaling of the layer behind divides them."""
+    coupled = Step("gptq", {"fisher": 0.5, "outputs": "coupled"})
+    turned = Recipe(SCHEMES["w4a16-g64"], algorithm=(Step("rotate"), coupled))
+    with pytest.raises(UsageError, match="knows the original's outputs, and a rotation"):
+        layer_steps(turned, "layer")
+    model = tiny_llama()
+    behind = Rule("*.down_proj", SCHEMES["w4a16-g64"], (Step("awq"), Step("gptq")))
+    divided = Recipe(SCHEMES["w4a16-g64"], algorithm=(coupled,), rules=(behind,))
+    with pytest.raises(UsageError, match=r"up_proj: outputs: coupled .* scaling of .*down_proj"):
+        make_plan(divided, model, samples=4, seq_len=32)
+    # Behind norms no output of a layer is scaled.
+    steps = (Step("smoothquant", {"pairs": "norms"}), coupled)
+    plan = make_plan(Recipe(SCHEMES["w4a16-g64"], algorithm=steps), model, samples=4, seq_len=32)
+    assert plan.folds
+    assert any(layer.coupled for layer in plan.layers)
 
 
 def test_coupled_outputs_ask_for_gradients_and_descent() -> None:

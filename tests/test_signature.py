@@ -116,7 +116,10 @@ def test_files_that_come_and_go(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     change(copy)
-    for argv in (["eval", str(copy), "--suite", "support_intent"], ["serve", str(copy)]):
+    score, serve = ["eval", str(copy), "--suite", "support_intent"], ["serve", str(copy)]
+    # No such interpreter: whoever asks it before looking at the files ends with 2.
+    vllm = ["--engine", "vllm", "--engine-python", "/nowhere"]
+    for argv in (score, serve, [*score, "--plan"], [*score, *vllm], [*serve, *vllm]):
         port = ["--port", "0"] if argv[0] == "serve" else []
         assert run([*argv, *port, "--key", str(keys[1])]) == 4
         captured = capfd.readouterr()
@@ -140,6 +143,18 @@ def test_a_forger_who_also_fits_the_manifest(
     assert run(["sign", str(copy), "--key", str(private)]) == 0
     assert run(["verify", str(copy), "--no-reload", "--key", str(keys[1])]) == 4
     assert "is not a signature by" in capfd.readouterr().err
+
+
+def test_an_interrupted_signer_leaves_the_signature_that_was_there(
+    copy: Path, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quantkit.signature.os.replace", interrupt)
+    assert run(["sign", str(copy), "--key", str(keys[0])]) == 130
+    monkeypatch.undo()
+    assert run(["verify", str(copy), "--no-reload", "--key", str(keys[1])]) == 0
 
 
 def test_what_is_not_signed(

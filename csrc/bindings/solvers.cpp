@@ -158,8 +158,9 @@ void syrk_accumulate(Tensor acc, Tensor x) {
   require(x.dim() == 2, op, "x has shape ", shape_of(x), ", must be [T, K]");
   require(acc.dim() == 2 && acc.size(0) == x.size(1) && acc.size(1) == x.size(1), op,
           "acc has shape ", shape_of(acc), ", must be [K, K] for x ", shape_of(x));
-  require(acc.scalar_type() == ScalarType::Float, op, "acc has dtype ",
-          name_of(acc.scalar_type()), ", must be float32");
+  const bool is_double = acc.scalar_type() == ScalarType::Double;
+  require(is_double || acc.scalar_type() == ScalarType::Float, op, "acc has dtype ",
+          name_of(acc.scalar_type()), ", must be float32 or float64");
   require(acc.size(1) <= 1 || (acc.stride(1) == 1 && acc.stride(0) >= acc.size(1)), op,
           "acc must have neighbouring columns: it is written in place");
   const Rows rows = rows_of(op, "x", x);
@@ -169,8 +170,9 @@ void syrk_accumulate(Tensor acc, Tensor x) {
   args.x = rows.data;
   args.ldx = rows.stride;
   args.x_dtype = float_dtype(op, "x", x);
-  args.acc = static_cast<float*>(acc.mutable_data_ptr());
+  args.acc = acc.mutable_data_ptr();
   args.ld_acc = rows.k <= 1 ? 1 : acc.stride(0);
+  args.acc_is_double = is_double;
   follow_torch_threads();
   finish(op, qk_syrk_accumulate(&args));
 }

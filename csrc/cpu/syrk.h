@@ -9,7 +9,8 @@
 //   4. bf16 stays bf16: a 32-bit word is a pair of neighbouring tokens and vdpbf16ps adds both
 //      products, twice the rate of an fp32 product. Products of bf16 values are exact in fp32.
 // A unit of work is 96 x 96 of acc over all the packed tokens, so that its part of acc stays in L2
-// from one token block to the next.
+// from one token block to the next. Where acc is double, a block's fp32 sums are widened on the way
+// there: sums of many blocks then agree in whatever order they are added up.
 #pragma once
 
 #include "elementwise.h"
@@ -96,17 +97,16 @@ void syrk_pack(const qk_syrk_args& a, int64_t token, int64_t count, int64_t firs
 }
 
 // One tile: rows of acc from `row`, columns from `column`.
-template <class Math>
+template <class Math, class Sum>
 void syrk_tile(const qk_syrk_args& a, const uint32_t* row_words, const uint32_t* column_words,
                int64_t steps, int64_t row, int64_t column) {
   using Word = typename Math::Word;
-  float* out = a.acc + row * a.ld_acc + column;
+  Sum* out = static_cast<Sum*>(a.acc) + row * a.ld_acc + column;
   const bool inside = column + kSyrkPanel <= row + 1 && row + kSyrkRows <= a.k;
   if (inside) {
     for (int m = 0; m < kSyrkRows; ++m) {
-      for (int v = 0; v < kSyrkVectors; ++v) {
-        __builtin_prefetch(out + m * a.ld_acc + v * kVecLanes, 1);
-      }
+      const char* sums = reinterpret_cast<const char*>(out + m * a.ld_acc);
+      for (size_t b = 0; b < kSyrkPanel * sizeof(Sum); b += 64) __builtin_prefetch(sums + b, 1);
     }
   }
   Vec sum[kSyrkRows][kSyrkVectors];
@@ -126,16 +126,18 @@ void syrk_tile(const qk_syrk_args& a, const uint32_t* row_words, const uint32_t*
       for (int v = 0; v < kSyrkVectors; ++v) sum[m][v] = Math::mac(sum[m][v], value, columns[v]);
     }
   }
-  if (inside) {
+  if constexpr (sizeof(Sum) == sizeof(float)) {
+    if (inside) {
 #pragma GCC unroll 8
-    for (int m = 0; m < kSyrkRows; ++m) {
+      for (int m = 0; m < kSyrkRows; ++m) {
 #pragma GCC unroll 3
-      for (int v = 0; v < kSyrkVectors; ++v) {
-        float* p = out + m * a.ld_acc + v * kVecLanes;
-        store_vec(p, load_vec(p) + sum[m][v]);
+        for (int v = 0; v < kSyrkVectors; ++v) {
+          float* p = out + m * a.ld_acc + v * kVecLanes;
+          store_vec(p, load_vec(p) + sum[m][v]);
+        }
       }
+      return;
     }
-    return;
   }
   float sums[kSyrkRows * kSyrkPanel];
 #pragma GCC unroll 8
@@ -144,6 +146,12 @@ void syrk_tile(const qk_syrk_args& a, const uint32_t* row_words, const uint32_t*
     for (int v = 0; v < kSyrkVectors; ++v) {
       store_vec(sums + m * kSyrkPanel + v * kVecLanes, sum[m][v]);
     }
+  }
+  if (inside) {
+    for (int64_t m = 0; m < kSyrkRows; ++m) {
+      for (int64_t c = 0; c < kSyrkPanel; ++c) out[m * a.ld_acc + c] += sums[m * kSyrkPanel + c];
+    }
+    return;
   }
   for (int64_t m = 0; m < kSyrkRows && row + m < a.k; ++m) {
     for (int64_t c = 0; c < kSyrkPanel && column + c <= row + m; ++c) {
@@ -160,8 +168,8 @@ void syrk_run(const qk_syrk_args& a, const uint32_t* row_words, const uint32_t* 
     for (int64_t r = 0; r < kSyrkUnit && row + r < a.k; r += kSyrkRows) {
       if (row + r + kSyrkRows <= column + c) continue;  // wholly above the diagonal
       const int64_t panel = r / kSyrkPanel * kSyrkPanel;
-      syrk_tile<Math>(a, row_words + panel * kSyrkSteps + (r - panel), columns, steps, row + r,
-                      column + c);
+      const auto tile = a.acc_is_double ? syrk_tile<Math, double> : syrk_tile<Math, float>;
+      tile(a, row_words + panel * kSyrkSteps + (r - panel), columns, steps, row + r, column + c);
     }
   }
 }

@@ -331,16 +331,22 @@ void test_syrk() {
   const int64_t tokens = pick(1, 90), k = pick(1, 100), ldx = k + pick(0, 2), ld = k + pick(0, 2);
   const Array x = random_array(some_dtype(), (tokens - 1) * ldx + k, -1, 1);
   std::vector<float> acc((k - 1) * ld + k, 1.0f);
-  qk_syrk_args args{tokens, k, x.data(), ldx, x.dtype, acc.data(), ld};
+  std::vector<double> wide(acc.begin(), acc.end());
+  qk_syrk_args args{tokens, k, x.data(), ldx, x.dtype, acc.data(), ld, 0};
   expect(qk_syrk_accumulate(&args) == QK_OK, "status");
+  args.acc = wide.data();
+  args.acc_is_double = 1;
+  expect(qk_syrk_accumulate(&args) == QK_OK, "status of doubles");
   for (int64_t i = 0; i < (k - 1) * ld + k; ++i) {
     const int64_t row = i / ld, column = i % ld;
     double exact = 1;
     if (column <= row) {
       for (int64_t t = 0; t < tokens; ++t) exact += x.get(t * ldx + row) * x.get(t * ldx + column);
     }
-    expect(std::fabs(acc[i] - exact) <= 1e-4, "[%ld, %ld] is %g, not %g", static_cast<long>(row),
-           static_cast<long>(column), acc[i], exact);
+    for (const double found : {static_cast<double>(acc[i]), wide[i]}) {
+      expect(std::fabs(found - exact) <= 1e-4, "[%ld, %ld] is %g, not %g", static_cast<long>(row),
+             static_cast<long>(column), found, exact);
+    }
   }
 }
 

@@ -2,12 +2,13 @@
 
 A solver is ``(weight [N, K] fp32 or the model's dtype, stats, spec, options) → QTensor``.
 A rescaler is ``(scaling, options) → scales [P]``: what to divide each channel of an input by
-before the layers that read it are solved. `rotate` turns the whole model before either; a refiner
-trains on the whole model's error after both. A recipe's list is at most one `rotate`, any number of
-rescalers, one solver, at most one refiner.
+before the layers that read it are solved. `rotate` turns the whole model before either; a
+reconstructor trains on a block's error after both, a refiner on the whole model's. A recipe's list
+is at most one `rotate`, any number of rescalers, one solver, at most one reconstructor, at most one
+refiner.
 
-To add one: one file with an ``OPTIONS`` table and a function, and a row in `SOLVERS`, `RESCALERS`
-or `REFINERS`.
+To add one: one file with an ``OPTIONS`` table and a function, and a row in `SOLVERS`, `RESCALERS`,
+`RECONSTRUCTORS` or `REFINERS`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,17 @@ from typing import Any
 
 from torch import Tensor
 
-from quantkit.algorithms import awq, distill, gptq, imatrix, rotate, rtn, smoothquant
+from quantkit.algorithms import (
+    awq,
+    distill,
+    gptq,
+    hqq,
+    imatrix,
+    rotate,
+    rtn,
+    signround,
+    smoothquant,
+)
 from quantkit.algorithms.scaling import Scaling
 from quantkit.numerics import QTensor
 from quantkit.schemes import QuantSpec
@@ -46,20 +57,23 @@ class Stats:
 
 @dataclass(frozen=True)
 class Solver:
-    """A solver with its options (name → default), whether it needs a Hessian, and whether it
-    rounds to nearest by design: a result of any other that does is an error (`quantkit.rounding`).
+    """A solver with its options (name → default), whether it needs a Hessian, whether it
+    rounds to nearest by design: a result of any other that does is an error (`quantkit.rounding`);
+    and whether it takes integer codes only.
     """
 
     solve: Callable[[Tensor, Stats, QuantSpec, Mapping[str, Any]], QTensor]
     options: Mapping[str, Any]
     needs_hessian: bool
     nearest: bool = False
+    integers: bool = False
 
 
 SOLVERS: dict[str, Solver] = {
     "rtn": Solver(rtn.solve, rtn.OPTIONS, needs_hessian=False, nearest=True),
     "gptq": Solver(gptq.solve, gptq.OPTIONS, needs_hessian=True),
     "imatrix": Solver(imatrix.solve, imatrix.OPTIONS, needs_hessian=True, nearest=True),
+    "hqq": Solver(hqq.solve, hqq.OPTIONS, needs_hessian=False, nearest=True, integers=True),
 }
 
 
@@ -79,6 +93,16 @@ RESCALERS: dict[str, Rescaler] = {
 
 
 @dataclass(frozen=True)
+class Reconstructor:
+    """What trains a block's codes and scales once its layers are solved, with its options."""
+
+    options: Mapping[str, Any]
+
+
+RECONSTRUCTORS: dict[str, Reconstructor] = {"signround": Reconstructor(signround.OPTIONS)}
+
+
+@dataclass(frozen=True)
 class Refiner:
     """What trains on the whole model once every layer is solved, with its options."""
 
@@ -95,5 +119,6 @@ KNOWN: dict[str, frozenset[str]] = {
     ROTATE: frozenset(rotate.OPTIONS),
     **{name: frozenset(solver.options) for name, solver in SOLVERS.items()},
     **{name: frozenset(rescaler.options) for name, rescaler in RESCALERS.items()},
+    **{name: frozenset(trained.options) for name, trained in RECONSTRUCTORS.items()},
     **{name: frozenset(refiner.options) for name, refiner in REFINERS.items()},
 }

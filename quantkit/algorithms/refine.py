@@ -64,7 +64,7 @@ def refine(
     Returns:
         codes and steps.
     """
-    blocks = _damped(outputs)
+    blocks = damped_outputs(outputs)
     for turn in range(rounds):
         if turn and has_own_scales(spec):
             steps = fit_scales(target, codes, steps, zeros, spec, hessian, dtype)
@@ -181,7 +181,8 @@ def _descend(
         codes.copy_(found)
 
 
-def _damped(outputs: Sequence[Tensor]) -> list[Tensor]:
+def damped_outputs(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Diagonal blocks of G with `OUTPUT_DAMP`, fp32 on the CPU."""
     damped = []
     for block in outputs:
         own = block.float().cpu().clone()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.utils.match import match_name
 
+from quantkit.checkpoint.fields import as_object
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.recipe import KV_CACHES
 from quantkit.schemes import SCHEMES, DType, Granularity, QuantSpec, ScaleFormat, Scheme
@@ -29,7 +31,16 @@ FORMATS = (
     "mixed-precision",
 )
 
-_SCALE_DTYPES = {
+#: How integers are stored: several a word, or one a byte.
+_PACKED = "pack-quantized"
+_BYTES = ("int-quantized", "naive-quantized")
+
+#: Labels that say nothing of a layer's tensors; the last is what compressed-tensors fills in where
+#: a config names no format.
+_UNSPECIFIC = ("mixed-precision", "fakequant")
+
+#: What scales are stored as; None for the model's own dtype.
+SCALE_DTYPES = {
     ScaleFormat.MODEL: None,
     ScaleFormat.E8M0: torch.uint8,
     ScaleFormat.E4M3: torch.float8_e4m3fn,
@@ -49,7 +60,7 @@ def to_args(spec: QuantSpec) -> QuantizationArgs:
         group_size=spec.group_size,
         block_structure=list(spec.block) if spec.block else None,
         dynamic=spec.dynamic,
-        scale_dtype=_SCALE_DTYPES[spec.scale],
+        scale_dtype=SCALE_DTYPES[spec.scale],
     )
 
 
@@ -150,27 +161,39 @@ def build_config(
     return config.to_dict()
 
 
-def read_config(raw: Mapping[str, Any], linears: Sequence[str]) -> dict[str, Scheme]:
+def read_config(
+    raw: Mapping[str, Any], linears: Sequence[str], stored: Collection[str]
+) -> dict[str, Scheme]:
     """Which linear layers a checkpoint holds quantized, and how.
 
     Args:
         raw: config.json's ``quantization_config``.
         linears: the names of the model's linear layers.
+        stored: the names of the checkpoint's tensors.
 
     Raises:
-        UsageError: a format that quantkit does not run.
+        UsageError: a format that quantkit does not run, or a config that cannot be read.
         QuantkitError: a group is labelled with another format than its numbers are stored in.
     """
     config = _parse(raw)
     ignored = config.ignore or []
-    schemes: dict[str, Scheme] = {}
-    for scheme, targets in _groups(config):
+    found: dict[str, tuple[str, Scheme]] = {}
+    for label, scheme, targets in _groups(config):
         for name in linears:
-            if any(match_name(name, pattern) for pattern in ignored):
+            if any(_matches(name, pattern) for pattern in ignored):
                 continue
-            if any(t == "Linear" or match_name(name, t) for t in targets):
-                schemes.setdefault(name, scheme)
-    return schemes
+            if any(t == "Linear" or _matches(name, t) for t in targets):
+                found.setdefault(name, (label, scheme))
+    for name, (label, scheme) in found.items():
+        _check_stored(label, scheme, name, stored)
+    return {name: scheme for name, (_, scheme) in found.items()}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    try:
+        return bool(match_name(name, pattern))
+    except re.error as e:
+        raise UsageError(f"quantization_config: {pattern!r} is no regular expression ({e})") from e
 
 
 def read_schemes(raw: Mapping[str, Any]) -> list[Scheme]:
@@ -182,7 +205,7 @@ def read_schemes(raw: Mapping[str, Any]) -> list[Scheme]:
     Raises:
         UsageError: see `read_config`.
     """
-    return list(dict.fromkeys(scheme for scheme, _ in _groups(_parse(raw))))
+    return list(dict.fromkeys(scheme for _, scheme, _ in _groups(_parse(raw))))
 
 
 def _parse(raw: Mapping[str, Any]) -> QuantizationConfig:
@@ -193,8 +216,8 @@ def _parse(raw: Mapping[str, Any]) -> QuantizationConfig:
         raise UsageError(f"quantization_config cannot be read: {e}") from e
 
 
-def _groups(config: QuantizationConfig) -> Iterator[tuple[Scheme, list[str]]]:
-    """(scheme, targets) of each group that quantizes weights."""
+def _groups(config: QuantizationConfig) -> Iterator[tuple[str, Scheme, list[str]]]:
+    """(format label, scheme, targets) of each group that quantizes weights."""
     for group in config.config_groups.values():
         assert isinstance(group, QuantizationScheme)
         if group.weights is None:
@@ -204,22 +227,44 @@ def _groups(config: QuantizationConfig) -> Iterator[tuple[Scheme, list[str]]]:
             raise UsageError("output_activations: quantkit quantizes the inputs of layers only")
         inputs = _input_spec(group.input_activations) if group.input_activations else None
         scheme = named_scheme(weight, inputs)
-        label = group.format or config.format
-        _check_label(str(getattr(label, "value", label)), scheme)
-        yield scheme, group.targets
+        found = group.format or config.format
+        label = str(getattr(found, "value", found))
+        _check_label(label, scheme)
+        yield label, scheme, group.targets
 
 
 def _check_label(label: str, scheme: Scheme) -> None:
-    """An engine picks its reader by the label: under a wrong one it reads other weights."""
+    """An engine picks its reader by the label: under a wrong one it reads other weights.
+
+    Integers of any width are stored packed or one a byte, whatever their activations are; which
+    of both it is, only the tensors tell (`_check_stored`).
+    """
     expected = format_name(scheme)
-    labels = {expected, "mixed-precision"}
+    labels = {expected, *_UNSPECIFIC}
     if scheme.weight.bits == 8:
         labels.add("naive-quantized")  # older exports of the same tensors
+    if scheme.weight.dtype is DType.INT:
+        labels |= {_PACKED, *_BYTES}
     if label not in labels:
-        raise QuantkitError(
-            f"config.json: format {label!r} for {scheme.name}, which is stored as {expected}",
-            remedy="the checkpoint is mislabelled: export it again",
-        )
+        raise _mislabelled(label, scheme, expected)
+
+
+def _check_stored(label: str, scheme: Scheme, name: str, stored: Collection[str]) -> None:
+    """Raise QuantkitError where a layer of integers is packed and its label says bytes, or the
+    other way round. A weight without a scale is not quantized at all, which reading it tells."""
+    if scheme.weight.dtype is not DType.INT or f"{name}.weight_scale" not in stored:
+        return
+    if label in _BYTES and f"{name}.weight_packed" in stored:
+        raise _mislabelled(label, scheme, _PACKED)
+    if label == _PACKED and f"{name}.weight" in stored:
+        raise _mislabelled(label, scheme, _BYTES[0])
+
+
+def _mislabelled(label: str, scheme: Scheme, actual: str) -> QuantkitError:
+    return QuantkitError(
+        f"config.json: format {label!r} for {scheme.name}, which is stored as {actual}",
+        remedy="the checkpoint is mislabelled: export it again",
+    )
 
 
 def read_cache_spec(raw: Mapping[str, Any]) -> QuantSpec | None:
@@ -229,12 +274,16 @@ def read_cache_spec(raw: Mapping[str, Any]) -> QuantSpec | None:
         raw: config.json's ``quantization_config``.
 
     Raises:
-        UsageError: a format that quantkit does not run.
+        UsageError: a format that quantkit does not run, or a scheme that cannot be read.
     """
     if not raw.get("kv_cache_scheme"):
         return None
-    given = {k: v for k, v in raw["kv_cache_scheme"].items() if v is not None}
-    spec = from_args(QuantizationArgs(**given))
+    given = as_object(raw["kv_cache_scheme"], "kv_cache_scheme")
+    try:
+        args = QuantizationArgs(**{k: v for k, v in given.items() if v is not None})
+    except Exception as e:  # pydantic's own error types vary with its version
+        raise UsageError(f"kv_cache_scheme cannot be read: {e}") from e
+    spec = from_args(args)
     if spec not in KV_CACHES.values():
         raise UsageError(
             f"kv_cache_scheme {spec.label()!r}: not one that quantkit runs",
@@ -245,7 +294,7 @@ def read_cache_spec(raw: Mapping[str, Any]) -> QuantSpec | None:
 
 def _check_readable(raw: Mapping[str, Any]) -> None:
     """Raise UsageError for what would change a layer's output and is not in its tensors."""
-    groups = raw.get("config_groups") or {}
+    groups = as_object(raw.get("config_groups") or {}, "config_groups")
     named = [raw.get("format"), *(g.get("format") for g in groups.values() if isinstance(g, dict))]
     for fmt in named:
         if fmt is not None and fmt not in FORMATS:
@@ -258,7 +307,7 @@ def _check_readable(raw: Mapping[str, Any]) -> None:
             "transform_config: rotations that run at inference are not a format that quantkit runs",
             remedy="fold them into the weights, as quantkit's own `rotate` does",
         )
-    sparsity = raw.get("sparsity_config") or {}
+    sparsity = as_object(raw.get("sparsity_config") or {}, "sparsity_config")
     if sparsity.get("format", "dense") != "dense":
         raise UsageError(
             f"sparsity_config {sparsity['format']!r}: quantkit reads dense weights",

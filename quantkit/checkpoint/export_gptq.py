@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,22 @@ from torch import Tensor
 
 from quantkit import __version__, packing
 from quantkit import model as models
+from quantkit.checkpoint.fields import read_object
 from quantkit.checkpoint.half import Rounding, to_half
 from quantkit.checkpoint.layer import StoredLayer
 from quantkit.checkpoint.opened import OpenCheckpoint
 from quantkit.checkpoint.options import BITS
+from quantkit.checkpoint.read import INDEX
 from quantkit.checkpoint.write import MANIFEST, write_tensors
 from quantkit.errors import UsageError
 from quantkit.schemes import DType, Granularity, QuantSpec, Scheme
 
 #: Files beside the weights that are written anew or belong to the old format.
-_NOT_COPIED = ("config.json", "quantize_config.json", MANIFEST, "model.safetensors.index.json")
+_NOT_COPIED = ("config.json", "quantize_config.json", "quant_config.json", MANIFEST, INDEX)
 
 
 def write_gptq(source: OpenCheckpoint, folder: Path) -> tuple[dict[str, int], Rounding, list[str]]:
-    """Write a folder in GPTQ's format.
+    """Write a folder in GPTQ's format, its tensors named as in the files they came from.
 
     Zero points are in version 1 wherever it can hold them, else the whole checkpoint is in
     version 2.
@@ -47,22 +48,25 @@ def write_gptq(source: OpenCheckpoint, folder: Path) -> tuple[dict[str, int], Ro
         _check(name, scheme, source.shapes[name])
     layers = {name: source.layer(name) for name in source.schemes}
     version = 1 if all(_fits_version_1(layer) for layer in layers.values()) else 2
-    tensors = {key: tensor.contiguous() for key, tensor in source.plain()}
+    files = source.files
+    tensors = {files.stored_name(key): tensor.contiguous() for key, tensor in source.plain()}
     counts = Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values())
     rounding = Rounding()
     for name, layer in layers.items():
         packed, cost = to_gptq(layer, version, name)
-        tensors |= {f"{name}.{key}": tensor for key, tensor in packed.items()}
+        stem = files.stored_module(name)
+        tensors |= {f"{stem}.{key}": tensor for key, tensor in packed.items()}
         rounding += cost
         counts[f"int{layer.weight.spec.bits}"] += 1
     folder.mkdir()
     write_tensors(folder, tensors)
-    config = json.loads((source.folder / "config.json").read_text())
+    config = read_object(source.folder / "config.json")
     ordered = any(layer.order is not None for layer in layers.values())
-    config["quantization_config"] = _config(source.schemes, version, ordered)
+    config["quantization_config"] = _config(source, version, ordered)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for file in models.hash_folder(source.folder):
         if file not in _NOT_COPIED and not file.endswith(".safetensors"):
+            (folder / file).parent.mkdir(exist_ok=True)
             shutil.copyfile(source.folder / file, folder / file)
     notes = []
     if version == 2:
@@ -126,8 +130,13 @@ def _check(name: str, scheme: Scheme, shape: tuple[int, int]) -> None:
         )
 
 
-def _config(schemes: Mapping[str, Scheme], version: int, ordered: bool) -> dict[str, Any]:
-    """``quantization_config``: the commonest spec for all, ``dynamic`` rules for the others."""
+def _config(source: OpenCheckpoint, version: int, ordered: bool) -> dict[str, Any]:
+    """``quantization_config``: the commonest spec for all, ``dynamic`` rules for the others.
+
+    A layer whose name in memory is not the one on disk has a rule for each: transformers looks for
+    the first, vLLM for the second.
+    """
+    schemes = source.schemes
     specs = Counter(scheme.weight for scheme in schemes.values())
     usual = specs.most_common(1)[0][0]
     config: dict[str, Any] = {
@@ -142,7 +151,9 @@ def _config(schemes: Mapping[str, Scheme], version: int, ordered: bool) -> dict[
     others = {n: s.weight for n, s in schemes.items() if s.weight != usual}
     if others:
         config["dynamic"] = {
-            f"+:{re.escape(name)}$": _values(spec) for name, spec in others.items()
+            f"+:{re.escape(both)}$": _values(spec)
+            for name, spec in others.items()
+            for both in (name, source.files.stored_module(name))
         }
     return config
 

@@ -51,8 +51,9 @@ class CompressedTensorsReader:
         return f"compressed-tensors {self.raw.get('format', '')}".rstrip()
 
     def schemes(self, linears: Sequence[str], tensors: Collection[str]) -> dict[str, Scheme]:
-        """By the config's targets; tensors are not looked at."""
-        return read_config(self.raw, linears)
+        """By the config's targets. Raises QuantkitError for tensors of another format than the
+        config says."""
+        return read_config(self.raw, linears, tensors)
 
     def layer(
         self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str
@@ -83,7 +84,7 @@ def open_format(raw: Mapping[str, Any]) -> Reader:
         UsageError: a method that has no reader, or a variant that its reader does not know.
     """
     method = raw.get("quant_method")
-    if method not in READERS:
+    if not isinstance(method, str) or method not in READERS:
         raise UsageError(
             f"quant_method {method!r}: quantkit reads {', '.join(READERS)} checkpoints",
             remedy="export the model to one of them, or start from the original",

@@ -11,7 +11,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit.checkpoint.fields import read_object
 from quantkit.errors import UsageError
+from quantkit.model.quiet import first_line
 
 if TYPE_CHECKING:
     import gguf
@@ -40,14 +42,22 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) -> Non
         vocabulary: rows of the embedding; ids without a token become unused ones.
 
     Raises:
-        UsageError: a tokenizer that llama.cpp has no rules for.
+        UsageError: a damaged tokenizer, or one that llama.cpp has no rules for.
     """
     import gguf
+    from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UsageError(f"{folder}: has no tokenizer.json, which a GGUF file is written from")
-    tokenizer = json.loads(path.read_text())
+    tokenizer = read_object(path)
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as e:  # the library raises nothing narrower
+        raise UsageError(f"{path}: no tokenizer ({first_line(e)})") from e
+    for extra in (folder / "tokenizer_config.json", folder / "chat_template.json"):
+        if extra.is_file():
+            read_object(extra)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name_rules(tokenizer, path))
     tokens, kinds = _tokens(tokenizer, vocabulary, path)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from quantkit import packing
+from quantkit.checkpoint.fields import as_object
 from quantkit.checkpoint.layer import LayerTensors, StoredLayer, column_order
 from quantkit.checkpoint.options import Options, compile_rule, read_usual
 from quantkit.errors import QuantkitError, UsageError
@@ -71,7 +72,7 @@ class GptqReader:
         zero = packing.unpack_int(zero_words, bits, (groups, n)).t().contiguous()
         columns, order = parts.find("g_idx"), None
         if columns is not None and columns.numel():
-            order = column_order(columns, groups, name)
+            order = column_order(parts.take("g_idx", (k,)), groups, name)
         parts.check_all_read()
         if order is not None:
             codes = codes[:, order].contiguous()
@@ -115,7 +116,7 @@ def open_gptq(raw: Mapping[str, Any]) -> GptqReader:
     fmt = raw.get("checkpoint_format") or "gptq"
     if raw.get("is_marlin_format"):
         fmt = "marlin"
-    if fmt not in ZERO_OFFSETS:
+    if not isinstance(fmt, str) or fmt not in ZERO_OFFSETS:
         raise UsageError(
             f"checkpoint_format {fmt!r}: not one that quantkit reads",
             remedy=f"save the model as {' or '.join(ZERO_OFFSETS)}",
@@ -125,7 +126,8 @@ def open_gptq(raw: Mapping[str, Any]) -> GptqReader:
             f"pack_dtype {raw['pack_dtype']!r}: quantkit reads words of int32",
             remedy="save the model with pack_dtype int32",
         )
-    rules = [_rule(key, given) for key, given in (raw.get("dynamic") or {}).items()]
+    dynamic = as_object(raw.get("dynamic") or {}, "dynamic")
+    rules = [_rule(key, as_object(given, f"dynamic {key!r}")) for key, given in dynamic.items()]
     return GptqReader(
         f"GPTQ version {2 - ZERO_OFFSETS[fmt]}", ZERO_OFFSETS[fmt], Options(read_usual(raw), rules)
     )

@@ -69,6 +69,19 @@ class LayerTensors:
             raise QuantkitError(f"{self.name}.{key}: is {tensor.dtype}, not {dtype}")
         return tensor
 
+    def take_scales(
+        self, key: str, shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The tensor in this shape; writers differ in the axes of one element.
+
+        Raises:
+            QuantkitError: it is missing, or of another shape or dtype.
+        """
+        tensor = self.take(key, dtype=dtype)
+        if [d for d in tensor.shape if d != 1] == [d for d in shape if d != 1]:
+            return tensor.reshape(shape)
+        return self.take(key, shape)  # which says what it found
+
     def check_all_read(self) -> None:
         """Raise QuantkitError for a tensor that nobody took: it would change the layer's output."""
         if self._unread:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quantkit.checkpoint.config import named_scheme
+from quantkit.checkpoint.fields import as_integer
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.schemes import Granularity, QuantSpec, Scheme
 
@@ -30,12 +31,16 @@ class LayerOptions:
     symmetric: bool
 
     def changed(self, given: Mapping[str, Any]) -> LayerOptions:
-        """With a layer's own values, spelled as in config.json."""
+        """With a layer's own values, spelled as in config.json.
+
+        Raises:
+            UsageError: bits or a group size that is no integer.
+        """
         symmetric = given.get("sym")
         return replace(
             self,
-            bits=int(given.get("bits") or self.bits),
-            group_size=int(given.get("group_size") or self.group_size),
+            bits=as_integer(given.get("bits") or self.bits, "bits"),
+            group_size=as_integer(given.get("group_size") or self.group_size, "group_size"),
             symmetric=self.symmetric if symmetric is None else bool(symmetric),
         )
 
@@ -93,12 +98,12 @@ class Options:
 
 
 def read_usual(raw: Mapping[str, Any], *, default_symmetric: bool = True) -> LayerOptions:
-    """What holds for every layer. Raises UsageError for a key that is missing."""
+    """What holds for every layer. Raises UsageError for a key that is missing or no integer."""
     for key in ("bits", "group_size"):
         if raw.get(key) is None:
             raise UsageError(f"quantization_config: has no {key!r}")
-    usual = LayerOptions(int(raw["bits"]), int(raw["group_size"]), default_symmetric)
-    return usual.changed(raw)
+    bits, group = (as_integer(raw[key], key) for key in ("bits", "group_size"))
+    return LayerOptions(bits, group, default_symmetric).changed(raw)
 
 
 def compile_rule(pattern: str) -> re.Pattern[str]:

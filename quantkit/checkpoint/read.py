@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from quantkit import model as models
+from quantkit.checkpoint.fields import as_object, read_object
 from quantkit.errors import QuantkitError, UsageError
 
 if TYPE_CHECKING:
@@ -27,17 +27,17 @@ def read_quantization_config(folder: Path) -> Mapping[str, Any] | None:
     ``quantize_config.json`` beside it.
 
     Raises:
-        UsageError: no config.json, or AutoAWQ's older ``quant_config.json`` alone.
-        QuantkitError: not JSON.
+        UsageError: no config.json, one that is no JSON object, or AutoAWQ's older
+            ``quant_config.json`` alone.
     """
     config = folder / "config.json"
     if not config.is_file():
         raise UsageError(f"{folder}: no config.json in this folder")
-    found = _read(config).get("quantization_config")
+    found = read_object(config).get("quantization_config")
     if found is not None:
-        return found
+        return as_object(found, f"{config}: quantization_config")
     if (folder / "quantize_config.json").is_file():
-        return {"quant_method": "gptq", **_read(folder / "quantize_config.json")}
+        return {"quant_method": "gptq", **read_object(folder / "quantize_config.json")}
     if (folder / "quant_config.json").is_file():
         raise UsageError(
             f"{folder}: quant_config.json without a quantization_config in config.json",
@@ -46,11 +46,11 @@ def read_quantization_config(folder: Path) -> Mapping[str, Any] | None:
     return None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as e:
-        raise QuantkitError(f"{path}:{e.lineno}: not JSON ({e.msg})") from e
+def original_hash(manifest: Mapping[str, Any]) -> str | None:
+    """The hash of the weights that a checkpoint was made from; None where none is noted."""
+    source = manifest.get("source")
+    found = source.get("hash") if isinstance(source, Mapping) else None
+    return found if isinstance(found, str) else None
 
 
 def build_empty(config: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -71,6 +71,10 @@ def build_empty(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+#: Beside several files: which of them holds a tensor.
+INDEX = "model.safetensors.index.json"
+
+
 class TensorFiles:
     """A folder's safetensors as one mapping of names; a context manager.
 
@@ -78,35 +82,63 @@ class TensorFiles:
         folder: with one or more ``.safetensors``.
 
     Raises:
-        QuantkitError: no such file, a file that is cut short, or a shard that the index names and
-            the folder lacks.
+        QuantkitError: no such file, a file that is cut short, a tensor in two files, or one that
+            the index names and no file holds.
+        UsageError: an index that cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
         self.folder = folder
         self._files: dict[str, Any] = {}  # by name
         self._stored: dict[str, str] = {}  # the name in its file
         self._stack = ExitStack()
-        paths = sorted(folder.glob("*.safetensors"))
+        try:
+            self._open()
+            self._check_index()
+        except BaseException:
+            self._stack.close()
+            raise
+        self._stored = {name: name for name in self._files}
+        self._modules: dict[str, list[str]] = {}
+        self._group()
+
+    def _open(self) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        paths = sorted(self.folder.glob("*.safetensors"))
         if not paths:
             raise QuantkitError(
-                f"{folder}: no .safetensors files", remedy="quantkit does not read pickled weights"
+                f"{self.folder}: no .safetensors files",
+                remedy="quantkit does not read pickled weights",
             )
         for path in paths:
             try:
                 file = self._stack.enter_context(safe_open(path, "pt"))
             except (SafetensorError, OSError) as e:
-                self._stack.close()
                 raise QuantkitError(
                     f"{path}: truncated or not a safetensors file ({e})",
                     remedy="copy it again; `quantkit verify` compares hashes",
                 ) from e
-            self._files.update(dict.fromkeys(file.keys(), file))
-        self._stored = {name: name for name in self._files}
-        self._modules: dict[str, list[str]] = {}
-        self._group()
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                if name in self._files:
+                    raise QuantkitError(
+                        f"{path}: {name} is in another file of the folder, too",
+                        remedy="keep the files of one checkpoint in the folder",
+                    )
+                self._files[name] = file
+
+    def _check_index(self) -> None:
+        index = self.folder / INDEX
+        if not index.is_file():
+            return
+        listed = as_object(read_object(index).get("weight_map"), f"{index}: weight_map")
+        missing = [name for name in listed if name not in self._files]
+        if missing:
+            raise QuantkitError(
+                f"{self.folder}: {missing[0]} is missing, which the index places in "
+                f"{listed[missing[0]]} ({len(missing)} tensors in all)",
+                remedy="the folder is incomplete; copy it again",
+            )
 
     def __enter__(self) -> TensorFiles:
         return self
@@ -115,7 +147,19 @@ class TensorFiles:
         self._stack.close()
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Call tensors by other names, such as those of the model in memory: old to new."""
+        """Call tensors by other names, such as those of the model in memory: old to new.
+
+        Raises:
+            QuantkitError: two tensors would have the same name.
+        """
+        taken: dict[str, str] = {}
+        for old, stored in self._stored.items():
+            other = taken.setdefault(names[old], stored)
+            if other != stored:
+                raise QuantkitError(
+                    f"{self.folder}: {other} and {stored} are both {names[old]} in the model",
+                    remedy="the files hold tensors of two checkpoints; copy one of them anew",
+                )
         self._files = {names[old]: file for old, file in self._files.items()}
         self._stored = {names[old]: stored for old, stored in self._stored.items()}
         self._group()
@@ -129,6 +173,14 @@ class TensorFiles:
     def names(self) -> list[str]:
         """Of every tensor, file by file."""
         return list(self._files)
+
+    def stored_name(self, name: str) -> str:
+        """A tensor's name in its file."""
+        return self._stored[name]
+
+    def stored_module(self, name: str) -> str:
+        """The name that a module's tensors have in their file."""
+        return self._stored[self._modules[name][0]].rpartition(".")[0]
 
     def tensor(self, name: str) -> Tensor:
         """One tensor. Raises QuantkitError when it is not there."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from quantkit import packing
-from quantkit.checkpoint.config import format_name
+from quantkit.checkpoint.config import SCALE_DTYPES, format_name
 from quantkit.checkpoint.layer import LayerTensors, StoredLayer, column_order
 from quantkit.errors import QuantkitError
 from quantkit.numerics import QTensor
@@ -69,40 +69,34 @@ def from_disk(
         QuantkitError: a tensor is missing, unknown, or has another shape than the layer.
         UsageError: groups of columns that cannot be brought together.
     """
-    spec = scheme.weight
+    spec, (n, k) = scheme.weight, shape
     parts = LayerTensors(name, tensors)
-    scale, zero, global_scale = parts.take("weight_scale"), None, None
-    try:
-        if spec.scale is not ScaleFormat.MODEL:
-            codes = packing.unpack_fp4(parts.take("weight_packed", dtype=torch.uint8))
-            if spec.scale is ScaleFormat.E4M3:
-                global_scale = parts.take("weight_global_scale")
-        elif _is_packed(tensors, scheme):
-            parts.find("weight_shape")
-            words = parts.take("weight_packed", dtype=torch.int32)
-            codes = packing.unpack_int(words, spec.bits, shape)
-            if not spec.symmetric:
-                rows = (shape[0], spec.scale_shape(shape)[-1])
-                packed = parts.take("weight_zero_point")
-                zero = packing.unpack_int(packed, spec.bits, rows, dim=0)
-        else:
-            stored = torch.int8 if spec.dtype is DType.INT else torch.float8_e4m3fn
-            codes = parts.take("weight", dtype=stored)
-            if not spec.symmetric:
-                zero = parts.take("weight_zero_point").reshape(spec.scale_shape(shape))
-    except (RuntimeError, IndexError) as e:
-        raise QuantkitError(
-            f"{name}: stored with another shape than {list(shape)} ({str(e).splitlines()[0]})"
-        ) from e
-    if spec.granularity is not Granularity.TENSOR:
-        scale = scale.reshape(spec.scale_shape(shape))
-    if tuple(codes.shape) != shape:
-        raise QuantkitError(f"{name}: codes {list(codes.shape)} where the layer is {list(shape)}")
-    input_scale = parts.take("input_scale") if scheme.needs_static_input else None
+    scale_shape = spec.scale_shape(shape)
+    scale = parts.take_scales("weight_scale", scale_shape, SCALE_DTYPES[spec.scale])
+    zero, global_scale = None, None
+    if spec.scale is not ScaleFormat.MODEL:
+        codes = packing.unpack_fp4(parts.take("weight_packed", (n, k // 2), torch.uint8))
+        if spec.scale is ScaleFormat.E4M3:
+            global_scale = parts.take_scales("weight_global_scale", (1,))
+    elif _is_packed(tensors, scheme):
+        _check_shape(parts, shape)
+        words = packing.packed_columns(k, spec.bits)
+        packed = parts.take("weight_packed", (n, words), torch.int32)
+        codes = packing.unpack_int(packed, spec.bits, shape)
+        if not spec.symmetric:
+            rows = (n, scale_shape[-1])
+            words = packing.packed_columns(n, spec.bits)
+            packed = parts.take("weight_zero_point", (words, rows[1]), torch.int32)
+            zero = packing.unpack_int(packed, spec.bits, rows, dim=0)
+    else:
+        stored = torch.int8 if spec.dtype is DType.INT else torch.float8_e4m3fn
+        codes = parts.take("weight", shape, stored)
+        if not spec.symmetric:
+            zero = parts.take_scales("weight_zero_point", scale_shape)
+    input_scale = parts.take_scales("input_scale", (1,)) if scheme.needs_static_input else None
     order = None
-    columns = parts.find("weight_g_idx")
-    if columns is not None and spec.granularity is Granularity.GROUP:
-        order = column_order(columns, scale.shape[-1], name)
+    if parts.find("weight_g_idx") is not None and spec.granularity is Granularity.GROUP:
+        order = column_order(parts.take("weight_g_idx", (k,)), scale_shape[-1], name)
     if order is not None:
         codes = codes[:, order].contiguous()
     _check_zero_points(parts, spec.symmetric)
@@ -116,6 +110,16 @@ def _is_packed(tensors: Mapping[str, Tensor], scheme: Scheme) -> bool:
     if ("weight" in tensors) == ("weight_packed" in tensors):
         return format_name(scheme) == "pack-quantized"
     return "weight_packed" in tensors
+
+
+def _check_shape(parts: LayerTensors, shape: tuple[int, int]) -> None:
+    """The words' own note of what they hold: k codes a row may fill the same words as k + 1."""
+    found = parts.find("weight_shape")
+    if found is not None and found.tolist() != list(shape):
+        raise QuantkitError(
+            f"{parts.name}.weight_shape: says {found.tolist()} where the layer has {list(shape)}",
+            remedy="the config does not belong to these tensors",
+        )
 
 
 def _check_zero_points(parts: LayerTensors, symmetric: bool) -> None:

@@ -26,7 +26,7 @@ from quantkit.integrity import check_tensors
 from quantkit.kv_cache import CacheRange
 from quantkit.plan import Plan
 from quantkit.quantize import QuantizedLayer
-from quantkit.results import read_json
+from quantkit.results import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +42,7 @@ _BESIDE = (
     "*processor_config.json",
     "modules.json",
     "*sentence*.json",
-    "*_Pooling/config.json",
+    models.POOLING,
 )
 
 
@@ -152,6 +152,7 @@ def write_checkpoint(
                     "output_error": layers[layer.name].output_error,
                     **_range_facts(layers[layer.name]),
                     **_rounding_facts(layers[layer.name]),
+                    **_reconstruction_facts(layers[layer.name]),
                 }
                 for layer in plan.layers
             },
@@ -173,6 +174,12 @@ def _rounding_facts(layer: QuantizedLayer) -> dict[str, Any]:
     return {} if layer.rounding is None else {"rounding": asdict(layer.rounding)}
 
 
+def _reconstruction_facts(layer: QuantizedLayer) -> dict[str, Any]:
+    """What training the rounding of the layer's block came to."""
+    found = layer.reconstruction
+    return {} if found is None else {"reconstruction": asdict(found)}
+
+
 def _cache_facts(plan: Plan, caches: Mapping[str, CacheRange]) -> dict[str, Any]:
     if plan.kv is None:
         return {}
@@ -184,11 +191,8 @@ def _cache_facts(plan: Plan, caches: Mapping[str, CacheRange]) -> dict[str, Any]
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write or replace ``quantkit.json``: a staging name, then a rename."""
-    staging = folder / f".{MANIFEST}.tmp"
-    with guarded_disk(None):
-        staging.write_text(json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n")
-        os.replace(staging, folder / MANIFEST)
+    """Write or replace ``quantkit.json``. Raises as `quantkit.results.write_json` does."""
+    write_json(folder / MANIFEST, manifest)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -196,6 +200,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         UsageError: there is none.
+        QuantkitError: it is something else.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
@@ -203,7 +208,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UsageError(
             f"{folder}: has no {MANIFEST}", remedy="only checkpoints that quantkit wrote have one"
         )
-    return read_json(folder / MANIFEST)
+    found = read_json(folder / MANIFEST)
+    if not (isinstance(found, dict) and isinstance(found.get("files"), dict)):
+        raise QuantkitError(
+            f"{folder / MANIFEST}: is no manifest", remedy="copy the checkpoint again"
+        )
+    return found
 
 
 def promote(staging: Path, out: Path) -> None:
@@ -257,20 +267,27 @@ def _retired(out: Path) -> Path:
 
 
 @contextmanager
-def guarded_disk(folder: Path | None) -> Iterator[None]:
-    """Turn failures of the disk into readable errors; a half-written folder is removed."""
+def guarded_disk(folder: Path) -> Iterator[None]:
+    """Turn failures of the disk into readable errors; a half-written folder is removed.
+
+    What is copied into the folder may fail to be read, too: the error names that file.
+    """
     try:
         yield
     except BaseException as e:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left on device" in str(e):
             raise QuantkitError(
                 f"{folder}: the disk is full", remedy="free some space; nothing was left behind"
             ) from e
         if isinstance(e, OSError):
-            raise UsageError(f"{folder}: cannot be written ({e.strerror or e})") from e
+            place = Path(e.filename) if isinstance(e.filename, str | Path) else folder
+            ours = place == folder or folder in place.parents or place in folder.parents
+            raise UsageError(
+                f"{folder if ours else place}: cannot be {'written' if ours else 'read'} "
+                f"({e.strerror or e})"
+            ) from e
         raise
 
 

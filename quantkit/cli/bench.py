@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated, Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantkit.cli.kernels import Kernels, KernelsOption
 from quantkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from quantkit.models.runtime import Runtime
 
 app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 
@@ -37,6 +42,28 @@ def decode(
     repeats: Annotated[
         int, typer.Option("--repeats", min=1, help="Rounds; the median is reported.")
     ] = 3,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            help="The original: time both on the same prompts, interleaved, TTFT and TPOT.",
+        ),
+    ] = None,
+    timings: Annotated[
+        Path | None,
+        typer.Option("--timings", help="Write them for `quantkit gate --timings`."),
+    ] = None,
+    prompts: Annotated[
+        int, typer.Option("--prompts", min=1, help="With --reference: how many prompts.")
+    ] = 16,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            help="With --reference: take the prompts from these documents, cut to --prompt-tokens, "
+            "in place of random tokens.",
+        ),
+    ] = None,
     kernels: KernelsOption = Kernels.native,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
@@ -44,19 +71,38 @@ def decode(
     """Tokens per second of prefill and decode, through the server's own loop.
 
     weight_gb_s is what a step reads of the weights, a second: compare it with the read bandwidth
-    that `quantkit bench kernels` prints.
+    that `quantkit bench kernels` prints. With --reference, times to the first token and per token
+    after it of both models, --batch requests in flight: what `latency.*` gates are held to.
     """
     import torch
 
-    from quantkit.models.load import load_runtime
     from quantkit.serve.measure import measure_decode
 
+    if reference is None and (timings is not None or data is not None):
+        raise UsageError(
+            "--timings and --data compare two models", remedy="give --reference MODEL, or drop them"
+        )
     if threads:
         torch.set_num_threads(threads)
-    typer.echo(f"loading {checkpoint}", err=True)
-    runtime = load_runtime(checkpoint, kernels=kernels.value, device=device)
-    if runtime.fallback:
-        typer.echo(f"in transformers' modules: {runtime.fallback}", err=True)
+    load = partial(_load, kernels=kernels.value, device=device)
+    if reference is not None:
+        from quantkit.cli.bench_pair import compare
+
+        compare(
+            load,
+            checkpoint,
+            reference,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            concurrency=batch,
+            repeats=repeats,
+            prompts=prompts,
+            data=data,
+            timings=timings,
+            as_json=as_json,
+        )
+        return
+    runtime = load(checkpoint)
     speed = measure_decode(
         runtime,
         prompt_tokens=prompt_tokens,
@@ -87,6 +133,16 @@ def decode(
     width = max(map(len, result))
     for name, value in result.items():
         typer.echo(f"{name:<{width}}  {value}")
+
+
+def _load(source: str, *, kernels: str, device: str) -> Runtime:
+    from quantkit.models.load import load_runtime
+
+    typer.echo(f"loading {source}", err=True)
+    runtime = load_runtime(source, kernels=kernels, device=device)
+    if runtime.fallback:
+        typer.echo(f"in transformers' modules: {runtime.fallback}", err=True)
+    return runtime
 
 
 @app.command()

@@ -75,6 +75,15 @@ def command(
         int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
     ] = None,
     kernels: KernelsOption = Kernels.native,
+    activation_memory: Annotated[
+        float | None,
+        typer.Option(
+            "--activation-memory",
+            min=0,
+            help="GB of hidden states to hold in memory; beyond that they lie on disk, and "
+            "calibration takes two to three times as long. Same bytes.",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a run that was interrupted.")
     ] = False,
@@ -91,8 +100,11 @@ def command(
     The plan is printed first. The checkpoint appears at OUT only when every gate passes;
     otherwise it stays at OUT.rejected. OUT.run holds scores, verdict and flips.
 
+    `torchrun --nproc-per-node N -m quantkit calibrate …` shares the calibration windows out; the
+    first process solves, writes and judges. torchrun itself ends with 1 whatever that one's code.
+
     Exit codes: 0 pass, 1 regression, 2 usage, 3 inconclusive, 4 runtime, 5 the baseline is of
-    another model, 130 interrupted.
+    another model, other suites or other text, 130 interrupted.
     """
     from quantkit.errors import UsageError
 
@@ -116,7 +128,8 @@ def command(
     import torch
 
     from quantkit.cli.progress import reporter
-    from quantkit.run import Job, execute, prepare
+    from quantkit.parallel import world
+    from quantkit.run import Job, execute, follow, prepare
 
     if threads:
         torch.set_num_threads(threads)
@@ -133,15 +146,21 @@ def command(
         kernels=kernels.value,
         seq_len=eval_seq_len,
         max_tokens=eval_tokens,
+        activation_memory=None if activation_memory is None else int(activation_memory * 1e9),
     )
-    prepared = prepare(job)
-    if not as_json or not dry_run:
-        _show_plan(prepared)
-    if dry_run:
-        if as_json:
-            typer.echo(json.dumps(prepared.plan.to_json(), indent=1))
-        return
-    outcomes = execute(prepared, reporter)
+    with world() as together:
+        prepared = together.first_before_others(lambda: prepare(job))
+        if not together.leads:
+            if not dry_run:
+                follow(prepared, together)
+            return
+        if not as_json or not dry_run:
+            _show_plan(prepared, together.size)
+        if dry_run:
+            if as_json:
+                typer.echo(json.dumps(prepared.plan.to_json(), indent=1))
+            return
+        outcomes = execute(prepared, reporter, together)
     if as_json:
         typer.echo(json.dumps(outcomes.to_json(), indent=1))
     else:
@@ -166,13 +185,21 @@ def _recipe(name: str, data: list[str] | None, **overrides: int | None) -> Recip
     return replace(recipe, calibrate=replace(calibration, **given))
 
 
-def _show_plan(prepared: Prepared) -> None:
+def _show_plan(prepared: Prepared, processes: int) -> None:
     """The plan, on stderr: stdout belongs to the result."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    plan, console = prepared.plan, Console(stderr=True)
-    console.print(f"[bold]Plan[/bold] for {prepared.job.source}, {plan.blocks} blocks")
+    from quantkit.footprint import spills
+    from quantkit.importance import pass_bytes
+
+    # Names of models, layers and files are the user's, never markup.
+    plan, console = prepared.plan, Console(stderr=True, markup=False, emoji=False)
+    caution = ("warning", "yellow")
+    console.print(
+        Text.assemble(("Plan", "bold"), f" for {prepared.job.source}, {plan.blocks} blocks")
+    )
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("scheme", "what", "algorithm"):
         table.add_column(title)
@@ -203,18 +230,24 @@ def _show_plan(prepared: Prepared) -> None:
         console.print(f"scalings           {len(plan.folds)} inputs, folded into their producers")
     for reason, labels in _by_reason(plan.unscaled).items():
         more = f" and {len(labels) - 1} more" if labels[1:] else ""
-        console.print(f"[yellow]not scaled[/yellow]: {labels[0]}{more}: {reason}")
+        console.print(Text.assemble(("not scaled", "yellow"), f": {labels[0]}{more}: {reason}"))
     console.print(
         f"size               {plan.source_bytes / 1e6:.1f} MB → {plan.size_bytes / 1e6:.1f} MB "
         f"({plan.size_bytes / plan.source_bytes:.1%})"
     )
     console.print(
-        f"working memory     {plan.activation_bytes / 1e6:.0f} MB of activations, "
+        f"working memory     {plan.activation_bytes / 1e6:.0f} MB of activations "
+        f"({plan.spilled_bytes / 1e6:.0f} MB with hidden states on disk), "
         f"{plan.block_bytes / 1e6:.0f} MB a block"
     )
+    if plan.needs_fisher:
+        console.print(f"Fisher pass        {pass_bytes(plan) / 1e6:.0f} MB beside the whole model")
+    if spills(plan, prepared.job.activation_memory):
+        console.print("                   hidden states go to disk, passes are repeated")
     if prepared.tokens is not None:
         console.print(
             f"calibration        {plan.samples} × {plan.seq_len} tokens"
+            + (f" in {processes} processes" if processes > 1 else "")
             + ("" if plan.needs_data else " (this recipe needs none: they only measure errors)")
         )
         for source in prepared.tokens.report:
@@ -223,13 +256,13 @@ def _show_plan(prepared: Prepared) -> None:
                 f"{source.documents_used} of {source.documents} documents ({source.share:.0%})"
             )
         for warning in prepared.tokens.warnings:
-            console.print(f"[yellow]warning[/yellow]: {warning}")
+            console.print(Text.assemble(caution, f": {warning}"))
     if prepared.policy is not None:
         limits = ", ".join(gate.name for gate in prepared.policy.gates)
         console.print(f"gates              {limits}")
         for check in prepared.preflight:
             if check.message:
-                console.print(f"[yellow]warning[/yellow]: {check.message}")
+                console.print(Text.assemble(caution, f": {check.message}"))
 
 
 def _kept(names: Sequence[str]) -> str:

@@ -121,6 +121,8 @@ def score_started(
         "kernels": f"vllm-{vllm.version}/{vllm.host.device}",
         "device": vllm.host.device,
     }
+    if artifact.original is not None:
+        known["original"] = artifact.original
     with engine.running(asked, vllm, artifact, asked.options()) as process:
         config = configure(process.url, artifact.name, None, **asking)
         return score(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quantkit.cli.options import refuse
 from quantkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -75,6 +76,19 @@ EngineTimeoutOption = Annotated[
 ]
 
 
+#: The parameters above that only another engine reads.
+OPTIONS = ("engine_python", "tensor_parallel", "engine_arg", "engine_timeout")
+
+
+def check_unused(context: typer.Context) -> None:
+    """Refuse options of another engine where there is none.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    refuse(context, OPTIONS, "belongs to another engine", "add --engine vllm")
+
+
 @dataclass(frozen=True)
 class Asked:
     """What the options say of an engine."""
@@ -83,21 +97,6 @@ class Asked:
     tensor_parallel: int
     arguments: Sequence[str]
     timeout: float
-
-    def check_unused(self) -> None:
-        """Refuse options of another engine where there is none.
-
-        Raises:
-            UsageError: naming the option.
-        """
-        given = {
-            "--engine-python": self.python is not None,
-            "--tensor-parallel": self.tensor_parallel != 1,
-            "--engine-arg": bool(self.arguments),
-        }
-        for option, is_given in given.items():
-            if is_given:
-                raise UsageError(f"{option} belongs to another engine", remedy="add --engine vllm")
 
     def find(self) -> Vllm:
         """The vLLM that was asked for."""
@@ -124,6 +123,8 @@ def running(
     # The checkpoint is local: nothing needs the network, and nobody has to hear of the run.
     environment.setdefault("HF_HUB_OFFLINE", "1")
     environment.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # It would ask for a key that was meant for another server, and that nobody here sends.
+    environment.pop("VLLM_API_KEY", None)
     environment |= more.pop("secrets", {})
     typer.echo(f"starting vLLM {vllm.version} on {artifact.folder}", err=True)
     with engine.running(
@@ -146,7 +147,7 @@ def serve(
 ) -> int:
     """``quantkit serve --engine vllm``; returns the exit code."""
     from quantkit.engines.artifact import read_artifact
-    from quantkit.serve.api.middleware import read_api_keys
+    from quantkit.serve.keys import read_api_keys
 
     keys = () if api_keys is None else read_api_keys(api_keys)
     if len(keys) > 1:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,12 +17,14 @@ from quantkit.cli.kernels import Kernels, KernelsOption
 
 if TYPE_CHECKING:
     from quantkit.data.rows import Document
+    from quantkit.evals.scorers import Factory
     from quantkit.evals.suites import Suite
     from quantkit.models.runtime import Runtime
     from quantkit.results import Results
 
 
 def command(
+    context: typer.Context,
     checkpoint: Annotated[
         str | None,
         typer.Argument(metavar="[CKPT]", help="A checkpoint folder, a hub id or a .gguf file."),
@@ -155,13 +159,19 @@ def command(
 
     Exit codes: 0 done, 2 usage, 4 runtime, 5 the reference has another tokenizer.
     """
+    from quantkit.cli.eval_options import check_options
+    from quantkit.cli.eval_scorers import allowed_scorers
     from quantkit.errors import UsageError
     from quantkit.evals.suites import installed_folder, load_suites
+    from quantkit.results import check_writable
 
     if validate:
         specs = suite or [str(folder) for folder in [installed_folder()] if folder]
         _print_suites(load_suites(specs), as_json)
         return
+    check_options(context, plan=plan, checkpoint=checkpoint, endpoint=endpoint)
+    if output is not None:
+        check_writable(output)
     gates, planned = None, list(suite or ())
     if policy is not None or recipe is not None:
         if not plan and stop_early is None:
@@ -178,12 +188,20 @@ def command(
 
         if not planned:
             raise UsageError("nothing to plan", remedy="give --suite, or a --recipe with suites")
+        suites = load_suites(planned)
+        load: Callable[[], Runtime] | None = None
+        scorers: dict[str, Factory] = {}
+        if checkpoint is not None:
+            scorers = allowed_scorers(suites, allow_code, judge, judge_model, judge_key)
+            _prepare(checkpoint, key, threads)
+            load = functools.partial(_load, checkpoint, kernels.value, device)
         print_plan(
-            load_suites(planned),
+            suites,
             gates,
             max_items=max_items,
             flip_rates=flip_rate or (),
-            load=(lambda: _load(checkpoint, kernels.value, device)) if checkpoint else None,
+            load=load,
+            scorers=scorers,
             as_json=as_json,
         )
         return
@@ -198,23 +216,15 @@ def command(
         )
     asked = engines.Asked(engine_python, tensor_parallel, engine_arg or (), engine_timeout)
     started = engine is not engines.Engine.quantkit
-    if not started:
-        asked.check_unused()
     if endpoint is not None or started:
-        if endpoint is not None and started:
-            raise UsageError(f"--endpoint and --engine {engine}", remedy="give one of them")
         elsewhere.check_options(reference, kernels.value, device, threads)
         if noise_floor is not None:
             raise UsageError(
                 "--noise-floor compares kernels of quantkit's own",
                 remedy="drop it, or score the checkpoint without --endpoint and --engine",
             )
-    elif endpoint_model or endpoint_key_file:
-        raise UsageError("there is no --endpoint that the other options are about")
     # Suites and text are read first: their mistakes cost seconds, a model costs minutes.
     suites = load_suites(suite)
-    from quantkit.cli.eval_scorers import allowed_scorers
-
     scorers = allowed_scorers(suites, allow_code, judge, judge_model, judge_key)
     early = None
     if stop_early is not None:
@@ -237,15 +247,8 @@ def command(
         "seed": seed,
         "scorers": scorers,
     }
+    _prepare(checkpoint, key, threads)
     if endpoint is None and not started:
-        if threads:
-            import torch
-
-            torch.set_num_threads(threads)
-        if key is not None:
-            from quantkit.signature import check_signature
-
-            check_signature(Path(checkpoint), key)
         runtime = _load(checkpoint, kernels.value, device)
         base = None if reference is None else _load(reference, kernels.value, device)
         name = runtime.name
@@ -264,12 +267,28 @@ def command(
         name = results.fingerprint["served_model"]
     if any(s.scoring is not None and s.scoring.name == "judge" for s in suites):
         results = replace(results, fingerprint={**results.fingerprint, "judge": judge_model})
-    if output is not None:
-        results.save(output)
-    if as_json:
-        typer.echo(json.dumps(results.summary(), allow_nan=False))
-    else:
-        _print_results(results, name, output)
+    try:
+        if output is not None:
+            results.save(output)
+    finally:  # a disk that is full by now must not hide what took hours
+        if as_json:
+            typer.echo(json.dumps(results.summary(), allow_nan=False))
+        else:
+            _print_results(results, name)
+    if output is not None and not as_json:
+        typer.echo(f"wrote {output}")
+
+
+def _prepare(checkpoint: str, key: Path | None, threads: int | None) -> None:
+    """Before a model is loaded or started: whose it is, and how many threads run it."""
+    if key is not None:
+        from quantkit.signature import check_signature
+
+        check_signature(Path(checkpoint), key)
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def _score(
@@ -337,7 +356,7 @@ def _print_suites(suites: list[Suite], as_json: bool) -> None:
     print_table([list(shown[0]) if shown else ["no suites"], *(list(r.values()) for r in shown)])
 
 
-def _print_results(results: Results, name: str, output: Path | None) -> None:
+def _print_results(results: Results, name: str) -> None:
     from quantkit.gate.noise_floor import flip_rate
 
     doc = results.summary()
@@ -360,8 +379,6 @@ def _print_results(results: Results, name: str, output: Path | None) -> None:
         rows.append(["bits a weight", f"{doc['cost']['bits_per_weight']:.2f}", ""])
     typer.echo(name)
     print_table(rows)
-    if output is not None:
-        typer.echo(f"wrote {output}")
 
 
 def print_table(rows: list[list[Any]]) -> None:

@@ -24,7 +24,8 @@ def early_stops(
 
     Raises:
         UsageError: a subset is asked for too, a gate has a floor, or there is nothing to stop.
-        NotComparableError: the baseline has no results of a suite, or of another file.
+        NotComparableError: the baseline has no results of a suite, or of another file, is of
+            another seed, or stopped early itself.
     """
     from quantkit.errors import NotComparableError, UsageError
     from quantkit.evals.early import EarlyStop
@@ -35,13 +36,18 @@ def early_stops(
     if max_items is not None:
         raise UsageError("--stop-early draws its own items", remedy="drop --max-items")
     scored = Results.load(baseline)
-    margins = None if policy is None else {gate.task: gate for gate in policy.tasks}
+    if scored.fingerprint.get("seed") != seed:
+        raise NotComparableError(
+            f"{baseline}: seed {scored.fingerprint.get('seed')} is not {seed}",
+            remedy="give the baseline's --seed, or score the original with this one",
+        )
+    gates = None if policy is None else {(gate.task, gate.metric): gate for gate in policy.tasks}
     rules = {}
     for suite in suites:
         metric = suite.score_name
         default = TaskGate(suite.name, metric, DEFAULT_MARGIN)
-        gate = default if margins is None else margins.get(suite.name)
-        if gate is None or gate.metric != metric:
+        gate = default if gates is None else gates.get((suite.name, metric))
+        if gate is None:
             continue
         task = scored.tasks.get(suite.name)
         if task is None or task.hash != suite.hash or task.metric != metric:
@@ -49,6 +55,12 @@ def early_stops(
             raise NotComparableError(
                 f"{baseline}: has {what} suite {suite.name}",
                 remedy="score the original on the same files with `quantkit eval`",
+            )
+        if task.early is not None:
+            raise NotComparableError(
+                f"{baseline}: suite {suite.name} was scored with --stop-early, so its items are "
+                "a choice",
+                remedy="score the original without --stop-early",
             )
         order, decided = stopping_rule(gate, task, seed)
         rules[suite.name] = EarlyStop(seed, order, decided)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
 if TYPE_CHECKING:
+    from quantkit.evals.scorers import Factory
     from quantkit.evals.suites import Suite
     from quantkit.gate import Policy
     from quantkit.gate.planning import PlanRow
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 
 #: Items that are scored to learn how long one takes, after as many to warm up.
 TIMED_ITEMS = 8
+
+
+class Timing(NamedTuple):
+    """How long a whole suite would take, and from how many items that is known."""
+
+    seconds: float
+    items: int
 
 
 def read_gates(policy: Path | None, recipe: str | None) -> tuple[Policy | None, Sequence[str]]:
@@ -51,6 +59,7 @@ def print_plan(
     max_items: int | None,
     flip_rates: Sequence[float],
     load: Callable[[], Runtime] | None,
+    scorers: Mapping[str, Factory],
     as_json: bool,
 ) -> None:
     """Print items needed, items there are, power, and seconds where a model can be timed.
@@ -61,6 +70,7 @@ def print_plan(
         max_items: ``--max-items``.
         flip_rates: ψ to plan for; the default ones when empty.
         load: gives the model to time; None times nothing.
+        scorers: see `quantkit.evals.run_suite.run_suites`.
         as_json: one JSON document in place of a table.
 
     Raises:
@@ -73,11 +83,12 @@ def print_plan(
     for gate, suite in _gated(suites, policy):
         n = suite.n if max_items is None else min(suite.n, max_items)
         rows += plan(gate, n, min(n, _clusters(suite)), rates)
-    seconds = {} if load is None else _time(load(), suites, max_items)
+    timed = {} if load is None else _time(load(), suites, max_items, scorers)
     if as_json:
+        seconds = {name: timing.seconds for name, timing in timed.items()}
         typer.echo(json.dumps({"plan": [r.to_json() for r in rows], "seconds": seconds}))
         return
-    _print_table(rows, seconds)
+    _print_table(rows, timed)
 
 
 def _gated(suites: Sequence[Suite], policy: Policy | None) -> list[tuple[Any, Suite]]:
@@ -108,22 +119,27 @@ def _clusters(suite: Suite) -> int:
     return len({v for v in values if v is not None}) + values.count(None)
 
 
-def _time(runtime: Runtime, suites: Sequence[Suite], max_items: int | None) -> dict[str, float]:
-    """Seconds that each suite would take, from a few of its items."""
+def _time(
+    runtime: Runtime,
+    suites: Sequence[Suite],
+    max_items: int | None,
+    scorers: Mapping[str, Factory],
+) -> dict[str, Timing]:
+    """How long each suite would take, from a few of its items."""
     from quantkit.evals.run_suite import run_suites
 
-    seconds = {}
+    found = {}
     for suite in suites:
         n = suite.n if max_items is None else min(suite.n, max_items)
         timed = min(TIMED_ITEMS, n)
-        run_suites(runtime, [suite], max_items=timed, seed=1)
+        run_suites(runtime, [suite], max_items=timed, seed=1, scorers=scorers)
         began = time.perf_counter()
-        run_suites(runtime, [suite], max_items=timed, seed=0)
-        seconds[suite.name] = (time.perf_counter() - began) * n / timed
-    return seconds
+        run_suites(runtime, [suite], max_items=timed, seed=0, scorers=scorers)
+        found[suite.name] = Timing((time.perf_counter() - began) * n / timed, timed)
+    return found
 
 
-def _print_table(rows: Sequence[PlanRow], seconds: dict[str, float]) -> None:
+def _print_table(rows: Sequence[PlanRow], timed: Mapping[str, Timing]) -> None:
     from quantkit.cli.eval import print_table
 
     table: list[list[Any]] = [
@@ -155,5 +171,5 @@ def _print_table(rows: Sequence[PlanRow], seconds: dict[str, float]) -> None:
                 f"{row.gate}: {row.n} items share {row.clusters} clusters and say less than "
                 f"{row.n} independent ones: more are needed than the table says"
             )
-    for name, duration in seconds.items():
-        typer.echo(f"{name}: about {duration:.0f} s a model, from {TIMED_ITEMS} items")
+    for name, timing in timed.items():
+        typer.echo(f"{name}: about {timing.seconds:.0f} s a model, from {timing.items} items")

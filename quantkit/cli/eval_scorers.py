@@ -38,14 +38,10 @@ def allowed_scorers(
     if (judge is None) != (judge_model is None) or (judge_key is not None and judge is None):
         raise UsageError("a judge has an address and a name", remedy="give --judge, --judge-model")
     if judge is not None and judge_model is not None:
+        from quantkit.evals.endpoint import read_key
         from quantkit.evals.judge import Judge
 
-        key = None
-        if judge_key is not None:
-            try:
-                key = judge_key.read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as e:
-                raise UsageError(f"{judge_key}: cannot be read ({e})") from e
+        key = None if judge_key is None else read_key(judge_key)
         allowed["judge"] = Judge(judge, judge_model, key=key).scorer
     for suite in suites:
         if suite.scoring is not None:

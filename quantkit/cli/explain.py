@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,7 +44,9 @@ def command(
     layers: Annotated[
         int, typer.Option("--layers", min=1, help="How many layers to put back.")
     ] = 5,
-    items: Annotated[int, typer.Option("--items", min=1, help="Flipped items at most.")] = 32,
+    items: Annotated[
+        int, typer.Option("--items", min=1, help="Flipped items, or windows of --text, at most.")
+    ] = 32,
     seq_len: Annotated[
         int, typer.Option("--seq-len", min=2, help="Tokens of a window or an item at most.")
     ] = 256,
@@ -61,7 +63,8 @@ def command(
     Every block, then every layer of the worst blocks, is put back in 16 bits, one at a time, and
     the KL from the original measured again on the items that flipped. Nothing is estimated.
 
-    Exit codes: 0 done, 2 usage, 4 runtime, 5 the results are of another checkpoint.
+    Exit codes: 0 done, 2 usage, 4 runtime, 5 the results are of another checkpoint, or not
+    comparable with the baseline.
     """
     from quantkit.results import check_writable, write_text
 
@@ -108,13 +111,26 @@ class _Case:
     reference: str
 
     def flips(self) -> list[Flip]:
-        """Items that the original got right and the checkpoint got wrong."""
+        """Items of the suites that both scored, which the original got right and the checkpoint
+        got wrong.
+
+        Raises:
+            NotComparableError: what was scored differs by more than the model.
+        """
         from quantkit import gate
 
-        if self.baseline is None or not self.candidate.tasks:
+        if self.baseline is None:
             return []
-        policy = gate.default_policy(self.candidate, self.baseline)
-        found = gate.flips(self.candidate, self.baseline, policy)
+        common = [name for name in self.candidate.tasks if name in self.baseline.tasks]
+        if not common:
+            return []
+        candidate, baseline = (
+            replace(side, tasks={name: side.tasks[name] for name in common}, text=None)
+            for side in (self.candidate, self.baseline)
+        )
+        policy = gate.default_policy(candidate, baseline)
+        gate.check_comparable(candidate, baseline, policy)
+        found = gate.flips(candidate, baseline, policy)
         return [flip for flip in found if flip.direction == "loss"]
 
 
@@ -122,11 +138,11 @@ def _read_case(
     results: Path, checkpoint: Path | None, reference: str | None, baseline: Path | None
 ) -> _Case:
     from quantkit.errors import UsageError
-    from quantkit.results import Results, read_json
+    from quantkit.results import Results
 
     folder = results if results.is_dir() else results.parent
     file = results / "results.json" if results.is_dir() else results
-    run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    run = _read_run(folder / "run.json")
     candidate = Results.load(file)
     if checkpoint is None and run:
         checkpoint = Path(run["output"])
@@ -144,6 +160,15 @@ def _read_case(
         checkpoint,
         str(run["model"]) if reference is None else reference,
     )
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    """What a calibration left there; empty where the file is another program's, or absent."""
+    from quantkit.results import read_json
+
+    run: Any = read_json(path) if path.is_file() else None
+    ours = isinstance(run, dict) and all(isinstance(run.get(k), str) for k in ("output", "model"))
+    return run if ours else {}
 
 
 def _require_same(runtime: Runtime, results: Results, checkpoint: Path) -> None:
@@ -205,6 +230,7 @@ def _recipe_lines(runtime: Runtime, blame: Blame) -> list[str]:
 def _show_flips(flips: list[Flip]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     if not flips:
         return
@@ -212,12 +238,11 @@ def _show_flips(flips: list[Flip]) -> None:
     for title in ("item", "prompt ends", "right", "original", "quantized"):
         table.add_column(title, overflow="fold")
     for flip in flips[:SHOWN]:
-        table.add_row(
-            flip.id,
-            "…" + " ".join(flip.prompt.split())[-60:],
-            *(" ".join(x.split())[:40] for x in (
-                flip.target, flip.baseline_prediction, flip.candidate_prediction)),
-        )  # fmt: skip
+        shown = (flip.target, flip.baseline_prediction, flip.candidate_prediction)
+        cells = [flip.id, "…" + " ".join(flip.prompt.split())[-60:]]
+        cells += [" ".join(text.split())[:40] for text in shown]
+        # As text: chat templates hold [/INST], which would be read as markup.
+        table.add_row(*map(Text, cells))
     Console().print(table)
     typer.echo(f"{len(flips)} items flipped from right to wrong\n")
 
@@ -225,6 +250,7 @@ def _show_flips(flips: list[Flip]) -> None:
 def _show(blame: Blame, runtime: Runtime, source: str, rules: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     typer.echo(
         f"KL from the original {blame.kl:.4f} nats a token ({source}, {blame.tokens} tokens)"
@@ -243,7 +269,7 @@ def _show(blame: Blame, runtime: Runtime, source: str, rules: list[str]) -> None
             table.add_column(column, justify="right")
         for i, row in enumerate(rows):
             plus = "+ " if rows is blame.chosen and i else ""
-            table.add_row(plus + row.name, *_cells(row, blame.kl, runtime.size_bytes))
+            table.add_row(Text(plus + row.name), *_cells(row, blame.kl, runtime.size_bytes))
         console.print(table)
         typer.echo("")
     typer.echo("A recipe that does it (its solver may then do better than what was measured):\n")

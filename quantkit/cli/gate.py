@@ -38,6 +38,14 @@ def command(
             help="YAML of gates and limits. Default: five points a task, a tenth of perplexity.",
         ),
     ] = None,
+    timings: Annotated[
+        Path | None,
+        typer.Option(
+            "--timings",
+            help="Latencies of both models, from `quantkit bench decode --timings`, for latency.* "
+            "gates.",
+        ),
+    ] = None,
     junit: Annotated[
         Path | None, typer.Option("--junit", help="Write JUnit XML, one test case a gate.")
     ] = None,
@@ -81,6 +89,8 @@ def command(
     try:
         candidate = Results.load(results)
         reference, source = baselines.resolve(baseline, candidate, baseline_dir)
+        if timings is not None:
+            candidate, reference = gate.with_timings(timings, candidate, reference)
         held = gate.load_policy(policy) if policy else gate.default_policy(candidate, reference)
         verdict = gate.judge(candidate, reference, held)
         flipped = gate.flips(candidate, reference, held)
@@ -96,22 +106,24 @@ def command(
         raise
 
     code = gate.exit_code(verdict, on_inconclusive)
-    if junit:
-        fails = on_inconclusive is OnInconclusive.fail
-        write_text(junit, gate.junit(verdict, inconclusive_fails=fails))
-    if markdown:
-        write_text(markdown, gate.markdown(verdict, flipped))
-    if flips:
-        write_text(flips, gate.flips_jsonl(flipped))
-    if output:
-        write_json(output, document)
-    if badge:
-        write_json(badge, gate.badge(verdict))
-    _tell_github(verdict, flipped)
-    if as_json:
-        typer.echo(json.dumps({**document, "exit_code": code}, sort_keys=True, allow_nan=False))
-    else:
-        typer.echo(gate.table(verdict), nl=False)
+    try:
+        if junit:
+            fails = on_inconclusive is OnInconclusive.fail
+            write_text(junit, gate.junit(verdict, inconclusive_fails=fails))
+        if markdown:
+            write_text(markdown, gate.markdown(verdict, flipped))
+        if flips:
+            write_text(flips, gate.flips_jsonl(flipped))
+        if output:
+            write_json(output, document)
+        if badge:
+            write_json(badge, gate.badge(verdict))
+        _tell_github(verdict, flipped)
+    finally:  # a file that cannot be written must not hide the verdict
+        if as_json:
+            typer.echo(json.dumps({**document, "exit_code": code}, sort_keys=True, allow_nan=False))
+        else:
+            typer.echo(gate.table(verdict), nl=False)
     raise typer.Exit(code)
 
 

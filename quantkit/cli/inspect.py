@@ -156,7 +156,7 @@ def _show(manifest: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names are the checkpoint's, never markup
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("layer", "shape", "scheme", "solver"):
         table.add_column(title)

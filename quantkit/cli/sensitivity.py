@@ -204,24 +204,25 @@ def _page(sensitivity: Sensitivity, mixture: Mixture | None) -> Any:
 def _print(sensitivity: Sensitivity, mixture: Mixture | None) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from quantkit.mixture import uniform_mixtures
 
     # A pipe has no width, and a folded name cannot be searched for.
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False)
     schemes = _by_bits(sensitivity)
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("layer", overflow="fold")
     for scheme in schemes:
         table.add_column(scheme.replace("a16", ""), justify="right")
     for name, layer in sensitivity.layers.items():
-        cells = []
+        cells = [Text(name)]
         for scheme in schemes:
             cost = layer.costs.get(scheme)
             text = "–" if cost is None else f"{1e6 * cost.kl:.0f}"
             taken = mixture is not None and mixture.chosen[name] == scheme
-            cells.append(f"[bold reverse]{text}[/]" if taken else text)
-        table.add_row(name, *cells)
+            cells.append(Text(text, "bold reverse" if taken else ""))
+        table.add_row(*cells)
     console.print(table)
     typer.echo("micronats of KL a token if this layer alone is quantized; standard error: median "
                f"{_median_error(sensitivity):.0%}")  # fmt: skip

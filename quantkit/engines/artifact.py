@@ -8,8 +8,9 @@ from typing import Any
 
 from quantkit import model as models
 from quantkit.checkpoint.config import read_cache_spec, read_schemes
+from quantkit.checkpoint.fields import as_object, read_object
+from quantkit.checkpoint.read import original_hash
 from quantkit.checkpoint.write import MANIFEST
-from quantkit.results import read_json
 from quantkit.schemes import QuantSpec, Scheme
 
 
@@ -25,6 +26,7 @@ class Artifact:
         context: longest input in tokens, or None.
         size_bytes: of the weight files.
         bits_per_weight: by the manifest, or None.
+        original: sha256 of the weights that it was made from, by the manifest, or None.
     """
 
     folder: Path
@@ -34,6 +36,7 @@ class Artifact:
     context: int | None
     size_bytes: int
     bits_per_weight: float | None
+    original: str | None = None
 
     @property
     def name(self) -> str:
@@ -58,13 +61,15 @@ def read_artifact(source: str) -> Artifact:
     """Read a checkpoint folder, or whatever MODEL argument stands for one.
 
     Raises:
-        UsageError: no such model, or a quantization that is not compressed-tensors.
+        UsageError: no such model, a config or manifest that is no JSON object, or a quantization
+            that is not compressed-tensors.
     """
     folder = models.resolve(source)
-    config = read_json(folder / "config.json")
-    text = config.get("text_config") or config
-    raw = config.get("quantization_config")
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    config = read_object(folder / "config.json")
+    nested = config.get("text_config")
+    text = nested if isinstance(nested, dict) else config
+    raw = as_object(config.get("quantization_config") or {}, "quantization_config")
+    manifest = read_object(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype")
     return Artifact(
         folder=folder,
@@ -74,4 +79,5 @@ def read_artifact(source: str) -> Artifact:
         context=text.get("max_position_embeddings"),
         size_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         bits_per_weight=manifest.get("bits_per_weight"),
+        original=original_hash(manifest),
     )

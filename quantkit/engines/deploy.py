@@ -22,6 +22,7 @@ from quantkit.engines.artifact import Artifact
 from quantkit.engines.support import Host, check
 from quantkit.engines.vllm import VllmOptions, as_arguments, flags
 from quantkit.errors import UsageError
+from quantkit.results import write_text
 
 Document = dict[str, Any]
 
@@ -63,7 +64,7 @@ class DeployOptions:
 
     Attributes:
         model_uri: where a cluster finds the checkpoint: ``pvc://CLAIM/PATH``, ``s3://``, ``gs://``,
-            or a hub id. Compose mounts the folder itself.
+            or a hub id. Compose mounts the folder itself and takes none.
         image: container image; of `IMAGES` when None.
         gpus: GPUs that share each layer.
         replicas: (fewest, most) copies of the model.
@@ -87,8 +88,9 @@ def write(target: str, artifact: Artifact, options: DeployOptions, folder: Path)
         folder: made if it is not there; a file in it is never replaced.
 
     Raises:
-        UsageError: an unknown target, a scheme that vLLM does not run on GPUs, no model_uri for a
-            cluster, or a file that is there already.
+        UsageError: an unknown target, a scheme that vLLM does not run on GPUs, a context beyond
+            the model's, no model_uri for a cluster or one for compose, or a file that is there
+            already.
     """
     if target not in TARGETS:
         raise UsageError(f"target {target!r}: one of {', '.join(TARGETS)}")
@@ -102,10 +104,9 @@ def write(target: str, artifact: Artifact, options: DeployOptions, folder: Path)
     head = f"# {artifact.name} on vLLM, written by quantkit deploy --target {target}\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        text = yaml.dump(document, Dumper=Dumper, sort_keys=False)
-        path.write_text(head + text, encoding="utf-8")
     except OSError as e:
-        raise UsageError(f"{path}: cannot be written ({e.strerror or e})") from e
+        raise UsageError(f"{folder}: cannot be made ({e.strerror or e})") from e
+    write_text(path, head + yaml.dump(document, Dumper=Dumper, sort_keys=False))
     return path
 
 
@@ -115,17 +116,23 @@ def compose(artifact: Artifact, options: DeployOptions) -> Document:
         raise UsageError(
             f"replicas {options.replicas}: one port has one copy", remedy="use kserve or ray"
         )
+    if options.model_uri:
+        raise UsageError(
+            f"model_uri {options.model_uri!r}: compose mounts the checkpoint's own folder",
+            remedy="leave --model-uri out, or use kserve or ray",
+        )
+    arguments = as_arguments(_flags(artifact, options))
     gpu = {"driver": "nvidia", "count": options.gpus, "capabilities": ["gpu"]}
     service = {
         "image": options.image or IMAGES["compose"],
         "entrypoint": list(PROGRAM),
-        "command": [MOUNT, *as_arguments(_flags(artifact, options))],
+        "command": [MOUNT, *map(_literal, arguments)],
         # The key stays out of the file, and compose refuses to start without one.
         "environment": {"VLLM_API_KEY": "${VLLM_API_KEY:?set it in .env}"},
         "volumes": [
             {
                 "type": "bind",
-                "source": str(artifact.folder.resolve()),
+                "source": _literal(str(artifact.folder.resolve())),
                 "target": MOUNT,
                 "read_only": True,
             }
@@ -247,6 +254,11 @@ def _flags(artifact: Artifact, options: DeployOptions) -> dict[str, str]:
         max_context=options.max_context,
     )
     return flags(artifact, serving)
+
+
+def _literal(text: str) -> str:
+    """Text that compose does not interpolate: it reads ``$`` as the start of a variable."""
+    return text.replace("$", "$$")
 
 
 def _llm_config(artifact: Artifact, options: DeployOptions) -> Document:

@@ -141,8 +141,12 @@ class EngineProcess:
         while raw := pipe.readline(LINE_BYTES):
             if line := raw.decode("utf-8", "replace").rstrip():
                 self._lines.append(line)
-                if echo is not None:
+                if echo is None:
+                    continue
+                try:
                     echo(line)
+                except (OSError, ValueError):
+                    echo = None  # nobody hears it any more; a pipe left unread stops the engine
 
 
 @contextlib.contextmanager
@@ -183,10 +187,27 @@ def start(
             process.stop()
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on. The engine that gets it binds it a moment later."""
+def free_port(host: str = "127.0.0.1", port: int = 0) -> int:
+    """A port that nobody listens on. The engine that gets it binds it a moment later.
+
+    Args:
+        host: to listen on.
+        port: the one that is wanted; 0 takes any.
+
+    Raises:
+        UsageError: the port is taken, or the host is none of this machine's.
+    """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
-        sock.bind((host, 0))
+        # As servers do: connections of an earlier one that linger are no reason to refuse.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((host, port))
+        except (OSError, UnicodeError) as e:  # a name of no host may not even be encoded
+            reason = getattr(e, "strerror", None) or e
+            raise UsageError(
+                f"cannot listen on {host}:{port}: {reason}",
+                remedy="choose another --port, or 0 for a free one",
+            ) from e
         return int(sock.getsockname()[1])
 
 

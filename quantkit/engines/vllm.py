@@ -96,7 +96,16 @@ def find_vllm(python: str) -> Vllm:
 
 
 def flags(artifact: Artifact, options: VllmOptions) -> dict[str, str]:
-    """vLLM's command-line flags for a checkpoint, but for its path and ``options.arguments``."""
+    """vLLM's command-line flags for a checkpoint, but for its path and ``options.arguments``.
+
+    Raises:
+        UsageError: a context beyond the model's.
+    """
+    if options.max_context and artifact.context and options.max_context > artifact.context:
+        raise UsageError(
+            f"--max-context {options.max_context} is more than the model's {artifact.context}",
+            remedy="lower it, or leave it out",
+        )
     chosen: dict[str, object] = {
         "--served-model-name": artifact.name,
         "--host": options.host,
@@ -149,16 +158,13 @@ def running(
         refuse: what `quantkit.engines.support` lists; False hears vLLM's own word on it.
 
     Raises:
-        UsageError: a scheme that vLLM does not run, or a context beyond the model's.
+        UsageError: a scheme that vLLM does not run, a context beyond the model's, or a port that
+            is taken.
         QuantkitError: it ended or was not ready in time; with the end of its log.
     """
     if refuse:
         check(artifact, vllm.host)
-    if options.max_context and artifact.context and options.max_context > artifact.context:
-        raise UsageError(
-            f"--max-context {options.max_context} is more than the model's {artifact.context}"
-        )
-    port = options.port or free_port(options.host)
+    port = free_port(options.host, options.port)
     given = flags(artifact, replace(options, port=port))
     command = [vllm.python, "-m", MODULE, "--model", str(artifact.folder)]
     command += [*as_arguments(given), *options.arguments]

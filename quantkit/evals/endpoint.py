@@ -58,25 +58,41 @@ class EndpointConfig:
     timeout: float = 300.0
 
     def __post_init__(self) -> None:
-        try:
-            url = httpx.URL(self.url)
-        except (httpx.InvalidURL, TypeError) as e:
-            raise UsageError(f"endpoint {self.url!r}: not a URL ({e})") from e
-        if url.scheme not in ("http", "https") or not url.host:
-            raise UsageError(
-                f"endpoint {self.url!r}: not an http or https address",
-                remedy="such as http://127.0.0.1:8000",
-            )
-        if url.userinfo or url.query or url.fragment:
-            raise UsageError(
-                "endpoint: the URL holds a password, a query or a fragment",
-                remedy="give the plain address, and a key by --endpoint-key-file",
-            )
+        check_address(self.url, "endpoint", "--endpoint-key-file")
 
     @property
     def base(self) -> str:
         """The URL without ``/v1``."""
         return self.url.rstrip("/").removesuffix("/v1")
+
+
+def check_address(address: str, role: str, key_option: str) -> None:
+    """Refuse what is no plain address of a server.
+
+    Args:
+        address: a URL.
+        role: what the server is here, for the message.
+        key_option: where its key belongs.
+
+    Raises:
+        UsageError: not http or https, or a URL that holds a password, a query or a fragment.
+    """
+    try:
+        url = httpx.URL(address)
+    except (httpx.InvalidURL, TypeError) as e:
+        raise UsageError(f"{role} {address!r}: not a URL ({e})") from e
+    # Any number passes for a port until a socket is asked for it.
+    is_port = url.port is None or 0 < url.port < 1 << 16
+    if url.scheme not in ("http", "https") or not url.host or not is_port:
+        raise UsageError(
+            f"{role} {address!r}: not an http or https address",
+            remedy="such as http://127.0.0.1:8000",
+        )
+    if url.userinfo or url.query or url.fragment:
+        raise UsageError(
+            f"{role}: the URL holds a password, a query or a fragment",
+            remedy=f"give the plain address, and a key by {key_option}",
+        )
 
 
 def read_key(path: Path) -> str:
@@ -307,9 +323,9 @@ def _short(value: object) -> str:
 def _pause(response: httpx.Response, attempt: int) -> float:
     """Seconds to wait: what the server asks for, else 0.5, 1, 2, …"""
     asked = response.headers.get("retry-after", "").strip()
-    if asked.isdigit():
+    if asked.isascii() and asked.isdigit():  # "²" is a digit, too
         return float(asked)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(asked).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return min(0.5 * 2**attempt, MAX_PAUSE_SECONDS)

@@ -115,11 +115,11 @@ class EndpointLM(TokenLM):
         body = {**_scoring(ids), "echo": False}
 
         def read(_: int, answer: Json) -> float:
-            logprobs = self._choice(answer).get("logprobs") or {}
-            (value,) = self._numbers((logprobs.get("token_logprobs") or [])[:1]) or (None,)
-            if value is None:
+            logprobs = self._choice(answer).get("logprobs")
+            values = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+            if not isinstance(values, list) or not values:
                 raise self._broken("an answer without log-probabilities")
-            return value
+            return self._numbers(values[:1])[0]
 
         (best,) = self.endpoint.complete([body], read, lambda _: None)
         return -best / math.log(len(self.tokenizer))
@@ -170,7 +170,8 @@ class EndpointLM(TokenLM):
         return found
 
     def _check_usage(self, sent: list[int], answer: Json) -> None:
-        counted = (answer.get("usage") or {}).get("prompt_tokens")
+        usage = answer.get("usage")
+        counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         if counted != len(sent):
             raise self._broken(f"{counted} prompt tokens counted where {len(sent)} were sent")
 

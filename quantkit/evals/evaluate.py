@@ -46,7 +46,8 @@ def evaluate(
         suites: see `quantkit.evals.suites.load_suites`.
         text: held-out text for perplexity and divergence.
         seq_len, max_tokens: see `quantkit.evals.divergence.measure_text`.
-        max_items, seed, canary, budget, early, scorers: see `quantkit.evals.run_suite.run_suites`.
+        canary: first check that the model's probabilities mean anything.
+        max_items, seed, budget, early, scorers: see `quantkit.evals.run_suite.run_suites`.
         progress: told of finished windows and requests.
 
     Raises:
@@ -59,6 +60,11 @@ def evaluate(
         raise UsageError(
             "a reference is compared on text and there is none", remedy="give --text FILE"
         )
+    if canary:
+        from quantkit.evals.canary import check_canaries
+        from quantkit.evals.language_model import QuantkitLM
+
+        check_canaries(QuantkitLM(runtime, budget=budget))
     measured = None
     if text is not None:
         measured = measure_text(
@@ -74,7 +80,6 @@ def evaluate(
             suites,
             max_items=max_items,
             seed=seed,
-            canary=canary,
             budget=budget,
             early=early,
             scorers=scorers,

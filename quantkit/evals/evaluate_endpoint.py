@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from quantkit.evals.early import EarlyStop
 
 #: What a server may say of its model that belongs into a results file.
-TOLD = ("model", "kernels", "dtype", "device")
+TOLD = ("model", "original", "kernels", "dtype", "device")
 
 
 def evaluate_endpoint(

@@ -10,14 +10,14 @@ and the head is the identity: slower, never wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from quantkit import model as models
-from quantkit.evals.token_tree import TreeRow
+from quantkit.evals.token_tree import Chain, TreeRow
 from quantkit.models.decoder import Decoder
 from quantkit.models.paged import PagedRunner, PagedSequence, Work, pages_for
 from quantkit.models.runtime import Runtime
@@ -41,6 +41,15 @@ TREE_ARCHITECTURES = (
     "smollm3",
 )
 
+#: Nodes of a packed row, or padded tokens of a plain batch, of transformers' modules on each kind
+#: of device. A CPU's matrix products are efficient from about 200 rows on, and a longer row pays
+#: attention over pairs that the mask discards; a GPU wants thousands.
+MODULE_BUDGETS = {"cpu": 256, "cuda": 4096}
+
+#: The same of the native decoder, which attends to nothing in vain: enough for the short levels of
+#: a tree, choices behind their contexts, to be worth reading all weights once more.
+DECODER_BUDGET = 1024
+
 #: fp32 elements of one chunk of logits: 32 MB, about 170 positions at a 49k vocabulary.
 CHUNK_ELEMENTS = 1 << 23
 
@@ -49,11 +58,13 @@ class Forward(Protocol):
     """A causal language model, split into hidden states and logits.
 
     Attributes:
+        budget: nodes of a packed row, or padded tokens of a plain batch, that it is fast with.
         device: where tokens, states and logits are.
         tree: `tree_states` works.
         vocab_size: width of the logits.
     """
 
+    budget: int
     device: torch.device
     tree: bool
 
@@ -105,6 +116,7 @@ class DecoderForward:
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
+        self.budget = DECODER_BUDGET
         self.device = torch.device("cpu")
         self.tree = True
         self._runner: PagedRunner | None = None
@@ -125,19 +137,21 @@ class DecoderForward:
 
     def tree_states(self, row: TreeRow) -> Tensor:
         chains = row.chains()
-        # A chain needs a page for each that its own tokens touch.
-        need = sum(
-            pages_for(row.positions[c.end - 1] + 1) - row.positions[c.start] // PAGE_TOKENS
-            for c in chains
-        )
-        runner = self._with_pages(need)
+        # The last child of a chain goes on in its pages; the others fork, which copies a page.
+        heirs = {c.parent: i for i, c in enumerate(chains) if c.parent is not None}
+        runner = self._with_pages(_pages_needed(row, chains, heirs))
         out = torch.empty(len(row.tokens), self.decoder.shape.hidden)
         sequences: dict[int, PagedSequence] = {}
         level = [i for i, chain in enumerate(chains) if chain.parent is None]
         while level:
             for i in level:
                 parent = chains[i].parent
-                sequences[i] = PagedSequence() if parent is None else runner.fork(sequences[parent])
+                if parent is None:
+                    sequences[i] = PagedSequence()
+                elif heirs[parent] == i:
+                    sequences[i] = sequences.pop(parent)
+                else:
+                    sequences[i] = runner.fork(sequences[parent])
             spans = [(chains[i].start, chains[i].end) for i in level]
             works = [
                 Work(sequences[i], row.tokens[start:end])
@@ -161,10 +175,21 @@ class DecoderForward:
         return self._runner
 
 
+def _pages_needed(row: TreeRow, chains: Sequence[Chain], heirs: Mapping[int, int]) -> int:
+    """Pages that the chains of a row fill together, each chain's copy of a shared one counted."""
+    pages = 0
+    for i, chain in enumerate(chains):
+        first, end = row.positions[chain.start], row.positions[chain.end - 1] + 1
+        takes_over = chain.parent is not None and heirs[chain.parent] == i
+        pages += pages_for(end) - (pages_for(first) if takes_over else first // PAGE_TOKENS)
+    return pages
+
+
 class ModuleForward:
     """A transformers model.
 
     Attributes:
+        budget, device: see `Forward`.
         tree: the model takes 4-D masks and explicit positions (see `TREE_ARCHITECTURES`).
         split: hidden states and output projection run apart.
     """
@@ -172,6 +197,7 @@ class ModuleForward:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.device: torch.device = model.device
+        self.budget = MODULE_BUDGETS.get(self.device.type, MODULE_BUDGETS["cuda"])
         self.dtype: torch.dtype = model.dtype
         self.tree = _takes_trees(model.config)
         self._base, self._head = _halves(model)

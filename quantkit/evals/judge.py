@@ -19,7 +19,8 @@ from typing import Any
 
 import httpx
 
-from quantkit.errors import QuantkitError, UsageError
+from quantkit.errors import QuantkitError
+from quantkit.evals.endpoint import check_address
 from quantkit.evals.scorers import Scorer
 
 DEFAULT_SCALE = 5
@@ -47,7 +48,7 @@ class Judge:
         transport: for tests.
 
     Raises:
-        UsageError: not an http(s) address.
+        UsageError: see `quantkit.evals.endpoint.check_address`.
     """
 
     def __init__(
@@ -59,12 +60,15 @@ class Judge:
         timeout: float = 120.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise UsageError(f"judge {url!r} is not an http address", remedy="http://host:port/v1")
+        check_address(url, "judge", "--judge-key")
         self.model = model
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._client = httpx.Client(
-            base_url=url.rstrip("/") + "/", headers=headers, timeout=timeout, transport=transport
+            base_url=url.rstrip("/") + "/",
+            headers=headers,
+            timeout=timeout,
+            transport=transport,
+            trust_env=False,  # a proxy of the environment would see the key and the answers
         )
 
     def scorer(self, options: Mapping[str, Any]) -> Scorer:

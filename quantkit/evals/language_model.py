@@ -24,10 +24,6 @@ from quantkit.evals.token_tree import pack
 from quantkit.models.runtime import Runtime
 from quantkit.progress import Progress, silent
 
-#: Nodes of a packed row, or padded tokens of a plain batch, for each kind of device. A CPU's
-#: matrix products are efficient from about 200 rows on; a GPU wants thousands.
-BUDGETS = {"cpu": 256, "cuda": 4096}
-
 
 class QuantkitLM(TokenLM):
     """A `Runtime` that lm-eval can ask.
@@ -36,7 +32,8 @@ class QuantkitLM(TokenLM):
         runtime: the model, its tokenizer and what identifies them.
         progress: told of finished requests as (done, total, ``label``).
         tree: pack shared prefixes; None decides by the model's architecture.
-        budget: see `BUDGETS`.
+        budget: nodes of a packed row or tokens of a batch; None for what the forward pass is fast
+            with.
     """
 
     remedy = "the weights or the kernels are broken; try --kernels reference"
@@ -55,7 +52,7 @@ class QuantkitLM(TokenLM):
         self._runtime = runtime
         self._device = self.forward.device
         self._tree = self.forward.tree if tree is None else tree
-        self._budget = budget or BUDGETS.get(self._device.type, BUDGETS["cuda"])
+        self._budget = budget or self.forward.budget
 
     def continue_greedily(
         self, prompts: Sequence[list[int]], stops: Sequence[list[str]], limits: Sequence[int]

@@ -24,7 +24,6 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from quantkit.errors import QuantkitError
-from quantkit.evals.canary import check_canaries
 from quantkit.evals.early import EarlyStop, run_until_decided
 from quantkit.evals.language_model import QuantkitLM
 from quantkit.evals.metrics import METRICS
@@ -42,7 +41,6 @@ def run_suites(
     *,
     max_items: int | None = None,
     seed: int = 0,
-    canary: bool = False,
     budget: int | None = None,
     early: Mapping[str, EarlyStop] | None = None,
     scorers: Mapping[str, Factory] = NONE_ALLOWED,
@@ -56,8 +54,7 @@ def run_suites(
         max_items: at most so many items of each suite, drawn with ``seed``; the same seed
             draws the same items for every model.
         seed: see ``max_items``.
-        canary: first check that the model's probabilities mean anything.
-        budget: rows of a batch, see `quantkit.evals.language_model.BUDGETS`.
+        budget: rows of a batch, see `quantkit.evals.language_model.QuantkitLM`.
         early: suites that may end before their last item, by name.
         scorers: ``code`` and ``judge``, where they are allowed; see `quantkit.evals.scorers`.
         progress: told of answered requests, a suite's name as the label.
@@ -66,7 +63,7 @@ def run_suites(
         Results by suite name.
 
     Raises:
-        QuantkitError: NaN, a canary that fails, or an error inside lm-eval.
+        QuantkitError: NaN, or an error inside lm-eval.
     """
     lm = QuantkitLM(runtime, progress=progress, budget=budget)
     return ask_suites(
@@ -74,7 +71,6 @@ def run_suites(
         suites,
         max_items=max_items,
         seed=seed,
-        canary=canary,
         early=early,
         scorers=scorers,
     )
@@ -86,13 +82,10 @@ def ask_suites(
     *,
     max_items: int | None = None,
     seed: int = 0,
-    canary: bool = False,
     early: Mapping[str, EarlyStop] | None = None,
     scorers: Mapping[str, Factory] = NONE_ALLOWED,
 ) -> dict[str, TaskResult]:
     """`run_suites` on anything that answers lm-eval's requests."""
-    if canary and suites:
-        check_canaries(lm)
     made = {s.name: make_scorer(s.scoring, scorers) for s in suites if s.scoring is not None}
     results = {}
     for suite in suites:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import resource
 import signal
@@ -25,6 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from quantkit.errors import QuantkitError
 from quantkit.evals.scorers import Scorer
 
 DEFAULT_TIMEOUT = 5.0
@@ -59,25 +61,35 @@ def run_program(program: str, *, timeout: float, memory: int) -> int | None:
         program: the source.
         timeout: seconds, of wall time and (rounded up) of CPU time.
         memory: bytes of address space.
-    """
 
+    Where this process has a lower hard limit of its own (``ulimit -H``), that one holds.
+
+    Raises:
+        QuantkitError: the program cannot be started, which says nothing of the program.
+    """
+    try:
+        return _run(program, timeout, memory)
+    except (OSError, subprocess.SubprocessError) as e:
+        raise QuantkitError(
+            f"a written program cannot be run here ({e})",
+            remedy="see free disk space, memory and processes, and `ulimit -Ha`",
+        ) from e
+
+
+def _run(program: str, timeout: float, memory: int) -> int | None:
     def limit() -> None:
-        cpu = max(1, int(-(-timeout // 1)))
-        for what, value in (
-            (resource.RLIMIT_CPU, cpu),
-            (resource.RLIMIT_AS, memory),
-            (resource.RLIMIT_FSIZE, _FILE_BYTES),
-            (resource.RLIMIT_NOFILE, 64),
-            (resource.RLIMIT_CORE, 0),
-        ):
-            resource.setrlimit(what, (value, value))
+        _lower(resource.RLIMIT_CPU, max(1, math.ceil(timeout)))
+        _lower(resource.RLIMIT_AS, memory)
+        _lower(resource.RLIMIT_FSIZE, _FILE_BYTES)
+        _lower(resource.RLIMIT_NOFILE, 64)
+        _lower(resource.RLIMIT_CORE, 0)
         _cut_network()
         # Counted for the user as a whole, so only what lies below the user's own limit helps.
-        hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
-        wanted = _PROCESSES if hard == resource.RLIM_INFINITY else min(_PROCESSES, hard)
-        resource.setrlimit(resource.RLIMIT_NPROC, (wanted, wanted))
+        _lower(resource.RLIMIT_NPROC, _PROCESSES)
 
-    with tempfile.TemporaryDirectory(prefix="quantkit-code-") as folder:
+    # What a program leaves running may still write while the folder is removed.
+    temporary = tempfile.TemporaryDirectory(prefix="quantkit-code-", ignore_cleanup_errors=True)
+    with temporary as folder:
         source = Path(folder) / "program.py"
         source.write_text(program, encoding="utf-8", errors="replace")
         process = subprocess.Popen(
@@ -99,6 +111,13 @@ def run_program(program: str, *, timeout: float, memory: int) -> int | None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _lower(what: int, wanted: int) -> None:
+    """Set a limit of this process; no process may raise one above its hard limit."""
+    hard = resource.getrlimit(what)[1]
+    value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(what, (value, value))
 
 
 def _cut_network() -> bool:

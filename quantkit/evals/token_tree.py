@@ -23,6 +23,9 @@ import numpy as np
 #: No row grows past this by packing: the mask is quadratic in the row.
 MAX_PACKED = 4096
 
+#: Nor past so many sequences: each may need a page of keys and values of its own.
+MAX_PATHS = 256
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -90,6 +93,7 @@ def pack(sequences: Sequence[Sequence[int]], budget: int) -> list[TreeRow]:
     A longer row pays attention over pairs that the mask discards; a new row computes the
     shared prefix again. The balance moves with the length of that prefix, hence a limit of
     ``budget + 2 * shared``: items part where they share little, choices stay together.
+    `MAX_PACKED` and `MAX_PATHS` bound memory.
     """
     rows: list[TreeRow] = []
     previous: Sequence[int] = ()
@@ -99,7 +103,9 @@ def pack(sequences: Sequence[Sequence[int]], budget: int) -> list[TreeRow]:
         shared = common_prefix(previous, sequence)
         fresh = len(sequence) - shared
         limit = min(budget + 2 * shared, MAX_PACKED)
-        if not rows or (fresh and len(rows[-1].tokens) + fresh > limit):
+        full = rows and (len(rows[-1].tokens) + fresh > limit or len(rows[-1].paths) >= MAX_PATHS)
+        # A sequence that the row holds already costs nothing.
+        if not rows or (fresh and full):
             rows.append(TreeRow([], [], [], []))
             shared = 0
         row = rows[-1]

@@ -9,7 +9,8 @@ Imports only `quantkit.errors`, `quantkit.results` and what results are made of,
 torch: a CI job without a model can hold a gate.
 """
 
-from quantkit.gate.compare import flips
+from quantkit.gate.compare import check_comparable, flips
+from quantkit.gate.latency import log_ratios, ratio_bounds, with_timings
 from quantkit.gate.policy import Policy, default_policy, load_policy, parse_policy
 from quantkit.gate.render import (
     MARKDOWN_BYTES,
@@ -34,6 +35,7 @@ __all__ = [
     "Policy",
     "Preflight",
     "badge",
+    "check_comparable",
     "default_policy",
     "document",
     "exit_code",
@@ -46,11 +48,14 @@ __all__ = [
     "junit",
     "junit_error",
     "load_policy",
+    "log_ratios",
     "markdown",
     "parse_policy",
     "power",
     "preflight",
     "provenance",
+    "ratio_bounds",
     "summary",
     "table",
+    "with_timings",
 ]

@@ -97,6 +97,10 @@ _RESERVED = {name.split(".")[0] for name in LIMITS}
 _MARGIN = LimitRule("margin", 0.0, 1.0, "between 0 and 1", "0.05 allows a loss of five points")
 _FLOOR = LimitRule("floor", 0.0, 1.0, "between 0 and 1", "write a mean score such as 0.5")
 
+#: What PyYAML raises besides its own errors where a tag and its text do not fit: ``!!int ""`` is
+#: an IndexError, ``!!bool x`` a KeyError, ``!!timestamp x`` an AttributeError.
+_BAD_SCALAR = (ValueError, LookupError, AttributeError)
+
 #: Without a policy a task may lose five points and perplexity may grow by a tenth. Both are
 #: what the better 4-bit schemes hold on small models. KL has no default: its scale is the
 #: model's own, and is set from the noise floor and known-good schemes.
@@ -258,7 +262,7 @@ def _construct(node: yaml.Node, at: tuple[str, ...], lines: dict[str, int], path
         loader = yaml.SafeLoader("")
         try:
             return loader.construct_object(node, deep=True)
-        except (yaml.YAMLError, ValueError, RecursionError) as e:
+        except (yaml.YAMLError, RecursionError, *_BAD_SCALAR) as e:
             raise UsageError(f"{path}:{node.start_mark.line + 1} not a value ({e})") from e
     mapping = {}
     for key_node, value_node in node.value:

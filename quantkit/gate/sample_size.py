@@ -106,9 +106,13 @@ def items_needed(
     so somewhat more items than this may have slightly less power.
 
     Raises:
-        UsageError: the true difference is outside the margin.
+        UsageError: a flip rate that is no share, or a true difference outside the margin.
     """
     target = power
+    if not 0 <= flips <= 1:
+        raise UsageError(
+            f"flip rate {flips:g} is not between 0 and 1", remedy="0.05 is 5 % of the items"
+        )
     if not 0 < target < 1 or difference <= -margin:
         raise UsageError(
             f"no number of items reaches power {target:g} at difference {difference:g} and "

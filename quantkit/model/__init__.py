@@ -3,6 +3,7 @@
 from quantkit.model.experts import expert_inputs, find_experts, linearize, routers
 from quantkit.model.families import FAMILIES, Family, auto_class, family_of, require_logits
 from quantkit.model.hashes import (
+    POOLING,
     combine_hashes,
     hash_file,
     hash_folder,
@@ -25,11 +26,12 @@ from quantkit.model.parts import (
     stored_tensors,
     untie,
 )
-from quantkit.model.quiet import quiet_transformers
-from quantkit.model.source import SourceModel, load_config, load_source, resolve
+from quantkit.model.quiet import first_line, quiet_transformers
+from quantkit.model.source import SourceModel, load_config, load_source, read_tokenizer, resolve
 
 __all__ = [
     "FAMILIES",
+    "POOLING",
     "Family",
     "SourceModel",
     "auto_class",
@@ -45,6 +47,7 @@ __all__ = [
     "find_blocks",
     "find_experts",
     "find_stacks",
+    "first_line",
     "hash_file",
     "hash_folder",
     "head_name",
@@ -55,6 +58,7 @@ __all__ = [
     "load_source",
     "memory_names",
     "quiet_transformers",
+    "read_tokenizer",
     "require_logits",
     "resolve",
     "routers",

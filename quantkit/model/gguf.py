@@ -41,6 +41,7 @@ def convert_gguf(path: Path) -> Path:
         child.join()
     except BaseException:
         child.terminate()
+        child.join()  # or it goes on writing where the next line removes
         shutil.rmtree(staging, ignore_errors=True)
         raise
     report = staging / "error.txt"

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+#: How an embedding model pools (sentence-transformers): the one file of a model in a folder below.
+POOLING = "*_Pooling/config.json"
+
+
 def hash_file(path: Path) -> str:
     """sha256 of a file's content, hex."""
     with open(path, "rb") as f:
@@ -17,12 +21,14 @@ def hash_file(path: Path) -> str:
 
 
 def hash_folder(folder: Path) -> dict[str, str]:
-    """sha256 of every file that determines a model: weights, config, tokenizer."""
-    names = sorted(
-        p.name
-        for p in folder.iterdir()
-        if p.is_file() and p.suffix in (".safetensors", ".json", ".model", ".jinja", ".txt")
-    )
+    """sha256 of every file that determines a model: weights, config, tokenizer, pooling.
+
+    Returns:
+        by path relative to ``folder``, with ``/``.
+    """
+    suffixes = (".safetensors", ".json", ".model", ".jinja", ".txt")
+    paths = [p for p in folder.iterdir() if p.is_file() and p.suffix in suffixes]
+    names = sorted(p.relative_to(folder).as_posix() for p in (*paths, *folder.glob(POOLING)))
     return {name: hash_file(folder / name) for name in names}
 
 
@@ -33,10 +39,12 @@ def combine_hashes(hashes: dict[str, str]) -> str:
 
 
 def weight_hash(files: dict[str, str]) -> str:
-    """One sha256 over the weight files and config among the hashes of `hash_folder`."""
-    return combine_hashes(
-        {n: h for n, h in files.items() if n.endswith((".safetensors", "config.json"))}
-    )
+    """One sha256 over the weight files and config among the hashes of `hash_folder`.
+
+    Pooling is no part of it: it changes neither weights nor hidden states.
+    """
+    names = [n for n in files if "/" not in n and n.endswith((".safetensors", "config.json"))]
+    return combine_hashes({name: files[name] for name in names})
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

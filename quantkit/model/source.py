@@ -86,7 +86,6 @@ def load_source(
         QuantkitError: a truncated or damaged file.
     """
     import psutil
-    from transformers import AutoTokenizer
 
     folder = resolve(source)
     config = load_config(folder, source)
@@ -116,19 +115,41 @@ def load_source(
             model = auto_class(config).from_pretrained(
                 folder, dtype=dtype, trust_remote_code=False, local_files_only=True, **placement
             )
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
         except torch.OutOfMemoryError:
             raise
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
             raise QuantkitError(f"{source}: cannot be loaded ({first_line(e)})") from e
+    tokenizer = read_tokenizer(folder, source)
     check_layout(model)
     linearize(model)
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return SourceModel(model, tokenizer, source, folder, files)
+
+
+def read_tokenizer(folder: Path, source: str) -> PreTrainedTokenizerBase:
+    """A folder's tokenizer.
+
+    Args:
+        folder: with the tokenizer's files.
+        source: what the user named, for messages.
+
+    Raises:
+        QuantkitError: there is none, or it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+    except Exception as e:  # the tokenizers library raises nothing narrower
+        raise QuantkitError(
+            f"{source}: has no tokenizer that can be loaded ({first_line(e)})",
+            remedy="copy the tokenizer's files from the original model",
+        ) from e
 
 
 def resolve(source: str) -> Path:
@@ -197,7 +218,7 @@ def load_config(folder: Path, source: str) -> Any:
             config = AutoConfig.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-    except (ValueError, OSError, KeyError) as e:
+    except Exception as e:  # a damaged config raises whatever its first wrong value meets
         raise UsageError(
             f"{source}: unknown architecture or damaged config.json ({first_line(e)})",
             remedy="quantkit runs what transformers runs without remote code",

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from quantkit import model as models
 from quantkit import ops
+from quantkit.checkpoint.fields import read_object
 from quantkit.checkpoint.formats import Reader, open_format
-from quantkit.checkpoint.read import TensorFiles, build_empty, read_quantization_config
+from quantkit.checkpoint.read import (
+    TensorFiles,
+    build_empty,
+    original_hash,
+    read_quantization_config,
+)
 from quantkit.checkpoint.write import MANIFEST
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.kv_cache import SIDES, CacheEntry, find_attentions, install_entry
@@ -23,8 +30,10 @@ from quantkit.layers import QuantLinear
 from quantkit.models.decoder import build_decoder, why_not
 from quantkit.models.runtime import Runtime
 from quantkit.ops.decoder import CacheScales
-from quantkit.results import read_json
 from quantkit.schemes import DType, QuantSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CAUSAL = models.FAMILIES["causal"]
 
@@ -95,8 +104,20 @@ def check_target(kernels: str, device: str) -> None:
     """Raise UsageError for kernels that are no key of `KERNELS`, or a device that is not there."""
     if kernels not in KERNELS:
         raise UsageError(f"kernels {kernels!r}: one of {', '.join(KERNELS)}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if found is None:
+        raise UsageError(
+            f"device {device}: not one that quantkit runs on", remedy="use cpu, cuda or cuda:1"
+        )
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
         raise UsageError(f"device {device}: torch sees no CUDA device", remedy="use --device cpu")
+    if int(found[1] or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device {device}: torch sees {torch.cuda.device_count()} CUDA devices",
+            remedy="they are numbered from 0",
+        )
 
 
 def _in_modules(runtime: Runtime, reason: str) -> Runtime:
@@ -130,8 +151,6 @@ def _load_quantized(
     device: str,
     dtype: torch.dtype | str,
 ) -> Runtime:
-    from transformers import AutoTokenizer, GenerationConfig
-
     config = models.load_config(folder, str(folder))
     wanted = config.dtype if dtype == "auto" else dtype
     wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted or torch.float32
@@ -146,14 +165,11 @@ def _load_quantized(
         assert cache_spec is not None
         caches[name] = CacheEntry(cache_spec, found)
         install_entry(attentions[name], caches[name])
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    with models.quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
+    _set_generation(model, folder)
+    tokenizer = models.read_tokenizer(folder, source)
     model.eval().to(device)
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    manifest = read_object(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    made_from = original_hash(manifest)
     hashes = models.hash_folder(folder)
     loaded = models.SourceModel(model, tokenizer, source, folder, hashes)
     kinds = sorted({m.kind for m in model.modules() if isinstance(m, QuantLinear)})
@@ -164,12 +180,37 @@ def _load_quantized(
         model=model,
         tokenizer=tokenizer,
         name=source,
-        fingerprint={**_fingerprint(loaded, numerics, device), **_original(manifest)},
+        fingerprint={
+            **_fingerprint(loaded, numerics, device),
+            **({} if made_from is None else {"original": made_from}),
+        },
         size_bytes=size,
         bits_per_weight=bits,
         manifest=manifest,
         caches=caches,
     )
+
+
+def _set_generation(model: PreTrainedModel, folder: Path) -> None:
+    """The folder's own settings of generation, such as the tokens that end a text, if it has any.
+
+    Raises:
+        QuantkitError: a file that transformers cannot read.
+    """
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return
+    try:
+        with models.quiet_transformers():
+            found = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as e:  # a damaged file raises whatever its first wrong value meets
+        raise QuantkitError(
+            f"{path}: cannot be loaded ({models.first_line(e)})",
+            remedy="copy it from the original model, or remove it",
+        ) from e
+    model.generation_config = found
 
 
 def _cache_dtype(spec: QuantSpec) -> str:
@@ -288,13 +329,6 @@ def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
         owner.register_buffer(
             leaf, tensor, persistent=leaf not in owner._non_persistent_buffers_set
         )
-
-
-def _original(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """The hash of the weights that a checkpoint was made from; empty where none is noted."""
-    source = manifest.get("source")
-    made_from = source.get("hash") if isinstance(source, Mapping) else None
-    return {"original": made_from} if isinstance(made_from, str) else {}
 
 
 def _fingerprint(loaded: models.SourceModel, kernels: str, device: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def load_tokenizer(source: str) -> tuple[PreTrainedTokenizerBase, int | None]:
             config = AutoConfig.from_pretrained(where, **options)
         except (OSError, ValueError, KeyError) as e:
             raise UsageError(
-                f"{source}: no tokenizer and config ({str(e).splitlines()[0]})",
+                f"{source}: no tokenizer and config ({models.first_line(e)})",
                 remedy="CKPT is the checkpoint that is served: a folder, a .gguf file or a hub id",
             ) from e
     length = getattr(getattr(config, "text_config", None) or config, "max_position_embeddings", 0)

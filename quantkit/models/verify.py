@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from quantkit import model as models
 from quantkit.batches import random_batch
+from quantkit.checkpoint.fields import as_object, read_object
 from quantkit.checkpoint.read import TensorFiles, read_quantization_config
 from quantkit.checkpoint.write import MANIFEST
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.integrity import not_finite
-from quantkit.numerics import is_finite
 from quantkit.paused import head_input
-from quantkit.results import read_json
 
 
 @dataclass(frozen=True)
@@ -31,21 +28,25 @@ class Finding:
 
 
 def verify_files(folder: Path) -> list[Finding]:
-    """Compare every file with the manifest's hashes.
+    """Compare every file with the manifest's hashes; look for missing tensors, NaN and infinity.
 
-    A checkpoint of another program has none: there, that every tensor its index names is stored,
-    and that every number is finite.
+    A checkpoint of another program has no manifest: there, the tensors are all there is to check.
 
     Raises:
-        UsageError: the folder does not exist, or is no checkpoint.
-        QuantkitError: a weight file is cut short.
+        UsageError: the folder does not exist, is no checkpoint, or has a damaged manifest.
     """
     manifest_path = folder / MANIFEST
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
     if not manifest_path.is_file():
-        return _verify_tensors(folder)
-    expected = read_json(manifest_path).get("files", {})
+        if read_quantization_config(folder) is None:
+            raise UsageError(
+                f"{folder}: is not quantized", remedy="verify reads quantized checkpoints"
+            )
+        none = Finding(MANIFEST, True, "none: there are no hashes to compare with")
+        return [none, *_verify_tensors(folder)]
+    files = read_object(manifest_path).get("files", {})
+    expected = {k: str(v) for k, v in as_object(files, f"{manifest_path}: files").items()}
     found = models.hash_folder(folder)
     found.pop(MANIFEST, None)
     findings = []
@@ -58,24 +59,22 @@ def verify_files(folder: Path) -> list[Finding]:
             findings.append(Finding(name, True, f"sha256 {digest[:12]}…"))
     extra = sorted(set(found) - set(expected))
     findings.extend(Finding(name, False, "not in the manifest") for name in extra)
-    return findings
+    return findings + _verify_tensors(folder)
 
 
 def _verify_tensors(folder: Path) -> list[Finding]:
-    if read_quantization_config(folder) is None:
-        raise UsageError(f"{folder}: is not quantized", remedy="verify reads quantized checkpoints")
-    findings = [Finding(MANIFEST, True, "none: there are no hashes to compare with")]
-    index = folder / "model.safetensors.index.json"
-    with TensorFiles(folder) as files:
-        named = set(read_json(index).get("weight_map", {})) if index.is_file() else set()
-        missing = sorted(named - set(files.names))
-        detail = f"{missing[0]} is missing ({len(missing)} in all)" if missing else "all are stored"
-        findings.append(Finding("tensors", not missing, detail))
-        floats = (name for name in files.names if files.tensor(name).is_floating_point())
-        broken = [name for name in floats if not is_finite(files.tensor(name).float())]
-    detail = f"{broken[0]} holds NaN or infinity" if broken else "all are finite"
-    findings.append(Finding("values", not broken, detail))
-    return findings
+    """Every tensor that the index names is stored, once, and every number is one."""
+    try:
+        opened = TensorFiles(folder)
+    except QuantkitError as e:
+        return [Finding("tensors", False, e.message)]
+    with opened as files:
+        count = len(files.names)
+        bad = list(not_finite((name, files.tensor(name)) for name in files.names))
+    return [
+        Finding("tensors", True, f"all {count} are stored"),
+        Finding("numbers", not bad, f"NaN or infinity in {bad[0]}" if bad else "all finite"),
+    ]
 
 
 def verify_reload(folder: Path, *, kernels: str = "native") -> list[Finding]:
@@ -102,10 +101,6 @@ def verify_reload(folder: Path, *, kernels: str = "native") -> list[Finding]:
             what, out = "hidden states", head_input(runtime.model, random_batch(runtime.model, 8))
     finite = bool(torch.isfinite(out).all())
     findings.append(Finding("forward", finite, f"finite {what}" if finite else "NaN or infinity"))
-    bad = list(not_finite(_stored(folder)))
-    findings.append(
-        Finding("numbers", not bad, f"NaN or infinity in {bad[0]}" if bad else "all finite")
-    )
     wanted = runtime.manifest.get("bits_per_weight")
     if wanted is not None:
         close = math.isclose(runtime.bits_per_weight, wanted, rel_tol=0.01)
@@ -115,14 +110,6 @@ def verify_reload(folder: Path, *, kernels: str = "native") -> list[Finding]:
             )
         )
     return findings
-
-
-def _stored(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the weight files, one at a time."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                yield name, file.get_tensor(name)
 
 
 def require_ok(findings: list[Finding], folder: Path) -> None:

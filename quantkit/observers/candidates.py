@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 from torch import Tensor
 
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.observers.extrema import MinMax, MovingAverage
 from quantkit.observers.histogram import MSE, Entropy, Histogram, Percentile
 from quantkit.schemes import QuantSpec
@@ -107,6 +108,20 @@ class Candidates:
         """
         for keeper in self._kept.values():
             keeper.update(x)
+
+    def merge(self, other: Candidates) -> Candidates:
+        """What one would hold that saw the values of both, this one's first.
+
+        Raises:
+            QuantkitError: they hold other observers.
+        """
+        if list(self.observers) != list(other.observers):
+            raise QuantkitError(
+                f"cannot merge observers {list(self.observers)} with {list(other.observers)}"
+            )
+        merged = copy(self)
+        merged._kept = {key: o.merge(other._kept[key]) for key, o in self._kept.items()}
+        return merged
 
     def ranges(self, spec: QuantSpec) -> dict[str, tuple[Tensor, Tensor]]:
         """fp32 scalars (minimum, maximum) by the observer's label, such as

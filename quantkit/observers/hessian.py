@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ class HessianAccumulator:
     being relative to the diagonal, the damped one. Dividing by n makes the objective
     comparable between layers and runs.
 
-    Products of bf16 values are exact in fp32; the sums are rounded. Only the lower triangle
-    is accumulated.
+    Products of bf16 values are exact in fp32. Sums over a few hundred tokens are fp32, those of
+    all fp64, so that it makes no difference in which order, or by how many processes, batches are
+    added: GPTQ decides its codes by the last digits. Only the lower triangle is accumulated.
 
     Args:
         columns: K, the layer's in_features.
@@ -43,7 +44,7 @@ class HessianAccumulator:
     ) -> None:
         self.count = 0
         self.kernels = kernels
-        self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self._sum = torch.zeros(columns, columns, dtype=torch.float64, device=device)
 
     @property
     def columns(self) -> int:
@@ -62,14 +63,24 @@ class HessianAccumulator:
         self.count += len(tokens)
 
     def _update_in_torch(self, tokens: Tensor) -> None:
-        """Column blocks of the lower half, each into its place without a temporary."""
+        """Column blocks of the lower half, each added to its place."""
         on_cpu = self._sum.device.type == "cpu"
         step = self.COLUMNS if on_cpu else max(self.columns, 1)  # GPUs want one large product
         for chunk in tokens.split(self.TOKENS):
             wide = chunk.to(self._sum.device, torch.float32)
             for start in range(0, self.columns, step):
                 stop = min(start + step, self.columns)
-                self._sum[start:stop, :stop].addmm_(wide[:, start:stop].T, wide[:, :stop])
+                self._sum[start:stop, :stop] += wide[:, start:stop].T @ wide[:, :stop]
+
+    def pool(self, add: Callable[[Tensor], None], count: int) -> None:
+        """Take in what others saw, where sums lie in other processes.
+
+        Args:
+            add: adds the others' sums to the tensor that it is given.
+            count: tokens of all.
+        """
+        add(self._sum)
+        self.count = count
 
     def merge(self, other: HessianAccumulator) -> HessianAccumulator:
         """The accumulator of the tokens of both."""
@@ -97,8 +108,14 @@ class HessianAccumulator:
                 f"inputs hold NaN or infinite values in {bad} of {self.columns} columns",
                 remedy="run the model in bfloat16 or float32, and check the checkpoint",
             )
-        lower = self._sum.tril()
-        return lower.add_(lower.tril(-1).T).div_(self.count)
+        # Row by row: a second matrix of doubles would be the largest thing in memory.
+        lower = torch.empty(self._sum.shape, dtype=torch.float32, device=self._sum.device)
+        for rows, sums in zip(
+            lower.split(self.COLUMNS), self._sum.split(self.COLUMNS), strict=True
+        ):
+            rows.copy_(sums / self.count)
+        lower.tril_()
+        return lower.add_(lower.tril(-1).T)
 
     def state(self) -> dict[str, Tensor]:
         """Sums and count, for storage."""

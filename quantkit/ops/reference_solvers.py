@@ -157,5 +157,5 @@ def rounding_errors(
 
 def syrk_accumulate(acc: Tensor, x: Tensor) -> None:
     """The whole product, of which the lower triangle is added."""
-    wide = x.to(acc.dtype)
+    wide = x.float() if x.dtype != acc.dtype else x
     acc.add_((wide.t() @ wide).tril())

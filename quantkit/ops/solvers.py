@@ -120,12 +120,13 @@ def rounding_errors(
 def syrk_accumulate(acc: Tensor, x: Tensor) -> None:
     """Add the lower triangle, diagonal included, of ``xᵀ·x`` to ``acc`` in place.
 
-    Above the diagonal nothing is read or written. Sums are fp32, in an order that does not depend
-    on the number of threads. On ``avx512bf16`` bf16 inputs are multiplied as they are: their
-    products are exact in fp32, and subnormal inputs (below 1.2e-38) count as zero.
+    Above the diagonal nothing is read or written. Sums over up to 256 tokens are fp32, in an order
+    that does not depend on the number of threads; those of a float64 ``acc`` are then widened. On
+    ``avx512bf16`` bf16 inputs are multiplied as they are: their products are exact in fp32, and
+    subnormal inputs (below 1.2e-38) count as zero.
 
     Args:
-        acc: float32 [K, K] with neighbouring columns.
+        acc: float32 or float64 [K, K] with neighbouring columns.
         x: float32, float16 or bfloat16 [T, K], any strides.
     """
     require_cpu_kernel("syrk_accumulate", acc)

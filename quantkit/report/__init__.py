@@ -7,7 +7,8 @@ Imports only `quantkit.errors` and `quantkit.results`, so a report can be made w
 can be loaded.
 """
 
+from quantkit.report.history import read_history
 from quantkit.report.page import render
 from quantkit.report.run_folder import Run, read_run
 
-__all__ = ["Run", "read_run", "render"]
+__all__ = ["Run", "read_history", "read_run", "render"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from quantkit.report import sections
+from quantkit.report.history import Past, history
 from quantkit.report.input_ranges import input_ranges
 from quantkit.report.layers import layers
 from quantkit.report.run_folder import Run
@@ -20,8 +22,13 @@ STYLE = "style.css"
 _CONTROLS = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {0x7F: 0x2421}
 
 
-def render(run: Run) -> str:
-    """One HTML document. The same run gives the same bytes."""
+def render(run: Run, past: Sequence[Past] = ()) -> str:
+    """One HTML document. The same run gives the same bytes.
+
+    Args:
+        run: what the page is about.
+        past: runs to show beside it, see `quantkit.report.history.read_history`.
+    """
     environment = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=True,  # model output may hold HTML
@@ -42,6 +49,7 @@ def render(run: Run) -> str:
         text=sections.text(run.candidate),
         tasks=sections.tasks(run),
         flips=sections.flips(run.flips),
+        history=history(past),
         calibration=sections.calibration(run),
         provenance=sections.provenance(run),
     )

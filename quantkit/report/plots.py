@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from quantkit.report.intervals import Interval
 from quantkit.report.words import NBSP, Measure, fixed
 from quantkit.results import GateCheck
 
@@ -51,6 +52,16 @@ def ticks(high: float, count: int = 4) -> list[float]:
     power: float = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
     return [i * step for i in range(math.ceil(high / step - 1e-9) + 1)]
+
+
+def ticks_between(low: float, high: float, count: int = 4) -> list[float]:
+    """Round numbers around ``low`` … ``high``, not from 0: small changes are to be seen."""
+    if high - low <= max(1e-12, 1e-9 * max(abs(low), abs(high))):
+        pad = abs(low) / 20 or 0.5
+        low, high = low - pad, high + pad
+    step = ticks(high - low, count)[1]
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, last + 1)]
 
 
 def tick_labels(values: Sequence[float], *, as_percent: bool = False) -> list[str]:
@@ -224,13 +235,46 @@ def position_facet(values: Sequence[float], mean: float | None, seq_len: int) ->
     return _facet("mean KL by position in the window", parts, _WIDE)
 
 
+def history_facet(
+    title: str, points: Sequence[tuple[int, Interval]], runs: int, *, as_percent: bool = False
+) -> Markup:
+    """One measure over runs 1..``runs``, each with its interval; the last one is this page's."""
+    bounds = [b for _, v in points for b in (v.lower, v.upper, v.estimate)]
+    y_ticks = ticks_between(min(bounds), max(bounds))
+    y = Axis(y_ticks[0], y_ticks[-1], _BOTTOM, _TOP)
+    x = Axis(0.5, runs + 0.5, _LEFT, _RIGHT)
+    parts = _y_axis(y, y_ticks, tick_labels(y_ticks, as_percent=as_percent))
+    parts.append(_px_text("name", _LEFT, 15, title, "start"))
+    step = math.ceil(runs / 10)
+    for number in range(1, runs + 1, step):
+        parts.append(_px_text("small", x(number), _BOTTOM + 16, str(number)))
+    scale, unit = (100, f"{NBSP}%") if as_percent else (1, "")
+    path = " ".join(f"{x(number)},{y(v.estimate)}" for number, v in points)
+    parts.append(Markup('<polyline class="line base" points="{}"/>').format(path))
+    for number, v in points:
+        role = "a" if number == runs else "base"
+        if v.upper > v.lower:
+            parts.append(
+                Markup('<line class="whisker {}" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
+                    role, x(number), x(number), y(v.lower), y(v.upper)
+                )
+            )
+        said = f"run {number}: {fixed(scale * v.estimate, 4)}{unit}"
+        parts.append(
+            Markup(
+                '<circle class="dot {}" cx="{}" cy="{}" r="4"><title>{}</title></circle>'
+            ).format(role, x(number), y(v.estimate), said)
+        )
+    return _facet(f"{title} over {runs} runs", parts)
+
+
 def _y_axis(
     y: Axis, values: Sequence[float], labels: Sequence[str], right: int = _RIGHT
 ) -> list[Markup]:
     parts = []
     for value, label in zip(values, labels, strict=True):
         at = y(value)
-        role = "frame" if value == 0 else "grid"
+        role = "frame" if value == values[0] else "grid"
         parts.append(
             Markup('<line class="{}" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
                 role, _LEFT, right, at, at

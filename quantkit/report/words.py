@@ -69,6 +69,12 @@ _MEASURES = {
     "size.ratio": Measure(
         100, 1, f"{NBSP}% of the original’s bytes", False, 1.0, f"at most {{}}{NBSP}% is allowed"
     ),
+    "latency.ttft": Measure(
+        1, 3, " times the original’s time to the first token", False, 1.0, "at most {} is allowed"
+    ),
+    "latency.tpot": Measure(
+        1, 3, " times the original’s time per output token", False, 1.0, "at most {} is allowed"
+    ),
     "size.bits_per_weight": Measure(1, 3, " bits per weight", False, None, "at most {} is allowed"),
 }
 _POINTS = Measure(100, 1, f"{NBSP}points", True, 0.0, "a loss of up to {} is allowed", signed=True)

@@ -69,10 +69,17 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """The request could not be finished; ``message`` is fit for the client."""
+    """The request could not be finished.
+
+    Attributes:
+        message: fit for the client.
+        shutdown: because the server goes away.
+        invalid: because of what the client asked for, which only showed on the way.
+    """
 
     message: str
     shutdown: bool = False
+    invalid: bool = False
 
 
 Event = PromptScored | TokenEvent | Finished | Failed

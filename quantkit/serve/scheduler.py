@@ -123,8 +123,6 @@ class Scheduler:
         return step
 
     def _admit(self, now: float) -> None:
-        if not self._waiting:
-            return
         waiting = list(self._waiting)
         entries = list(self._waiting.values())
         for i in self.policy.waiting_order(entries, self._entries(), now):

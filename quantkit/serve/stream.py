@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,10 +19,19 @@ class EventStream:
 
     Ends after the terminal event of the last request. Whoever stops reading early must call
     `close`, which cancels what still runs; calling it at the end does nothing.
+
+    ``observe`` sees each event when the event loop gets it, read or not, the terminal ones of
+    closed streams included.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Sequence[Request],
+        observe: Callable[[int, Event], None] = lambda index, event: None,
+    ) -> None:
         self._engine = engine
+        self._observe = observe
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._open: dict[int, str] = {}
@@ -35,7 +44,11 @@ class EventStream:
             raise
 
     def _post(self, index: int, event: Event) -> None:
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+        self._loop.call_soon_threadsafe(self._arrived, index, event)
+
+    def _arrived(self, index: int, event: Event) -> None:
+        self._queue.put_nowait((index, event))
+        self._observe(index, event)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         while self._open:

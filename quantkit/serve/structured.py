@@ -48,7 +48,8 @@ class Constraint:
         """``[vocab]`` logits → a copy with -inf where the grammar does not go on.
 
         Raises:
-            QuantkitError: the grammar is too expensive to follow, or leaves no token.
+            RequestError: the grammar is too expensive to follow.
+            QuantkitError: it leaves no token.
         """
         words = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.int32)
         self._check()
@@ -76,7 +77,9 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise QuantkitError(f"structured output: {self._matcher.get_error()}")
+            # What follows the first line is the compiler's own state.
+            reason = self._matcher.get_error().partition("\n")[0][:MAX_REASON]
+            raise RequestError(f"structured_outputs: {reason}", param="structured_outputs")
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,13 @@ class GrammarCompiler:
                     "following a grammar needs",
                     param="structured_outputs",
                 )
-            self._tokens = from_tokenizer(self._hf, n_vocab=self._vocab)
+            try:
+                self._tokens = from_tokenizer(self._hf, n_vocab=self._vocab)
+            except ValueError as error:
+                raise RequestError(
+                    f"structured_outputs: this model's tokenizer cannot follow a grammar: {error}",
+                    param="structured_outputs",
+                ) from error
         return self._tokens
 
 

@@ -12,6 +12,7 @@ from quantkit.errors import QuantkitError
 from quantkit.serve import sampler
 from quantkit.serve.answer import Answer
 from quantkit.serve.events import Event, Failed, FinishReason, PromptScored, TokenLogprob
+from quantkit.serve.request import RequestError
 from quantkit.serve.runner import Work
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ class Worker:
             work()
         except QuantkitError as error:
             logger.error("request %s failed: %s", sequence.request.id, error)
-            self.owner.fail(sequence, Failed(str(error)))
+            invalid = isinstance(error, RequestError)
+            self.owner.fail(sequence, Failed(str(error), invalid=invalid))
         except Exception:
             logger.exception("request %s failed", sequence.request.id)
             self.owner.fail(sequence, internal_error())

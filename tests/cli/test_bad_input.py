@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from quantkit.cli.main import run
@@ -277,6 +278,39 @@ def test_full_disk(
     assert run(arguments(tiny, recipe, traffic, out)) == 4
     assert "the disk is full; free some space" in capfd.readouterr().err
     assert leftovers(out) == []
+
+
+def test_full_disk_under_the_work_folder(
+    tiny: Path,
+    traffic: Path,
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """safetensors raises an error of its own there, and no OSError."""
+
+    def full(tensors: object, path: Path, **_: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr("quantkit.work.save_file", full)
+    out = tmp_path / "out"
+    assert run(arguments(tiny, recipe, traffic, out)) == 4
+    err = capfd.readouterr().err
+    assert "0000.safetensors: cannot be written (Error while serializing" in err
+    assert "free some space, then --resume" in err
+    assert leftovers(out) == []
+    assert not [*(tmp_path / "out.partial").rglob("*.tmp")]
+    monkeypatch.undo()
+    assert run(arguments(tiny, recipe, traffic, out, "--resume")) == 0
+
+
+def test_a_name_that_no_file_system_takes(
+    tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments(tiny, recipe, traffic, tmp_path / ("x" * 300))) == 2
+    assert "cannot be used (File name too long)" in capfd.readouterr().err
 
 
 def test_nan_from_overflow_stops_the_run(

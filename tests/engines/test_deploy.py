@@ -14,7 +14,7 @@ from quantkit.cli.deploy import Target
 from quantkit.cli.main import run
 from quantkit.engines.artifact import Artifact
 from quantkit.engines.deploy import TARGETS, DeployOptions, write
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.recipe import KV_CACHES
 from quantkit.schemes import SCHEMES
 from tests.engines.manifest_schemas import SCHEMAS, ServeConfig
@@ -38,7 +38,8 @@ FLAGS = {
 
 
 def document(target: str, folder: Path, **options: Any) -> dict[str, Any]:
-    chosen = DeployOptions(**{"gpus": 2, "model_uri": "pvc://models/w4", **options})
+    uri = None if target == "compose" else "pvc://models/w4"
+    chosen = DeployOptions(**{"gpus": 2, "model_uri": uri, **options})
     return yaml.safe_load(write(target, ARTIFACT, chosen, folder).read_text())
 
 
@@ -49,19 +50,41 @@ def pairs(arguments: list[str]) -> dict[str, str]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_keeps_to_its_schema(target: str, tmp_path: Path) -> None:
-    for number, uri in enumerate(("pvc://models/w4", "s3://bucket/w4", "owner/name")):
+    uris = ("pvc://models/w4", "s3://bucket/w4", "owner/name")
+    for number, uri in enumerate((None,) if target == "compose" else uris):
         found = document(target, tmp_path / str(number), model_uri=uri)
         SCHEMAS[target].model_validate_json(json.dumps(found))
     assert list(SCHEMAS) == list(TARGETS) == [t.value for t in Target]
 
 
 def test_compose_mounts_the_folder_and_asks_for_a_key(tmp_path: Path) -> None:
-    service = document("compose", tmp_path, model_uri=None)["services"]["vllm"]
+    service = document("compose", tmp_path)["services"]["vllm"]
     assert pairs(service["command"]).items() >= FLAGS.items()
     assert service["volumes"][0]["source"] == "/models/SmolLM2_135M.w4"
     assert service["environment"]["VLLM_API_KEY"].startswith("${VLLM_API_KEY:?")
     assert service["ports"] == ["127.0.0.1:8000:8000"]
     assert service["deploy"]["resources"]["reservations"]["devices"][0]["count"] == 2
+
+
+def test_compose_reads_no_variable_into_a_name(tmp_path: Path) -> None:
+    """``$$`` is a ``$`` to compose, and any other the start of a variable."""
+    odd = replace(ARTIFACT, folder=Path("/models/$HOME/${USER}-w4"))
+    path = write("compose", odd, DeployOptions(), tmp_path)
+    service = yaml.safe_load(path.read_text())["services"]["vllm"]
+    assert service["volumes"][0]["source"] == "/models/$$HOME/$${USER}-w4"
+    assert pairs(service["command"])["--served-model-name"] == "$${USER}-w4"
+    assert service["environment"]["VLLM_API_KEY"].startswith("${")
+
+
+def test_a_manifest_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(path: Path, text: str, **_: Any) -> None:
+        path.write_bytes(text[:20].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(QuantkitError, match="the disk is full"):
+        document("compose", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_kserve_names_the_storage(tmp_path: Path) -> None:
@@ -117,6 +140,9 @@ def test_ray_runs_the_llm_application(uri: str, source: object, tmp_path: Path) 
         ("ray", {"model_uri": "ftp://x/y"}, "'ftp' is none of"),
         ("ray", {"image": "mine:latest"}, "does not begin with Ray's version"),
         ("compose", {"replicas": (1, 2)}, "one port has one copy"),
+        ("compose", {"model_uri": "s3://bucket/w4"}, "compose mounts the checkpoint's own folder"),
+        ("compose", {"max_context": 4096}, "--max-context 4096 is more than the model's 2048"),
+        ("ray", {"max_context": 4096}, "--max-context 4096 is more than the model's 2048"),
         ("kserve", {"replicas": (3, 2)}, "fewest and most"),
         ("helm", {}, "one of compose, kserve, ray"),
     ],

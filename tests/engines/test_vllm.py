@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ import pytest
 
 from quantkit.cli.main import run
 from quantkit.engines.artifact import Artifact, read_artifact
-from quantkit.engines.process import start
+from quantkit.engines.process import free_port, start
 from quantkit.engines.support import Host, check, why_not, why_not_cache
 from quantkit.engines.vllm import VllmOptions, find_vllm, flags
 from quantkit.errors import QuantkitError, UsageError
@@ -95,6 +97,24 @@ def test_a_checkpoint_is_read_without_its_weights(tiny: Path) -> None:
     assert read.cost() == {"size_bytes": (tiny / "model.safetensors").stat().st_size}
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("config.json", "[]"), ("quantkit.json", "[]"), ("config.json", "3")]
+)
+def test_files_that_hold_something_else(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=rf"{name}: (\[\]|3) where an object"):
+        read_artifact(str(tmp_path))
+
+
+def test_a_checkpoint_knows_its_original(tiny: Path, tmp_path: Path) -> None:
+    assert read_artifact(str(tiny)).original is None
+    (tmp_path / "config.json").write_text("{}")
+    for source, found in (({"hash": "ab"}, "ab"), ({"hash": 3}, None), (["ab"], None)):
+        (tmp_path / "quantkit.json").write_text(json.dumps({"source": source}))
+        assert read_artifact(str(tmp_path)).original == found
+
+
 # --- the environment -------------------------------------------------------------------------
 
 
@@ -159,7 +179,34 @@ def test_eval_starts_scores_and_stops(
     assert results.fingerprint["kernels"] == "vllm-0.32.0/cuda"
     assert results.fingerprint["server"] == "vllm 0.32.0"
     assert len(results.fingerprint["model"]) == 64
+    assert "original" not in results.fingerprint
     assert results.cost["size_bytes"] > 0
+
+
+def test_a_baseline_of_other_weights_is_refused(
+    engine: Callable[[str], tuple[list[str], Path]],
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A quantized checkpoint through vLLM, held against an original that it is not made from.
+
+    A key of the environment is none of ours: it would lock us out of the engine that we start.
+    """
+    monkeypatch.setenv("VLLM_API_KEY", "of another server")
+    baseline, out = tmp_path / "baseline.json", tmp_path / "results.json"
+    options, marker = engine("well")
+    assert score(tiny, tmp_path, *options, "-o", str(baseline)) == 0
+    assert written(marker)["key"] is None
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny, checkpoint)
+    (checkpoint / "quantkit.json").write_text(json.dumps({"source": {"hash": "0" * 64}}))
+    options, _ = engine("well")
+    assert score(checkpoint, tmp_path, *options, "-o", str(out)) == 0
+    assert Results.load(out).fingerprint["original"] == "0" * 64
+    assert run(["gate", str(out), "--baseline", str(baseline)]) == 5
+    assert "the baseline is stale" in capsys.readouterr().err
 
 
 def test_a_failed_start_shows_the_log(
@@ -252,6 +299,28 @@ def test_serve_passes_signals_on(
     assert is_gone(written(marker)["pid"])
 
 
+def test_a_port_that_is_taken(
+    engine: Callable[[str], tuple[list[str], Path]],
+    tiny: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whoever listens there must not be announced as ours."""
+    options, marker = engine("well")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert run(["serve", str(tiny), "--port", port, *options]) == 2
+    shown = capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in shown
+    assert marker.read_text() == "well"  # it was not started
+
+
+@pytest.mark.parametrize("host", ["host.invalid", "256.0.0.1", "192.0.2.1", "a" * 70 + ".b"])
+def test_a_host_that_is_not_this_machine(host: str) -> None:
+    with pytest.raises(UsageError, match=f"cannot listen on {host}:0"):
+        free_port(host)
+    assert free_port() > 0
+
+
 def test_several_keys_are_refused(
     engine: Callable[[str], tuple[list[str], Path]],
     tiny: Path,
@@ -284,6 +353,23 @@ def test_workers_never_outlive_their_engine(tmp_path: Path) -> None:
         time.sleep(0.02)
     else:
         assert not Path(f"/proc/{worker}").exists()
+
+
+def test_an_engine_is_read_on_when_nobody_listens() -> None:
+    """An unread pipe fills after 64 KiB, and the engine would stop at its next line."""
+    code = "print('x' * 79 + '\\n', end='', flush=True)\n"
+    code = f"for i in range(4000): {code}print('last', flush=True)"
+    told = []
+
+    def echo(line: str) -> None:
+        told.append(line)
+        raise BrokenPipeError
+
+    command = [sys.executable, "-S", "-c", code]
+    with start(command, "http://127.0.0.1:1", echo=echo) as process:
+        assert process.popen.wait(60) == 0
+        assert process.tail().endswith("  last")
+    assert len(told) == 1
 
 
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from eval_builders import CHOICE, GENERATE, choice_rows
 from fake_server import Json, Lie, Reply, fake_server
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from quantkit.cli.main import run
 from quantkit.errors import UsageError
-from quantkit.evals.endpoint import EndpointConfig, connect, read_key
+from quantkit.evals.endpoint import EndpointConfig, _pause, connect, read_key
 from quantkit.evals.endpoint_model import EndpointLM
 from quantkit.results import Results
 from tests.conftest import byte_tokenizer
@@ -131,6 +132,13 @@ def no_logprobs(logprobs: Json, answer: Json) -> None:
     answer["choices"][0]["logprobs"] = None
 
 
+def set_key(key: str, value: Any) -> Callable[[Json, Json], None]:
+    def change(logprobs: Json, answer: Json) -> None:
+        (answer if key in answer else answer["choices"][0])[key] = value
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("lie", "says"),
     [
@@ -144,6 +152,8 @@ def no_logprobs(logprobs: Json, answer: Json) -> None:
         (edited(set_value(0.5)), "0.5 where a log-probability belongs"),
         (edited(no_alternatives), "without its most likely alternative"),
         (edited(no_logprobs), "without log-probabilities"),
+        (edited(set_key("logprobs", [1])), "without log-probabilities"),
+        (edited(set_key("usage", [1])), "None prompt tokens counted where 64 were sent"),
         (lambda n, a, b: {"choices": []}, "without exactly one choice"),
         (lambda n, a, b: Reply({"error": {"message": "out of pages"}}, 500), "500: out of pages"),
         (lambda n, a, b: Reply("<html>", 502), "status 502: <html>"),
@@ -180,6 +190,12 @@ def test_a_busy_server_is_asked_again(ask: Callable[..., int], status: int) -> N
         assert ask(url, "--concurrency", "2") == 0
 
 
+@pytest.mark.parametrize("asked", ["²", "Thu, 01 Jan 0001 00:00:00", "soon", "1e3"])
+def test_a_pause_that_is_no_time_is_our_own(asked: str) -> None:
+    answer = httpx.Response(503, headers=[(b"retry-after", asked.encode())])
+    assert 0 <= _pause(answer, 0) <= 0.5
+
+
 def uniform(logprobs: Json, answer: Json) -> None:
     """Chance level, with the noise that a constant would lack."""
     chance = -math.log(len(TOKENIZER))
@@ -197,7 +213,12 @@ def disorder(logprobs: Json, answer: Json) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lie", "says"), [(uniform, "canary 'uniform'"), (disorder, "canary 'shuffled words'")]
+    ("lie", "says"),
+    [
+        (uniform, "canary 'uniform'"),
+        (disorder, "canary 'shuffled words'"),
+        (set_key("logprobs", [1]), "without log-probabilities"),
+    ],
 )
 def test_chance_level_log_probabilities_fail_the_canaries(
     ask: Callable[..., int],
@@ -239,7 +260,14 @@ def test_usage_errors_end_with_2(
 
 @pytest.mark.parametrize(
     "url",
-    ["127.0.0.1:8000", "ftp://host", "http://user:pass@host", "http://host/?key=1", "http://"],
+    [
+        "127.0.0.1:8000",
+        "ftp://host",
+        "http://user:pass@host",
+        "http://host/?key=1",
+        "http://",
+        "http://h:99999",
+    ],
 )
 def test_a_url_is_a_plain_address(url: str) -> None:
     with pytest.raises(UsageError, match="endpoint"):

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
-from eval_builders import CHOICE, choice_rows
+from eval_builders import CHOICE, GENERATE, choice_rows
 from typer.testing import CliRunner, Result
 
 from quantkit.cli import eval as eval_cli
@@ -74,6 +75,26 @@ def test_a_plan_times_the_model(invoke: Callable[..., Result], suite_path: Write
     result = invoke("base", "--plan", "--suite", suite, "--json")
     (seconds,) = json.loads(result.stdout)["seconds"].values()
     assert 0 < seconds < 600
+
+
+def test_a_timed_plan_is_given_what_a_run_would_be(
+    invoke: Callable[..., Result], suite_path: Write
+) -> None:
+    """Threads, and leave to run code; and it says how many items it timed."""
+    score = {"metadata": {"score": {"code": {"timeout": 20}}}}
+    suite = suite_path(GENERATE, [{"word": w, "id": w} for w in ("late", "rome", "order")], **score)
+    before = torch.get_num_threads()
+    try:
+        args = ("base", "--plan", "--suite", suite, "--threads", before + 1)
+        refused = invoke(*args)
+        assert isinstance(refused.exception, UsageError)
+        assert "--allow-code" in str(refused.exception)
+        result = invoke(*args, "--allow-code")
+        assert result.exit_code == 0, result.exception
+        assert "s a model, from 3 items" in result.stdout
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_recipes_name_gates_and_suites(invoke: Callable[..., Result]) -> None:
@@ -159,6 +180,19 @@ def test_stopping_early(
     assert all(rows[r.id] == r.score for r in early_task.rows)
 
 
+def test_a_task_may_have_a_gate_for_each_metric(
+    invoke: Callable[..., Result], suite_path: Write, tmp_path: Path
+) -> None:
+    suite, base, out = suite_path(CHOICE, single_rows(12)), tmp_path / "b.json", tmp_path / "q.json"
+    assert invoke("base", "--suite", suite, "-o", base).exit_code == 0
+    policy = tmp_path / "gate.yaml"
+    policy.write_text("tiny_choice.acc: {margin: 0.05}\ntiny_choice.acc_norm: {margin: 0.1}\n")
+    args = ("--suite", suite, "--stop-early", base, "--policy", policy, "-o", out)
+    result = invoke("quant", *args)
+    assert result.exit_code == 0, result.exception
+    assert Results.load(out).tasks["tiny_choice"].early == 0
+
+
 def test_early_stops_that_cannot_be(
     invoke: Callable[..., Result], suite_path: Write, tmp_path: Path
 ) -> None:
@@ -167,6 +201,10 @@ def test_early_stops_that_cannot_be(
     changed = suite_path(CHOICE, single_rows(13))
     policy = tmp_path / "gate.yaml"
     policy.write_text("tiny_choice.acc: {margin: 0.05, floor: 0.4}\n")
+    stopped = tmp_path / "stopped.json"
+    scored = Results.load(base)
+    tasks = {name: replace(task, early=0) for name, task in scored.tasks.items()}
+    replace(scored, tasks=tasks).save(stopped)
     kl = tmp_path / "kl.yaml"
     kl.write_text("kl.mean: {max: 0.4}\n")
     for args, error, message in (
@@ -175,6 +213,8 @@ def test_early_stops_that_cannot_be(
         (("--suite", suite, "--policy", policy), UsageError, "floor"),
         (("--suite", suite, "--policy", kl), UsageError, "no suite to stop"),
         (("--suite", suite, "--noise-floor", "modules"), UsageError, "drop one"),
+        (("--suite", suite, "--seed", 1), NotComparableError, "seed 0 is not 1"),
+        (("--suite", suite, "--stop-early", stopped), NotComparableError, "items are a choice"),
     ):
         result = invoke("quant", "--stop-early", base, *args)
         assert isinstance(result.exception, error), result.exception

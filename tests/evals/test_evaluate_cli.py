@@ -87,6 +87,24 @@ def test_the_command_writes_and_prints(
     assert document["kl_mean"] == pytest.approx(saved.text.kl_mean if saved.text else None)
 
 
+def test_a_full_disk_does_not_hide_the_results(
+    invoke: Callable[..., Result],
+    suite_path: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(path: Path, doc: object) -> None:
+        raise UsageError(f"{path}: cannot be written (No space left on device)")
+
+    monkeypatch.setattr("quantkit.results.write_json", full)
+    suite = suite_path(CHOICE, choice_rows())
+    for option, shown in ((), "tiny_choice.acc"), (("--json",), '"tiny_choice"'):
+        result = invoke("base", "--suite", suite, "-o", tmp_path / "out.json", *option)
+        assert "No space left" in str(result.exception)
+        assert shown in result.stdout
+        assert "wrote" not in result.stdout
+
+
 def test_a_subset_is_scored(invoke: Callable[..., Result], suite_path: Write) -> None:
     suite = suite_path(CHOICE, choice_rows())
     result = invoke("base", "--suite", suite, "--max-items", 5, "--json")

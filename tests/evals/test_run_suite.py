@@ -16,6 +16,7 @@ from lm_eval.tasks import TaskManager
 
 from quantkit.errors import QuantkitError
 from quantkit.evals.canary import SENTENCES, check_canaries
+from quantkit.evals.evaluate import evaluate
 from quantkit.evals.language_model import QuantkitLM
 from quantkit.evals.run_suite import draw, run_suite, run_suites
 from quantkit.evals.suites import load_suite
@@ -211,11 +212,19 @@ def test_an_error_inside_lm_eval_names_the_suite(
 
 
 def test_canaries_refuse_a_uniform_model(suite_path: Write) -> None:
+    """Before anything is scored, with suites or without."""
     flat = tiny_runtime()
     with torch.no_grad():
         flat.model.lm_head.weight.zero_()
-    with pytest.raises(QuantkitError, match="canary 'uniform'"):
-        run(flat, suite_path(CHOICE, choice_rows()), canary=True)
+
+    def progress(done: int, total: int, label: str) -> None:
+        pytest.fail(f"{label} was scored")
+
+    text = "the order is late " * 40
+    suites = [load_suite(suite_path(CHOICE, choice_rows()))]
+    for what in ({"suites": suites}, {"text": text, "seq_len": 32}):
+        with pytest.raises(QuantkitError, match="canary 'uniform'"):
+            evaluate(flat, **what, canary=True, progress=progress)  # type: ignore[arg-type]
 
 
 def test_canaries_refuse_a_model_that_prefers_disorder(runtime: Runtime) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +158,43 @@ def test_code_is_limited(tmp_path: Path) -> None:
     assert mark.exists()
 
 
+#: Lowers its own hard limits first, as a shell's ``ulimit -H`` would have.
+LIMITED = """
+import resource, sys
+from quantkit.evals.sandbox import run_program
+
+for what, value in ((resource.RLIMIT_NOFILE, 48), (resource.RLIMIT_FSIZE, 1 << 20)):
+    resource.setrlimit(what, (value, value))
+program = (
+    "import resource\\n"
+    "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (48, 48)\\n"
+    "assert resource.getrlimit(resource.RLIMIT_FSIZE) == (1 << 20, 1 << 20)\\n"
+    "assert resource.getrlimit(resource.RLIMIT_CORE) == (0, 0)\\n"
+)
+sys.exit(run_program(program, timeout=30, memory=512 << 20))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits differ elsewhere")
+def test_lower_limits_of_the_user_hold() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_machine_that_runs_no_program_scores_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No room for its file, no process for it: an error, never a wrong answer."""
+    for error in (OSError(28, "No space left on device"), subprocess.SubprocessError("preexec")):
+
+        def fail(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("subprocess.Popen", fail)
+        with pytest.raises(QuantkitError, match="cannot be run here"):
+            run_program("pass", timeout=1, memory=MEMORY)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="process groups")
 def test_children_do_not_outlive_their_program(tmp_path: Path) -> None:
     mark = tmp_path / "pid"
@@ -243,9 +283,47 @@ def test_busy_endpoints_are_asked_again(monkeypatch: pytest.MonkeyPatch) -> None
         make_judge(401)[0].grade("r", 5, "q", "t", "a")
 
 
-def test_a_judge_needs_an_address() -> None:
-    with pytest.raises(UsageError, match="not an http address"):
-        Judge("host:80", "m")
+@pytest.mark.parametrize(
+    "url", ["host:80", "ftp://host", "http://", "http://host:99999", "http://u:p@host/v1"]
+)
+def test_a_judge_needs_an_address(url: str) -> None:
+    with pytest.raises(UsageError, match="judge"):
+        allowed_scorers([], False, url, "m", None)
+
+
+@pytest.mark.parametrize(("content", "says"), [("\n", "holds no key"), ("schlüssel", "no header")])
+def test_a_judges_key_is_one(content: str, says: str, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text(content)
+    with pytest.raises(UsageError, match=says):
+        allowed_scorers([], False, "http://host/v1", "m", key)
+
+
+def test_no_proxy_sees_the_judges_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxy would answer; nobody else does."""
+    monkeypatch.setattr(judge_module, "PAUSE", 0.0)
+    seen: list[str] = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            seen.append(self.headers.get("authorization", ""))
+            self.send_error(400)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        address = f"http://127.0.0.1:{proxy.server_address[1]}"
+        for name in ("http_proxy", "all_proxy"):
+            monkeypatch.setenv(name, address)
+        monkeypatch.delenv("no_proxy", raising=False)
+        with pytest.raises(QuantkitError):
+            Judge("http://127.0.0.1:1/v1", "m", key="secret").grade("r", 5, "q", "t", "a")
+        proxy.shutdown()
+        thread.join(5)
+    assert seen == []
 
 
 def test_nothing_of_ours_reaches_a_program() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.evals.token_tree import MAX_PACKED, common_prefix, pack
+from quantkit.evals.token_tree import MAX_PACKED, MAX_PATHS, common_prefix, pack
 
 #: Three tokens, so that prefixes collide.
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=20)
@@ -56,6 +56,15 @@ def test_no_row_grows_past_the_cap() -> None:
     rows = pack([[*passage, 1, 1], [*passage, 2, 2]], 256)
     assert [len(r.tokens) for r in rows] == [MAX_PACKED + 1] * 2
     assert not any(r.branches for r in rows)
+
+
+def test_no_row_holds_more_sequences_than_the_cap() -> None:
+    context = [0] * 50
+    choices = [[*context, k, 1] for k in range(1, 2 * MAX_PATHS)]
+    # The last one stands there twice, which costs nothing.
+    rows = pack([*choices, choices[-1]], 4000)
+    assert [len(r.paths) for r in rows] == [MAX_PATHS, MAX_PATHS]
+    assert all(r.tokens[:50] == context for r in rows)
 
 
 def test_common_prefix() -> None:

@@ -142,6 +142,12 @@ def test_ci_examples_reuse_the_baseline() -> None:
     assert scored["if"] == f"steps.{cache['id']}.outputs.cache-hit != 'true'"
     assert any("--baseline baseline.json" in s.get("run", "") for s in steps)
     assert GITLAB["quantize"]["cache"]["paths"] == ["baseline.json"]
+    # Another model or suite is another baseline.
+    key = cache["with"]["key"]
+    assert all(part in key for part in ("env.MODEL", "env.SUITE", "evals/**", "constraints.txt"))
+    suite = f"evals/data/{GITLAB['variables']['SUITE']}.eval.jsonl"
+    assert (ROOT / suite).is_file()
+    assert GITLAB["quantize"]["cache"]["key"]["files"] == [suite, ".gitlab-ci.yml"]
     assert GITLAB["quantize"]["allow_failure"] == {"exit_codes": [3]}
 
 
@@ -150,6 +156,10 @@ def test_ci_examples_have_what_their_services_need() -> None:
     assert GITHUB[True]["pull_request"]["paths"]
     job = GITHUB["jobs"]["gate"]
     assert job["runs-on"]
+    # What scored a baseline scores the candidate: lm-eval's version is part of the comparison.
+    install = "pip install . -c constraints.txt"
+    assert install in [step.get("run") for step in job["steps"]]
+    assert install in GITLAB["quantize"]["script"]
     assert all(("uses" in step) != ("run" in step) for step in job["steps"])
     assert GITLAB["quantize"]["artifacts"]["reports"] == {"junit": "junit.xml"}
 

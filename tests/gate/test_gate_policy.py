@@ -99,6 +99,17 @@ def test_mistakes_are_named_with_their_line(tmp_path: Path, written: str, said: 
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    "value", ['!!int ""', '!!float ""', "!!bool x", "!!timestamp x", '!!binary "ä"', "!!int x"]
+)
+def test_tags_that_do_not_fit_their_text(tmp_path: Path, value: str) -> None:
+    """PyYAML raises whatever comes of it."""
+    path = tmp_path / "gate.yaml"
+    path.write_text(f"kl.mean: {{max: 0.05}}\ntop1: {{min: {value}}}\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"gate.yaml:2"):
+        load_policy(path)
+
+
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
         load_policy(tmp_path / "absent.yaml")

@@ -246,6 +246,10 @@ def test_syrk(isa: str, dtype: torch.dtype, t: int, k: int) -> None:
     expected = start.clone()
     reference.syrk_accumulate(expected, x)
     torch.testing.assert_close(acc, expected, rtol=1e-5, atol=1e-5 * t**0.5)
+    wide = start.double()
+    ops.syrk_accumulate(wide, x)
+    assert torch.equal(wide.triu(1), start.double().triu(1))
+    torch.testing.assert_close(wide.tril(), exact, rtol=1e-5, atol=1e-5 * t**0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -292,6 +296,21 @@ def test_syrk_keeps_nan_and_infinity_in_their_columns(isa: str, dtype: torch.dty
     for column in (20, 50):
         expected[column, :] = expected[:, column] = True
     assert torch.equal(bad, expected)
+
+
+def test_syrk_in_doubles_adds_up_in_any_order(isa: str) -> None:
+    """Blocks of fp32 sums, which fp64 holds with digits to spare: the same fp32 value."""
+    x = randn(4096, 130).bfloat16()
+    forth, back = (torch.zeros(130, 130, dtype=torch.float64) for _ in range(2))
+    plain = torch.zeros(130, 130)
+    parts = x.split(512)
+    for part in parts:
+        ops.syrk_accumulate(forth, part)
+    for part in reversed(parts):
+        ops.syrk_accumulate(back, part)
+        ops.syrk_accumulate(plain, part)
+    assert torch.equal(forth.float(), back.float())
+    assert not torch.equal(forth.float(), plain.tril())
 
 
 def test_syrk_of_nothing(isa: str) -> None:

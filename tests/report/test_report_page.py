@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from report_builders import make_results, manifest, write_run
 
-from quantkit.report import read_run, render
+from quantkit.report import read_history, read_run, render
 from quantkit.report.run_folder import InputRange
 from quantkit.report.sections import MOST_FLIPS, SHORT_PROMPT
 from quantkit.results import Results
@@ -307,7 +307,8 @@ def test_phone_does_not_scroll_sideways(failed: Path, tmp_path: Path) -> None:
             warnings=(long,),
             recipe_text=long,
             machine={"system": long},
-        )
+        ),
+        [replace(one, name=long) for one in read_history(run, [failed] * 3)],
     )
     policy = re.compile(r"<meta http-equiv=[^>]*>")
     inner = policy.sub("", html).replace("<details", "<details open").replace("</body>", PROBE)

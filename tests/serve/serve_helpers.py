@@ -15,9 +15,11 @@ import torch
 from quantkit.models.runtime import Runtime
 from quantkit.serve.api.app import create_app
 from quantkit.serve.api.server import Server, bind, url
+from quantkit.serve.config import ServeConfig, open_config
 from quantkit.serve.engine import Engine, EngineConfig
 from quantkit.serve.events import Event, Failed, Finished, TokenEvent
 from quantkit.serve.policy.order import Entry, Policy
+from quantkit.serve.policy.tiered import Tiered
 from quantkit.serve.request import Request, SamplingParams
 from quantkit.serve.runner import DecoderRunner, ModuleRunner, Runner, Work
 
@@ -88,13 +90,16 @@ def serving(
     config: EngineConfig | None = None,
     *,
     drain_seconds: float = 10,
+    access: ServeConfig | None = None,
     **options: object,
 ) -> Iterator[Live]:
     """A server; stopped at the end, and nothing leaked."""
-    engine = Engine(runtime, config or EngineConfig(max_sequences=4, prefill_chunk=16)).start()
+    access = access or open_config()
+    config = config or EngineConfig(max_sequences=4, prefill_chunk=16)
+    engine = Engine(runtime, config, Tiered(access.tiers)).start()
     sock = bind("127.0.0.1", 0)
     up = threading.Event()
-    app = create_app(engine, **options)  # type: ignore[arg-type]
+    app = create_app(engine, access=access, **options)  # type: ignore[arg-type]
     server = Server(app, engine, drain_seconds=drain_seconds, on_ready=up.set)
     thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
     thread.start()

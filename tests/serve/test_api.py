@@ -149,6 +149,38 @@ def test_concurrent_clients_get_what_they_get_alone(client: openai.OpenAI) -> No
         assert list(pool.map(ask, range(8))) == alone
 
 
+def test_sampling_fields_reach_the_sampler(client: openai.OpenAI, post, runtime: Runtime) -> None:
+    plain = client.completions.create(prompt="The", max_tokens=8, logprobs=0, **GREEDY)
+    bias = {str(runtime.tokenizer.encode("Z")[0]): 100}
+    biased = client.completions.create(prompt="The", max_tokens=8, logit_bias=bias, **GREEDY)
+    assert biased.choices[0].text == "Z" * 8 != plain.choices[0].text
+    body = {"prompt": "The", "max_tokens": 8, "temperature": 0, "logit_bias": bias}
+    punished = post("/v1/completions", body | {"presence_penalty": 2}).json()
+    assert punished["choices"][0]["text"] == "Z" * 8, "100 is more than 2"
+    stopped = post("/v1/completions", body | {"stop_token_ids": [int(next(iter(bias)))]}).json()
+    assert stopped["choices"][0]["finish_reason"] == "stop"
+    assert stopped["usage"]["completion_tokens"] == 1
+
+
+def test_answers_of_a_given_form(client: openai.OpenAI, post) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    chat = client.chat.completions.create(
+        messages=HELLO, max_tokens=60, response_format=form, **GREEDY
+    )
+    assert isinstance(json.loads(chat.choices[0].message.content)["ok"], bool)
+    text = {"format": {"type": "json_schema", "name": "a", "schema": schema}}
+    answer = client.responses.create(input="hi", max_output_tokens=60, text=text, **GREEDY)
+    assert isinstance(json.loads(answer.output_text)["ok"], bool)
+    body = {"prompt": "a", "max_tokens": 20, "structured_outputs": {"regex": "(dog|cat)s"}}
+    assert post("/v1/completions", body).json()["choices"][0]["text"] in ("dogs", "cats")
+
+
 def test_control_tokens_in_messages_are_text(server, runtime: Runtime, post, monkeypatch) -> None:
     seen: list[tuple[int, ...]] = []
     submit = server.engine.submit
@@ -203,7 +235,15 @@ BAD_COMPLETIONS = [
     ({"prompt": "a", "logprobs": True}, "logprobs"),
     ({"prompt": "a", "stream": "yes"}, "stream"),
     ({"prompt": "a", "best_of": 5}, None),
-    ({"prompt": "a", "frequency_penalty": 0.5}, None),
+    ({"prompt": "a", "frequency_penalty": 2.5}, "frequency_penalty"),
+    ({"prompt": "a", "presence_penalty": "x"}, "presence_penalty"),
+    ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty"),
+    ({"prompt": "a", "logit_bias": {"5": 101}}, "logit_bias"),
+    ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
+    ({"prompt": "a", "logit_bias": {"999999": 1}}, None),
+    ({"prompt": "a", "min_tokens": 500}, "min_tokens"),
+    ({"prompt": "a", "stop_token_ids": [-1]}, "stop_token_ids"),
+    ({"prompt": "a", "ignore_eos": 1}, "ignore_eos"),
     ({"prompt": "a", "stream": False, "stream_options": {"include_usage": True}}, None),
     ([], None),
     ("text", None),
@@ -226,7 +266,12 @@ BAD_CHATS = [
     ({"messages": HELLO, "logprobs": 5}, "logprobs"),
     ({"messages": HELLO, "top_logprobs": 5}, None),
     ({"messages": HELLO, "tools": [{"type": "function"}]}, None),
-    ({"messages": HELLO, "response_format": {"type": "json_object"}}, None),
+    ({"messages": HELLO, "response_format": {"type": "json_schema"}}, "response_format"),
+    ({"messages": HELLO, "response_format": {"type": "yaml"}}, "response_format"),
+    ({"messages": HELLO, "structured_outputs": {"regex": "("}}, None),
+    ({"messages": HELLO, "structured_outputs": {}}, "structured_outputs"),
+    ({"messages": HELLO, "structured_outputs": {"regex": "a", "json_object": True}}, None),
+    ({"messages": HELLO, "structured_outputs": {"lark": "a"}}, "structured_outputs"),
     ({"messages": [{"role": "user", "content": "dog " * 2000}]}, "prompt"),
 ]
 

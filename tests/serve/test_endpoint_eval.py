@@ -21,6 +21,7 @@ from quantkit.model import template_hash, tokenizer_hash
 from quantkit.models.decoder import build_decoder
 from quantkit.models.runtime import Runtime
 from quantkit.results import Results
+from quantkit.serve.config import open_config
 from tests.evals.eval_builders import CHOICE, GENERATE, choice_rows, write_suite
 
 TEXT = "The quick brown fox sleeps, and the lazy dog jumps over it. " * 12
@@ -40,6 +41,7 @@ def native(runtime: Runtime) -> Runtime:
     """The tiny model in the native decoder, with the fingerprint that a loaded one has."""
     facts = {
         "model": "sha-tiny",
+        "original": "sha-original",
         "kernels": "decoder/f32",
         "tokenizer": tokenizer_hash(runtime.tokenizer),
         "chat_template": template_hash(runtime.tokenizer),
@@ -99,6 +101,8 @@ def test_the_fingerprint_names_the_engine_and_no_address(native: Runtime, served
     assert (told["engine"], told["served_model"]) == ("endpoint", "tiny")
     assert told["server"].startswith("quantkit ")
     assert (told["model"], told["kernels"]) == ("sha-tiny", "decoder/f32")
+    # What a baseline is held against: without it any would pass.
+    assert told["original"] == "sha-original"
     assert told["tokenizer"] == native.fingerprint["tokenizer"]
     assert served.url.rpartition(":")[2] not in json.dumps(results.to_json()["fingerprint"])
     assert dict(results.cost) == {}
@@ -125,7 +129,7 @@ def test_a_key_is_asked_for_and_sent(native: Runtime, tmp_path: Path) -> None:
     text.write_text(TEXT)
     key.write_text("# the server's\nsecret\n")
     options = ["--text", str(text), "--seq-len", "32", "--no-canary"]
-    with serving(native, api_keys=("secret",)) as live:
+    with serving(native, access=open_config(("secret",))) as live:
         command = ["eval", str(folder), "--endpoint", f"{live.url}/v1", *options]
         assert run(command) == 4
         assert run([*command, "--endpoint-key-file", str(key)]) == 0

@@ -14,8 +14,9 @@ import pytest
 from serve_helpers import before_forward, wait_until
 
 from quantkit.errors import UsageError
-from quantkit.serve.api.middleware import read_api_keys
+from quantkit.serve.config import open_config
 from quantkit.serve.engine import EngineConfig
+from quantkit.serve.keys import read_api_keys
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -64,7 +65,7 @@ def test_full_queue_is_429(live) -> None:
 def test_api_keys(live, tmp_path) -> None:
     path = tmp_path / "keys"
     path.write_text("# team a\nsecret-a\n\n  secret-b  \n")
-    server = live(api_keys=read_api_keys(path))
+    server = live(access=open_config(read_api_keys(path)))
 
     def status(path: str, authorization: str | bytes | None) -> int:
         headers = {} if authorization is None else {"Authorization": authorization}

@@ -83,8 +83,9 @@ typedef struct qk_syrk_args {
   const void* x;    // [tokens, k], rows ldx elements apart
   int64_t ldx;
   int32_t x_dtype;  // qk_dtype
-  float* acc;       // [k, k], rows ld_acc elements apart
+  void* acc;        // [k, k], rows ld_acc elements apart: float, or double
   int64_t ld_acc;
+  int32_t acc_is_double;
 } qk_syrk_args;
 
 QK_EXPORT int qk_gptq_round(const qk_gptq_round_args* args);

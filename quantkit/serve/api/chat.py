@@ -35,7 +35,9 @@ async def create(service: Service, body: ChatRequest, http: HttpRequest) -> Resp
         for choice in range(body.n or 1)
     ]
     writer = Writer(service.encoder, with_logprobs=bool(body.logprobs))
-    generation = Generation(http, service, requests, len(prompt_ids), fields)
+    said = [{"role": message.role, "content": message.text} for message in body.messages]
+    prompts = [{"messages": said}] * len(requests)
+    generation = Generation(http, service, requests, prompts, len(prompt_ids), fields)
     if body.stream:
         return await generation.streamed(
             writer.chunks, CHUNK_OBJECT, include_usage=body.include_usage

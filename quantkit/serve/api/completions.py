@@ -55,7 +55,8 @@ async def create(service: Service, body: CompletionRequest, http: HttpRequest) -
             text = prompt if isinstance(prompt, str) else await service.encoder.decode(prompt)
             echoes += [text] * n
     writer = Writer(service.encoder, echoes, with_logprobs=body.logprobs is not None)
-    generation = Generation(http, service, requests, sum(map(len, ids)), fields)
+    texts = [{"prompt": p} if isinstance(p, str) else None for p in prompts for _ in range(n)]
+    generation = Generation(http, service, requests, texts, sum(map(len, ids)), fields)
     if body.stream:
         return await generation.streamed(writer.chunks, OBJECT, include_usage=body.include_usage)
     return await generation.whole(writer.choice, OBJECT)

@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from quantkit.serve.door import RefusedError
 from quantkit.serve.engine import QueueFullError, StoppedError
 from quantkit.serve.events import Failed
 from quantkit.serve.request import RequestError
@@ -41,8 +42,9 @@ def error_body(
 
 def failed_body(event: Failed) -> dict[str, Any]:
     """The body for a request that the engine failed."""
-    kind = "service_unavailable" if event.shutdown else "server_error"
-    return error_body(event.message, kind)
+    if event.invalid:
+        return error_body(event.message, "invalid_request_error")
+    return error_body(event.message, "service_unavailable" if event.shutdown else "server_error")
 
 
 def install(app: FastAPI) -> None:
@@ -50,6 +52,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(ModelNotFoundError, _unknown_model)
+    app.add_exception_handler(RefusedError, _not_admitted)
     app.add_exception_handler(QueueFullError, _busy)
     app.add_exception_handler(StoppedError, _stopped)
     app.add_exception_handler(GenerationError, _failed)
@@ -78,6 +81,18 @@ def _unknown_model(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse(body, 404)
 
 
+#: Status of a refusal → the type that clients know.
+REFUSALS = {400: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable"}
+
+
+def _not_admitted(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RefusedError)
+    refusal = error.refusal
+    body = error_body(str(error), REFUSALS[refusal.status], code=refusal.code)
+    headers = {"Retry-After": str(refusal.retry_after)} if refusal.retry_after else {}
+    return JSONResponse(body, refusal.status, headers=headers)
+
+
 def _busy(_: Request, error: Exception) -> JSONResponse:
     body = error_body(str(error), "rate_limit_error", code="queue_full")
     return JSONResponse(body, 429, headers={"Retry-After": "1"})
@@ -89,7 +104,9 @@ def _stopped(_: Request, error: Exception) -> JSONResponse:
 
 def _failed(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, GenerationError)
-    return JSONResponse(failed_body(error.event), 503 if error.event.shutdown else 500)
+    event = error.event
+    status = 400 if event.invalid else 503 if event.shutdown else 500
+    return JSONResponse(failed_body(event), status)
 
 
 def _http(_: Request, error: Exception) -> JSONResponse:

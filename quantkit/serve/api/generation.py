@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from quantkit.serve.api.sse import (
     encode,
     until_disconnect,
 )
+from quantkit.serve.capture import Capture
+from quantkit.serve.config import ServeConfig
+from quantkit.serve.door import Door
 from quantkit.serve.engine import Engine
 from quantkit.serve.events import (
     Event,
@@ -33,6 +36,7 @@ from quantkit.serve.events import (
 )
 from quantkit.serve.request import Request
 from quantkit.serve.stream import EventStream
+from quantkit.serve.tracing import Tracing
 
 Json = dict[str, Any]
 #: Nobody reads it: the status that access logs show for a client that left.
@@ -40,15 +44,36 @@ CLIENT_CLOSED_REQUEST = 499
 
 
 class Service:
-    """The served model: its engine, its encoder and the names that clients may call it by."""
+    """The served model: its engine, the door to it, its encoder and the names that clients may
+    call it by."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        config: ServeConfig,
+        capture: Capture | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
         self.engine = engine
+        self.tracing = tracing
+        self.door = Door(engine, config, capture)
         self.encoder = PromptEncoder(engine.runtime.tokenizer)
         # A folder is served under its own name; its full path is understood as well.
         self.model = Path(engine.runtime.name).name if _is_path(engine) else engine.runtime.name
         self.names = {self.model, engine.runtime.name}
         self.created = int(time.time())
+
+    async def open(
+        self,
+        http: HttpRequest,
+        requests: Sequence[Request],
+        prompts: Sequence[Json | None],
+    ) -> EventStream:
+        """Let the requests of an HTTP request in, as `door.Door.open` does for its tenant."""
+        trace = self.tracing.begin(http.url.path, http.headers) if self.tracing else None
+        # Waiting to be tokenized is waiting, too.
+        arrived = [replace(request, arrival=http.state.arrival) for request in requests]
+        return await self.door.open(http.state.tenant, arrived, prompts, trace)
 
     def check_model(self, name: str | None) -> None:
         """Raise `ModelNotFoundError` unless ``name`` is served here; no name means the one."""
@@ -69,6 +94,8 @@ class Choice:
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
 
     def add(self, event: Event) -> None:
@@ -81,6 +108,8 @@ class Choice:
         elif isinstance(event, Finished):
             self.text += event.text
             self.finish_reason = event.reason
+            self.prompt_tokens = event.prompt_tokens
+            self.cached_tokens = event.cached_tokens
             self.completion_tokens = event.completion_tokens
         else:
             raise GenerationError(event)
@@ -94,6 +123,7 @@ class Generation:
         http: the client's request, watched for its disconnect.
         service: the served model.
         requests: what to run; several prompts or ``n`` answers make several requests.
+        prompts: for each, its prompt as `door.Door.open` captures it.
         prompt_tokens: for ``usage``; a prompt with several answers counts once.
         head: the fields that every body of this answer begins with.
     """
@@ -101,6 +131,7 @@ class Generation:
     http: HttpRequest
     service: Service
     requests: Sequence[Request]
+    prompts: Sequence[Json | None]
     prompt_tokens: int
     head: Json
 
@@ -108,23 +139,22 @@ class Generation:
         self, render: Callable[[int, Choice], Awaitable[Json]], object_name: str
     ) -> Response:
         """Wait for every answer, then send one JSON document."""
-        stream = self.service.engine.stream(*self.requests)
+        stream = await self.service.open(self.http, self.requests, self.prompts)
         try:
-            choices = await until_disconnect(
-                self.http.receive, _collect(stream, len(self.requests))
-            )
+            choices = await until_disconnect(self.http.receive, collect(stream, len(self.requests)))
         except ClientGone:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         finally:
             stream.close()
         rendered = [await render(index, choice) for index, choice in enumerate(choices)]
         completion_tokens = sum(choice.completion_tokens for choice in choices)
+        cached_tokens = max(choice.cached_tokens for choice in choices)
         return JSONResponse(
             self.head
             | {
                 "object": object_name,
                 "choices": rendered,
-                "usage": usage(self.prompt_tokens, completion_tokens),
+                "usage": usage(self.prompt_tokens, completion_tokens, cached_tokens),
             }
         )
 
@@ -140,10 +170,10 @@ class Generation:
         The status line waits for the first event, so that a request which fails at once gets an
         honest 500 and not a 200 with an error inside.
         """
-        stream = self.service.engine.stream(*self.requests)
+        stream = await self.service.open(self.http, self.requests, self.prompts)
         events = aiter(stream)
         try:
-            first = await until_disconnect(self.http.receive, _next(events))
+            first = await until_disconnect(self.http.receive, first_event(events))
         except ClientGone:
             stream.close()
             return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -153,19 +183,20 @@ class Generation:
 
         async def chunks() -> AsyncIterator[bytes]:
             head = self.head | {"object": object_name}
-            completion_tokens = 0
-            async for index, event in _chain(first, events):
+            completion_tokens = cached_tokens = 0
+            async for index, event in chain(first, events):
                 if isinstance(event, Failed):
                     yield encode(failed_body(event))
                     yield DONE
                     return
                 if isinstance(event, Finished):
                     completion_tokens += event.completion_tokens
+                    cached_tokens = max(cached_tokens, event.cached_tokens)
                 async for choice in render(index, event):
                     body = head | {"choices": [choice | {"index": index}]}
                     yield encode(body | {"usage": None} if include_usage else body)
             if include_usage:
-                total = usage(self.prompt_tokens, completion_tokens)
+                total = usage(self.prompt_tokens, completion_tokens, cached_tokens)
                 yield encode(head | {"choices": [], "usage": total})
             yield DONE
 
@@ -181,29 +212,33 @@ def head(service: Service, prefix: str) -> Json:
     }
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> Json:
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:
+    """What an answer cost; ``cached_tokens`` of the answer that found most in the prefix cache."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 
-async def _collect(stream: EventStream, count: int) -> list[Choice]:
+async def collect(stream: EventStream, count: int) -> list[Choice]:
+    """Every answer, when all are there."""
     choices = [Choice() for _ in range(count)]
     async for index, event in stream:
         choices[index].add(event)
     return choices
 
 
-async def _next(events: AsyncIterator[tuple[int, Event]]) -> tuple[int, Event]:
+async def first_event(events: AsyncIterator[tuple[int, Event]]) -> tuple[int, Event]:
+    """The first event, if it is no failure: that gets a status of its own."""
     index, event = await anext(events)
     if isinstance(event, Failed):
         raise GenerationError(event)
     return index, event
 
 
-async def _chain(
+async def chain(
     first: tuple[int, Event], rest: AsyncIterator[tuple[int, Event]]
 ) -> AsyncIterator[tuple[int, Event]]:
     yield first

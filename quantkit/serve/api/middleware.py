@@ -1,4 +1,4 @@
-"""Pure-ASGI middleware: who may call, and how much they may send.
+"""Pure-ASGI middleware: who may call, from where, and how much they may send.
 
 Pure ASGI because wrapping the request in another task (as Starlette's BaseHTTPMiddleware does)
 hides the client's disconnect from the endpoint, and a disconnect must cancel the generation.
@@ -6,47 +6,43 @@ hides the client's disconnect from the endpoint, and a disconnect must cancel th
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-from pathlib import Path
+import asyncio
+import ipaddress
+import time
+from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from quantkit.errors import UsageError
 from quantkit.serve.api.errors import error_body
+from quantkit.serve.config import ServeConfig
+from quantkit.serve.keys import find_tenant
+from quantkit.serve.policy.tiers import Tenant
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
+#: A body that trickles in would hold its connection for ever.
+BODY_SECONDS = 30.0
 #: Probes carry no key: they say nothing but "yes" or "no".
 OPEN_PATHS = frozenset({"/health", "/ready"})
 
 
-def read_api_keys(path: Path) -> tuple[str, ...]:
-    """One key a line; blank lines and lines that begin with ``#`` are skipped."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"API keys file {path} cannot be read: {error}") from error
-    keys = tuple(line for line in lines if line and not line.startswith("#"))
-    if not keys:
-        raise UsageError(f"API keys file {path} holds no key", remedy="write one key a line")
-    return keys
-
-
 class ApiKeys:
-    """Refuses requests without one of the keys; passes everything if there are none."""
+    """Refuses requests without one of the keys and says whose the others are.
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+    The tenant is left in ``request.state.tenant``; without keys everybody is the first one.
+    """
+
+    def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
         self.app = app
-        # Digests have one length, so comparing them does not tell how long a key is.
-        self.digests = [_digest(key) for key in keys]
+        self.keys = config.keys
+        self.tenants = {tenant.name: tenant for tenant in config.tenants}
+        self.anybody = config.tenants[0]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.digests and scope["path"] not in OPEN_PATHS:
-            header = Headers(scope=scope).get("authorization", "")
-            scheme, _, key = header.partition(" ")
-            if scheme.lower() != "bearer" or not self._known(key.strip()):
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            tenant = self._tenant(Headers(scope=scope).get("authorization", ""))
+            if tenant is None:
                 body = error_body(
                     "missing or wrong API key; send 'Authorization: Bearer KEY'",
                     "authentication_error",
@@ -55,24 +51,74 @@ class ApiKeys:
                 response = JSONResponse(body, 401, headers={"WWW-Authenticate": "Bearer"})
                 await response(scope, receive, send)
                 return
+            scope.setdefault("state", {})["tenant"] = tenant
         await self.app(scope, receive, send)
 
-    def _known(self, key: str) -> bool:
-        digest = _digest(key)
-        # Every key is compared, so the time does not tell which one came close.
-        return sum(hmac.compare_digest(digest, known) for known in self.digests) > 0
+    def _tenant(self, authorization: str) -> Tenant | None:
+        if not self.keys:
+            return self.anybody
+        scheme, _, key = authorization.partition(" ")
+        if scheme.lower() != "bearer":
+            return None
+        name = find_tenant(self.keys, key.strip())
+        return None if name is None else self.tenants[name]
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+class LocalOnly:
+    """Refuses what a web page of another host sends to a server without keys.
+
+    A page may let its own name resolve to 127.0.0.1 (DNS rebinding), which the Host header
+    shows, or send a form across origins, which the Origin header shows.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            origin = headers.get("origin")
+            for name, address in (("Host", f"//{headers.get('host', '')}"), ("Origin", origin)):
+                if address is not None and not is_loopback(_hostname(address)):
+                    body = error_body(
+                        f"{name} {headers.get(name)!r} is not this machine; a server without API "
+                        "keys answers no other unless it runs with --allow-unauthenticated",
+                        "permission_error",
+                    )
+                    await JSONResponse(body, 403)(scope, receive, send)
+                    return
+        await self.app(scope, receive, send)
+
+
+def is_loopback(host: str) -> bool:
+    """Only this machine can reach it. A name other than localhost may resolve to anything."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _hostname(address: str) -> str:
+    try:
+        return urlsplit(address).hostname or ""
+    except ValueError:  # brackets that do not close
+        return ""
 
 
 class BodyLimit:
-    """Refuses bodies over ``limit`` bytes before they are held in memory."""
+    """Refuses bodies over ``limit`` bytes before they are held in memory, and slow ones.
 
-    def __init__(self, app: ASGIApp, limit: int = MAX_BODY_BYTES) -> None:
+    When the body was there is left in ``request.state.arrival``, on the monotonic clock.
+    """
+
+    def __init__(
+        self, app: ASGIApp, limit: int = MAX_BODY_BYTES, seconds: float = BODY_SECONDS
+    ) -> None:
         self.app = app
         self.limit = limit
+        self.seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -80,12 +126,20 @@ class BodyLimit:
             return
         declared = Headers(scope=scope).get("content-length", "0")
         if declared.isdigit() and int(declared) > self.limit:
-            await self._refuse(scope, receive, send)
+            await self._refuse(413, f"the body is over {self.limit} bytes", scope, receive, send)
             return
-        chunks = await self._read(receive)
+        try:
+            async with asyncio.timeout(self.seconds):
+                chunks = await self._read(receive)
+        except TimeoutError:
+            message = f"the body did not arrive within {self.seconds:g} s"
+            await self._refuse(408, message, scope, receive, send)
+            return
         if chunks is None:
-            await self._refuse(scope, receive, send)
+            await self._refuse(413, f"the body is over {self.limit} bytes", scope, receive, send)
             return
+        # A request has arrived when all of it is here: a slow client is not a slow server.
+        scope.setdefault("state", {})["arrival"] = time.monotonic()
         await self.app(scope, _replay(chunks, receive), send)
 
     async def _read(self, receive: Receive) -> list[Message] | None:
@@ -101,10 +155,12 @@ class BodyLimit:
             if message["type"] != "http.request" or not message.get("more_body", False):
                 return messages
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = error_body(f"the body is over {self.limit} bytes", "invalid_request_error")
+    async def _refuse(
+        self, status: int, message: str, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        body = error_body(message, "invalid_request_error")
         # The rest of the body is never read, so the connection cannot be used again.
-        response = JSONResponse(body, 413, headers={"Connection": "close"})
+        response = JSONResponse(body, status, headers={"Connection": "close"})
         await response(scope, receive, send)
 
 

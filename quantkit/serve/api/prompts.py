@@ -53,9 +53,16 @@ class PromptEncoder:
         self._tokenizer = copy.deepcopy(tokenizer)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="quantkit-tokenizer")
 
-    async def text(self, text: str) -> tuple[int, ...]:
-        """Ids of a raw prompt, with the special tokens that the tokenizer puts around text."""
-        return await self._run(lambda: tuple(self._tokenizer.encode(text)))
+    @property
+    def size(self) -> int:
+        """Number of ids, added tokens included."""
+        return len(self._tokenizer)
+
+    async def text(self, text: str, *, special: bool = True) -> tuple[int, ...]:
+        """Ids of a raw prompt; ``special`` puts the tokens around it that the tokenizer has."""
+        return await self._run(
+            lambda: tuple(self._tokenizer.encode(text, add_special_tokens=special))
+        )
 
     async def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Ids of a conversation, ending where the assistant begins to speak."""

@@ -7,11 +7,20 @@ implement are refused (`UNSUPPORTED`), because ignoring them would be a silent d
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from quantkit.serve.request import MAX_TOP_LOGPROBS, SamplingParams
+from quantkit.serve.request import (
+    MAX_LOGIT_BIAS,
+    MAX_REPETITION_PENALTY,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TOP_LOGPROBS,
+    RequestError,
+    SamplingParams,
+    StructuredOutputs,
+)
 
 MAX_PROMPTS = 256
 MAX_CHOICES = 16
@@ -23,10 +32,6 @@ MAX_TOKENS = 2**31 - 1
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": (None, []),
     "functions": (None, []),
-    "response_format": (None, {"type": "text"}),
-    "logit_bias": (None, {}),
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
     "suffix": (None, ""),
     "best_of": (None, 1),
     "audio": (None,),
@@ -35,7 +40,76 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 Text = Annotated[str, Field(max_length=4 * 1024 * 1024)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKENS)]], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=-(2**63) + 1, le=2**63 - 1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+#: Token ids are strings, as keys of JSON objects always are.
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_LOGIT_BIAS),
+]
+ModelName = Annotated[str, Field(max_length=4096)]
 Stop = str | list[str] | None
+
+
+class JsonSchema(BaseModel):
+    """A named schema of ``response_format``."""
+
+    model_config = ConfigDict(strict=True, populate_by_name=True)
+
+    name: Annotated[str, Field(max_length=256)] | None = None
+    strict: bool | None = None
+    body: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class ResponseFormat(BaseModel):
+    """What an answer must look like. ``json_schema`` needs a schema, the others take none."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_needed(self) -> ResponseFormat:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise ValueError(f"type {self.type!r} and 'json_schema' do not go together")
+        return self
+
+    def structured(self) -> StructuredOutputs | None:
+        if self.json_schema is not None:
+            return StructuredOutputs(json=as_json(self.json_schema.body))
+        return StructuredOutputs(json_object=True) if self.type == "json_object" else None
+
+
+class StructuredFormat(BaseModel):
+    """vLLM's ``structured_outputs``: exactly one of its fields."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    json_: Annotated[dict[str, Any] | Text | None, Field(alias="json")] = None
+    json_object: bool | None = None
+    regex: Text | None = None
+    grammar: Text | None = None
+
+    def structured(self) -> StructuredOutputs:
+        given = as_json(self.json_) if isinstance(self.json_, dict) else self.json_
+        return StructuredOutputs(
+            json=given,
+            json_object=bool(self.json_object),
+            regex=self.regex,
+            grammar=self.grammar,
+        )
+
+
+def as_json(schema: dict[str, Any]) -> str:
+    """A schema as text.
+
+    Raises:
+        RequestError: it is nested too deeply to be written.
+    """
+    try:
+        return json.dumps(schema)
+    except RecursionError as error:
+        raise RequestError("the schema is nested too deeply", param="response_format") from error
 
 
 class StreamOptions(BaseModel):
@@ -49,7 +123,9 @@ class GenerationRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
-    model: Annotated[str, Field(max_length=4096)] | None = None
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = UNSUPPORTED
+
+    model: ModelName | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
@@ -57,14 +133,30 @@ class GenerationRequest(BaseModel):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: Seed | None = None
     stop: Stop = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=MAX_REPETITION_PENALTY)] | None = None
+    logit_bias: LogitBias | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    stop_token_ids: (
+        Annotated[
+            list[Annotated[int, Field(ge=0, le=MAX_TOKENS)]], Field(max_length=MAX_STOP_TOKEN_IDS)
+        ]
+        | None
+    ) = None
+    ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
     def _supported(self) -> GenerationRequest:
         for name, value in (self.model_extra or {}).items():
-            if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
+            if name in self.unsupported and value not in self.unsupported[name]:
                 raise ValueError(f"'{name}' is not supported by this server")
+        if self.response_format is not None and self.structured_outputs is not None:
+            raise ValueError("'response_format' and 'structured_outputs' exclude each other")
         if self.stream_options is not None and not self.stream:
             raise ValueError("'stream_options' needs 'stream': true")
         return self
@@ -84,12 +176,24 @@ class GenerationRequest(BaseModel):
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=max(self.top_k or 0, 0),  # -1 is the other usual way to write "off"
             min_p=self.min_p or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             max_tokens=max_tokens,
+            min_tokens=self.min_tokens or 0,
             stop=tuple(stop),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            structured_outputs=self._structured(),
             seed=seed,
             logprobs=logprobs,
             echo=echo,
         )
+
+    def _structured(self) -> StructuredOutputs | None:
+        asked = self.response_format or self.structured_outputs
+        return None if asked is None else asked.structured()
 
 
 class CompletionRequest(GenerationRequest):
@@ -144,3 +248,126 @@ class ChatRequest(GenerationRequest):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("'top_logprobs' needs 'logprobs': true")
         return self
+
+
+class InputText(BaseModel):
+    """A piece of an item of the Responses API."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["input_text", "output_text", "text"]
+    text: Text
+
+
+class InputItem(BaseModel):
+    """A message of the Responses API."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[InputText], Field(max_length=MAX_MESSAGES)]
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+#: Known fields of the Responses API that are not implemented → the values that mean "off".
+UNSUPPORTED_RESPONSES: dict[str, tuple[Any, ...]] = {
+    "background": (None, False),
+    "conversation": (None,),
+    "include": (None, []),
+    "max_tool_calls": (None,),
+    "previous_response_id": (None,),
+    "prompt": (None,),
+    "reasoning": (None, {}),
+    "tools": (None, []),
+    "top_logprobs": (None, 0),
+    "truncation": (None, "disabled"),
+}
+
+
+class TextFormat(BaseModel):
+    """``text.format`` of the Responses API: `ResponseFormat`, with the schema beside its type."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: Annotated[str, Field(max_length=256)] | None = None
+    strict: bool | None = None
+    body: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+
+    @model_validator(mode="after")
+    def _schema_where_needed(self) -> TextFormat:
+        if (self.body is not None) != (self.type == "json_schema"):
+            raise ValueError(f"type {self.type!r} and 'schema' do not go together")
+        return self
+
+
+class TextOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    format: TextFormat | None = None
+
+
+class ResponsesRequest(GenerationRequest):
+    """``POST /v1/responses``."""
+
+    unsupported: ClassVar = UNSUPPORTED | UNSUPPORTED_RESPONSES
+
+    input: (
+        Annotated[Text, Field(min_length=1)]
+        | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
+    )
+    instructions: Text | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    n: Literal[1] | None = None
+    text: TextOptions | None = None
+
+    def _structured(self) -> StructuredOutputs | None:
+        asked = self.text and self.text.format
+        if not asked:
+            return super()._structured()
+        if asked.body is not None:
+            return StructuredOutputs(json=as_json(asked.body))
+        return StructuredOutputs(json_object=True) if asked.type == "json_object" else None
+
+
+class TokenizeRequest(BaseModel):
+    """``POST /tokenize``: exactly one of ``prompt`` and ``messages``."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: ModelName | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("exactly one of 'prompt' and 'messages' is needed")
+        return self
+
+
+class DetokenizeRequest(BaseModel):
+    """``POST /detokenize``."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: ModelName | None = None
+    tokens: Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKENS)]], Field(max_length=1_000_000)]
+
+
+class EmbeddingsRequest(BaseModel):
+    """``POST /v1/embeddings``."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: ModelName | None = None
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)] | TokenIds

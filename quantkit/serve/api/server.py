@@ -17,6 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from quantkit.errors import EXIT_INTERRUPTED, EXIT_PASS, EXIT_RUNTIME, UsageError
+from quantkit.serve.api.protocol import Protocol
 from quantkit.serve.engine import Engine
 
 #: After the engine has failed what was left, the answers still have to reach the sockets.
@@ -59,6 +60,7 @@ class Server(uvicorn.Server):
         # The timeout is a net under ours: uvicorn cancels tasks where the engine ends requests.
         config = uvicorn.Config(
             app,
+            http=Protocol,
             log_level="warning",
             lifespan="off",
             server_header=False,

@@ -35,7 +35,10 @@ class Entry:
 
 
 class Policy(Protocol):
-    """Orders requests. A scheduler calls it from one thread; ``now`` is the monotonic clock."""
+    """Orders requests. A scheduler calls it from one thread; ``now`` is the monotonic clock.
+
+    Each step asks for `waiting_order` first, also when nothing waits.
+    """
 
     def waiting_order(
         self, waiting: Sequence[Entry], running: Sequence[Entry], now: float
@@ -53,7 +56,8 @@ class Policy(Protocol):
         ...
 
     def served(self, entry: Entry, tokens: int) -> None:
-        """``tokens`` more were computed for this request: what fairness counts."""
+        """``tokens`` were computed for this request, which was as ``entry`` says before: what
+        fairness counts. Tokens found in a cache are not computed."""
         ...
 
 

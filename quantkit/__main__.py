@@ -1,0 +1,5 @@
+"""``python -m quantkit``, which ``torchrun -m quantkit`` runs."""
+
+from quantkit.cli.main import main
+
+main()

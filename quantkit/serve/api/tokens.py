@@ -1,0 +1,38 @@
+"""``POST /tokenize`` and ``POST /detokenize``: what the model reads, as vLLM's endpoints say it."""
+
+from __future__ import annotations
+
+from quantkit.serve.api.generation import Json, Service
+from quantkit.serve.api.schemas import DetokenizeRequest, TokenizeRequest
+from quantkit.serve.request import RequestError
+
+
+async def tokenize(service: Service, body: TokenizeRequest) -> Json:
+    """The ids of a raw prompt, or of a conversation through the chat template."""
+    service.check_model(body.model)
+    if body.prompt is not None:
+        ids = await service.encoder.text(body.prompt, special=body.add_special_tokens)
+    else:
+        assert body.messages is not None  # the schema wants exactly one of the two
+        ids = await service.encoder.chat(body.messages)
+    answer: Json = {
+        "count": len(ids),
+        "max_model_len": service.engine.capacity.max_context,
+        "tokens": list(ids),
+    }
+    if body.return_token_strs:
+        answer["token_strs"] = await service.encoder.token_strings(ids)
+    return answer
+
+
+async def detokenize(service: Service, body: DetokenizeRequest) -> Json:
+    """The text of ids."""
+    service.check_model(body.model)
+    size = service.encoder.size
+    for token in body.tokens:
+        if token >= size:
+            raise RequestError(
+                f"tokens: {token} is not an id of this tokenizer; the last is {size - 1}",
+                param="tokens",
+            )
+    return {"prompt": await service.encoder.decode(body.tokens)}

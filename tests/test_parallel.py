@@ -1,0 +1,268 @@
+"""Several processes that calibrate one model together."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantkit import model as models
+from quantkit.batches import cut_batches
+from quantkit.calibrate import CalibrationData, calibrate
+from quantkit.checkpoint.opened import open_checkpoint
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.input_range import sample_tokens
+from quantkit.parallel import ALONE, Processes, World, check_alike
+from quantkit.plan import make_plan
+from quantkit.quantize import QuantizedLayer
+from quantkit.recipe import Recipe, Step, parse_recipe
+from quantkit.schemes import SCHEMES
+
+T = TypeVar("T")
+
+#: Fewer windows than a batch holds, and more tokens than a layer has columns: where a Hessian is
+#: singular, the last digit of a sum decides many codes.
+IDS = torch.randint(0, 256, (16, 128), generator=torch.Generator().manual_seed(3))
+
+RECIPES = {
+    "fisher": Recipe(
+        SCHEMES["w4a16-g64"],
+        algorithm=(Step("gptq", {"fisher": 0.5, "outputs": "coupled"}),),
+        keep=("lm_head",),
+    ),
+    "awq, feedback": Recipe(
+        SCHEMES["w3a16-g64"],
+        algorithm=(Step("awq"), Step("gptq", {"feedback": 0.5})),
+        keep=("lm_head",),
+    ),
+    "static": parse_recipe(
+        "scheme: w8a8-static\nalgorithm: [smoothquant, gptq]\nkv_cache: fp8\n"
+        "rules: [{match: '*.down_proj', scheme: w4a16-g64}]\n"
+    ),
+    "distill": Recipe(SCHEMES["w4a16-g64"], algorithm=(Step("rtn"), Step("distill", {"steps": 3}))),
+}
+
+
+class Threads(World):
+    """Threads in the place of processes."""
+
+    def __init__(self, rank: int, shared: Shared) -> None:
+        self.rank, self.size = rank, len(shared.places)
+        self._shared = shared
+
+    def gather(self, value: T) -> list[T]:
+        found = self._shared.exchange(self.rank, value)
+        return found if self.leads else []
+
+    def first(self, make: Callable[[], T]) -> T:
+        made: tuple[T | None, Exception | None] = None, None
+        if self.leads:
+            try:
+                made = make(), None
+            except Exception as e:
+                made = None, e
+        value, error = self._shared.exchange(self.rank, made)[0]
+        if error is not None:
+            raise error
+        return value
+
+    def add(self, total: Tensor) -> None:
+        found = self._shared.exchange(self.rank, total.clone())
+        if self.leads:
+            for other in found[1:]:
+                total += other
+
+    share = Processes.share
+
+
+class Shared:
+    """Where threads lay down what the others pick up."""
+
+    def __init__(self, count: int) -> None:
+        self.places: list[Any] = [None] * count
+        self.barrier = threading.Barrier(count, timeout=120)
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        self.places[rank] = value
+        self.barrier.wait()
+        found = list(self.places)
+        self.barrier.wait()
+        return found
+
+
+def together(count: int, work: Callable[[World], T]) -> list[T]:
+    """What ``work`` gives in each of so many threads; the first error of any is raised."""
+    shared = Shared(count)
+    answers: list[Any] = [None] * count
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            answers[rank] = work(Threads(rank, shared))
+        except threading.BrokenBarrierError:
+            pass
+        except BaseException as e:
+            errors.append(e)
+            shared.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return answers
+
+
+#: transformers sets torch's default dtype while it loads.
+LOADING = threading.Lock()
+
+
+def run(source: Path, work: Path, recipe: Recipe, world: World = ALONE, **options: Any) -> Any:
+    with LOADING:
+        loaded = models.load_source(str(source))
+    plan = make_plan(recipe, loaded.model, samples=len(IDS), seq_len=IDS.shape[1])
+    data = CalibrationData(IDS, "hash")
+    return calibrate(loaded, plan, data, work, together=world, **options)
+
+
+def same_codes(a: dict[str, QuantizedLayer], b: dict[str, QuantizedLayer]) -> float:
+    """Share of codes that are equal."""
+    assert a.keys() == b.keys()
+    pairs = [(a[name].qtensor.codes, b[name].qtensor.codes) for name in a]
+    equal = sum(int((x.float() == y.float()).sum()) for x, y in pairs)
+    return equal / sum(x.numel() for x, _ in pairs)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_give_the_codes_of_one(name: str, tiny: Path, tmp_path: Path) -> None:
+    alone = run(tiny, tmp_path / "alone", RECIPES[name])
+    first, second = together(2, lambda w: run(tiny, tmp_path / "work", RECIPES[name], w))
+    assert second.layers == {}
+    assert same_codes(alone.layers, first.layers) >= 0.999
+    for layer, found in first.layers.items():
+        expected = alone.layers[layer]
+        assert found.output_error == pytest.approx(expected.output_error, rel=1e-2)
+        if expected.input_scale is not None:
+            assert torch.equal(found.input_scale, expected.input_scale), layer
+    assert {x: c.scales(torch.float32) for x, c in first.caches.items()} == {
+        x: c.scales(torch.float32) for x, c in alone.caches.items()
+    }
+
+
+def test_what_needs_all_windows_runs_in_one_process(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = Recipe(SCHEMES["w4a16-g64"], algorithm=(Step("rtn"), Step("signround")))
+    with pytest.raises(UsageError, match="signround: goes through all windows"):
+        together(2, lambda w: run(tiny, tmp_path / "a", trained, w))
+    monkeypatch.setattr("quantkit.calibrate.spills", lambda *_: True)
+    with pytest.raises(UsageError, match="--activation-memory: goes through all windows"):
+        together(
+            2,
+            lambda w: run(tiny, tmp_path / "b", RECIPES["static"], w, activation_memory=7_000_000),
+        )
+
+
+def test_a_rerun_gives_the_same_bytes_and_a_resumed_run_too(tiny: Path, tmp_path: Path) -> None:
+    recipe = RECIPES["awq, feedback"]
+    runs = [together(2, lambda w: run(tiny, tmp_path / "a", recipe, w))[0].layers]
+    blocks = tmp_path / "a" / "blocks"
+    (blocks / "0001.json").unlink()
+    runs += [together(2, lambda w: run(tiny, tmp_path / "a", recipe, w, resume=True))[0].layers]
+    runs += [together(2, lambda w: run(tiny, tmp_path / "b", recipe, w))[0].layers]
+    for other in runs[1:]:
+        for name, layer in runs[0].items():
+            assert torch.equal(layer.qtensor.codes, other[name].qtensor.codes), name
+            assert torch.equal(layer.qtensor.scale, other[name].qtensor.scale), name
+
+
+def test_the_sample_of_tokens_is_that_of_one_process() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(n, 8, generator=generator) for n in (3, 50, 20, 31)]
+    inputs[2][4] *= 40
+    inputs[0][1] *= 35
+    whole = sample_tokens(inputs, largest=2, spread=12)
+    parts = together(2, lambda w: sample_tokens(w.share(inputs), largest=2, spread=12, together=w))
+    assert torch.equal(parts[0].largest, whole.largest)
+    assert torch.equal(parts[0].others, whole.others)
+
+
+def test_batches_are_shared_in_order_and_cut_for_all() -> None:
+    ids = torch.arange(34 * 8).reshape(34, 8)
+    for size in (1, 2, 5, 34):
+        shares = together(size, lambda w: w.share(cut_batches(ids, w.size)))
+        assert all(shares)
+        assert torch.equal(torch.cat([x for share in shares for x in share]), ids)
+        assert len(shares[0][0]) == 1
+    with pytest.raises(UsageError, match="34 batches of calibration data for 35 processes"):
+        together(35, lambda w: w.share(cut_batches(ids, w.size)))
+
+
+def test_what_differs_between_processes_ends_all() -> None:
+    with pytest.raises(QuantkitError, match="process 1 has another recipe than the first: 1"):
+        together(2, lambda w: check_alike(w, "recipe", w.rank))
+
+
+def test_an_error_of_the_first_is_raised_everywhere() -> None:
+    def fail() -> None:
+        raise UsageError("no such file")
+
+    def work(world: World) -> str:
+        with pytest.raises(UsageError, match="no such file"):
+            world.first_before_others(fail)
+        return "raised"
+
+    assert together(3, work) == ["raised"] * 3
+
+
+RECIPE = """
+scheme: w4a16-g64
+algorithm: [awq, gptq]
+keep: [lm_head]
+calibrate: {samples: 6, seq_len: 64}
+"""
+
+
+def test_torchrun(tiny: Path, traffic: Path, tmp_path: Path) -> None:
+    """The real thing: two processes of the command line, joined by gloo."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    folders = {}
+    for name, launch in {
+        "one": ["-m", "quantkit"],
+        "two": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "quantkit"],
+    }.items():
+        folders[name] = tmp_path / name
+        command = [sys.executable, *launch, "calibrate", str(tiny), "-r", str(recipe)]
+        command += ["--data", str(traffic), "-o", str(folders[name]), "--no-gate", "--threads", "1"]
+        done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout[done.stdout.index("{") :])["output"] == str(folders[name])
+    with open_checkpoint(folders["one"]) as a, open_checkpoint(folders["two"]) as b:
+        codes = [(a.layer(x).weight.codes, b.layer(x).weight.codes) for x in a.schemes]
+    equal = sum(int((x == y).sum()) for x, y in codes)
+    assert equal / sum(x.numel() for x, _ in codes) >= 0.999
+
+
+def test_torchrun_ends_with_the_first_process_error(
+    tiny: Path, traffic: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("samples: 6", "samples: 1"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "quantkit", "calibrate", str(tiny), "-r", str(recipe), "--no-gate"]
+    command += ["--data", str(traffic), "-o", str(tmp_path / "out"), "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode != 0
+    assert "1 batches of calibration data for 2 processes" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,136 @@
+"""Hidden states on disk between blocks: the same bytes, in less memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import quantkit.batches
+import quantkit.footprint
+from quantkit import memory
+from quantkit import model as models
+from quantkit.calibrate import CalibrationData, calibrate
+from quantkit.cli.main import run as command_line
+from quantkit.errors import UsageError
+from quantkit.footprint import spills
+from quantkit.paused import Spine
+from quantkit.plan import Plan, make_plan
+from quantkit.quantize import QuantizedLayer
+from quantkit.recipe import KV_CACHES, Recipe, Step
+from quantkit.schemes import SCHEMES
+from quantkit.spill import HiddenFiles
+from tests.run_helpers import arguments, contents
+
+IDS = torch.randint(0, 256, (12, 32), generator=torch.Generator().manual_seed(2))
+
+RECIPES = {
+    "feedback": Recipe(
+        SCHEMES["w4a16-g64"],
+        algorithm=(Step("awq", {"grid": 2}), Step("gptq", {"feedback": 0.5, "refine": 0})),
+        keep=(),
+    ),
+    "signround": Recipe(
+        SCHEMES["w4a16-g64"],
+        algorithm=(Step("rtn"), Step("signround", {"steps": 2, "windows": 4})),
+        keep=("lm_head",),
+    ),
+    "static": Recipe(
+        SCHEMES["w8a8-static"], algorithm=(Step("rtn"),), keep=(), kv_cache=KV_CACHES["fp8"]
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several of them in little text."""
+    for module in (quantkit.batches, quantkit.footprint):
+        monkeypatch.setattr(module, "BATCH_TOKENS", 64)
+
+
+def run(
+    source: Path, work: Path, how: Recipe, **options: object
+) -> tuple[Plan, dict[str, QuantizedLayer]]:
+    loaded = models.load_source(str(source))
+    plan = make_plan(how, loaded.model, samples=len(IDS), seq_len=IDS.shape[1])
+    done = calibrate(loaded, plan, CalibrationData(IDS, "hash"), work, **options)  # type: ignore[arg-type]
+    return plan, done.layers
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_result_is_the_same_to_the_bit(
+    name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = run(tiny, tmp_path / "a", RECIPES[name])[1]
+    mapped: list[bool] = []
+    calls = Spine.calls
+
+    def look(self: Spine, block: int, hidden: list[torch.Tensor]) -> object:
+        mapped.extend(memory.is_mapped(x) for x in hidden)
+        return calls(self, block, hidden)
+
+    monkeypatch.setattr(Spine, "calls", look)
+    plan, spilled = run(
+        tiny, tmp_path / "b", RECIPES[name], activation_memory=_between(tiny, RECIPES[name])
+    )
+    # A training step's minibatch is put together in memory.
+    assert sum(mapped) >= 2 * plan.blocks
+    assert all(mapped) or name == "signround"
+    for layer, found in held.items():
+        assert found.output_error == spilled[layer].output_error
+        for part, tensor in found.qtensor.tensors().items():
+            assert torch.equal(spilled[layer].qtensor.tensors()[part], tensor)
+
+
+def _between(source: Path, how: Recipe) -> int:
+    """A limit that holding all windows breaks and spilling them keeps."""
+    model = models.load_source(str(source)).model
+    plan = make_plan(how, model, samples=len(IDS), seq_len=IDS.shape[1])
+    assert plan.spilled_bytes < plan.activation_bytes
+    return plan.spilled_bytes
+
+
+def test_a_limit_says_where_they_lie(tiny: Path) -> None:
+    model = models.load_source(str(tiny)).model
+    plan = make_plan(RECIPES["feedback"], model, samples=4096, seq_len=512)
+    assert plan.spilled_bytes < plan.activation_bytes / 1000
+    assert not spills(plan, None)
+    assert not spills(plan, plan.activation_bytes)
+    assert spills(plan, plan.activation_bytes - 1)
+    assert spills(plan, plan.spilled_bytes)
+    with pytest.raises(UsageError, match="one batch of hidden states takes"):
+        spills(plan, plan.spilled_bytes - 1)
+    short = make_plan(RECIPES["feedback"], model, samples=2, seq_len=32)
+    assert short.spilled_bytes == short.activation_bytes
+
+
+def test_a_kept_tensor_is_mapped_and_its_forerunner_stays_whole(tmp_path: Path) -> None:
+    files = HiddenFiles(tmp_path / "hidden")
+    first, second = torch.randn(2, 3, 16).bfloat16().unbind()
+    kept = files.keep("x", first)
+    again = files.keep("x", second)
+    assert torch.equal(kept, first)
+    assert torch.equal(again, second)
+    assert [p.name for p in (tmp_path / "hidden").iterdir()] == ["x.safetensors"]
+
+
+def test_the_command_line_states_both_and_keeps_the_bytes(
+    tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = arguments(tiny, recipe, traffic, tmp_path / "a")
+    assert command_line([*first, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert 0 < plan["spilled_bytes"] < plan["activation_bytes"]
+    limit = str((plan["spilled_bytes"] + 1) / 1e9)
+    assert command_line([*first, "--dry-run", "--activation-memory", limit]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"{plan['activation_bytes'] / 1e6:.0f} MB of activations" in told
+    assert f"({plan['spilled_bytes'] / 1e6:.0f} MB with hidden states on disk)" in told
+    assert "hidden states go to disk" in told
+    assert command_line(first) == 0
+    spilled = arguments(tiny, recipe, traffic, tmp_path / "b", "--activation-memory", limit)
+    assert command_line(spilled) == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert command_line([*first, "--activation-memory", "0.0000001"]) == 2
