@@ -148,7 +148,13 @@ class GrammarCompiler:
                     "following a grammar needs",
                     param="structured_outputs",
                 )
-            self._tokens = from_tokenizer(self._hf, n_vocab=self._vocab)
+            try:
+                self._tokens = from_tokenizer(self._hf, n_vocab=self._vocab)
+            except ValueError as error:
+                raise RequestError(
+                    f"structured_outputs: this model's tokenizer cannot follow a grammar: {error}",
+                    param="structured_outputs",
+                ) from error
         return self._tokens
 
 
