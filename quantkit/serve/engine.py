@@ -285,7 +285,8 @@ class Engine:
             abort, self._abort = self._abort, None
             stopping = self._stopping
         for sequence in arrived:
-            self.scheduler.add(sequence)
+            if not sequence.done:  # one that came while all were failed has had its end
+                self.scheduler.add(sequence)
         if abort is not None:
             self._fail_all(Failed(abort, shutdown=True))
         for request_id in cancelled:

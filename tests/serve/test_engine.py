@@ -49,6 +49,20 @@ def test_greedy_equals_generate(engine: Engine, runtime: Runtime, prompt: str) -
     assert outcome.finished.completion_tokens == len(expected)
 
 
+def test_a_request_that_came_while_all_were_failed_is_over(runtime: Runtime) -> None:
+    """It had its end before the thread took it in: taken in all the same, it would hold a slot."""
+    engine = Engine(runtime, EngineConfig())
+    engine._accepting = True
+    events: list[object] = []
+    engine.submit(request("a", [1, 2, 3], max_tokens=4), events.append)
+    engine._fail_all(Failed("a step failed"))
+    engine._stopping = True  # or it would wait for work
+    engine._take_orders()
+    assert not engine.scheduler.waiting
+    assert [type(event) for event in events] == [Failed]
+    assert_empty(engine)
+
+
 def test_concurrent_requests_get_the_text_they_get_alone(engine: Engine, runtime: Runtime) -> None:
     """Eight at once on four slots, greedy and sampled: batching must not be visible."""
     requests = [
