@@ -111,8 +111,10 @@ def main() -> None:
 
 
 def draw(path: Path, count: int, seed: int) -> list[dict[str, Any]]:
-    """A seeded subset of a file of items, in the file's order."""
+    """A seeded subset of a file of items, in the file's order, of those without equal choices,
+    which quantkit refuses."""
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    rows = [row for row in rows if len(set(row["choices"])) == len(row["choices"])]
     if len(rows) < count:
         raise SystemExit(f"{path}: {len(rows)} items where --count asks for {count}")
     return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), count))]
