@@ -23,6 +23,7 @@ import yaml
 from eval_builders import tiny_runtime
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from scipy.stats import fisher_exact
 
 from quantkit.evals.language_model import QuantkitLM
 from quantkit.evals.run_suite import run_suite
@@ -86,6 +87,51 @@ def test_smollm2_scores_benchmarks_as_lm_eval_does(
     assert rows == ITEMS
 
 
+@pytest.mark.slow
+@pytest.mark.real_model
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("task", TASKS, ids=lambda path: path.stem)
+def test_in_bf16_lm_eval_differs_no_more_than_our_own_kernels_do(
+    task: Path, eval_data: Path, smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The noise floor: bf16 rounds apart in kernels that compute the same thing."""
+    native = load_runtime(smollm2, dtype=torch.bfloat16)
+    modules = load_runtime(smollm2, dtype=torch.bfloat16, kernels="modules")
+    theirs = HFLM(pretrained=modules.model, tokenizer=native.tokenizer, batch_size=8)
+    write(task, draw(eval_data / data_file(task)), tmp_path, monkeypatch)
+    suite = load_suite(task.name)
+    scores = [row.score for row in run_suite(QuantkitLM(native), suite).rows]
+    again = [row.score for row in run_suite(QuantkitLM(modules), suite).rows]
+    samples, _ = ask_lm_eval(task, theirs)
+    floor = sum(a != b for a, b in zip(scores, again, strict=True))
+    flips = sum(a != s["acc"] for a, s in zip(scores, samples, strict=True))
+    n = len(scores)
+    more = fisher_exact([[flips, n - flips], [floor, n - floor]], alternative="greater").pvalue
+    logger.info("%s: %d of %d flip, %d between our own kernels", task.stem, flips, n, floor)
+    assert more > 0.01
+
+
+def write(
+    task: Path, rows: list[dict[str, Any]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task and its rows in a folder, which becomes the one that both read from."""
+    shutil.copy(task, folder)
+    (folder / data_file(task)).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(folder)  # lm-eval looks for data where it is started
+
+
+def ask_lm_eval(task: Path, model: HFLM) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """lm-eval's samples of a task in the folder, in its rows' order, and its whole answer."""
+    answer = lm_eval.simple_evaluate(
+        model=model,
+        tasks=[task.stem],
+        task_manager=TaskManager(include_path=".", include_defaults=False),
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    return sorted(answer["samples"][task.stem], key=lambda s: s["doc_id"]), answer
+
+
 def compare(
     task: Path,
     rows: list[dict[str, Any]],
@@ -95,18 +141,9 @@ def compare(
     monkeypatch: pytest.MonkeyPatch,
 ) -> int:
     """Hold every item's log-probabilities and score against lm-eval's; returns their number."""
-    shutil.copy(task, folder)
-    (folder / data_file(task)).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.chdir(folder)  # lm-eval looks for data where it is started
+    write(task, rows, folder, monkeypatch)
     ours = run_suite(QuantkitLM(runtime), load_suite(task.name))
-    answer = lm_eval.simple_evaluate(
-        model=theirs,
-        tasks=[task.stem],
-        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-        bootstrap_iters=0,
-        log_samples=True,
-    )
-    samples = sorted(answer["samples"][task.stem], key=lambda s: s["doc_id"])
+    samples, answer = ask_lm_eval(task, theirs)
     assert len(samples) == ours.n == len(rows)
     worst = 0.0
     for row, sample in zip(ours.rows, samples, strict=True):

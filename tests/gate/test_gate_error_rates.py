@@ -142,6 +142,6 @@ def test_intervals_cover(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(INTERVALS))
 def test_intervals_cover_closely(name: str) -> None:
-    # Three standard errors of 3,000 draws, and half a point: 20,000 draws show that the clustered t's
-    # lower bound, linearised as it is, misses 5.6 % of the time.
+    # Three standard errors of 3,000 draws, and half a point: by 20,000 draws the lower bound of the
+    # clustered t, linearised as it is, misses 5.6 % of the time.
     check_coverage(name, repeats=3000, slack=0.017)
