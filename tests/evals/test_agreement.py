@@ -37,8 +37,9 @@ logger = logging.getLogger(__name__)
 TASKS = sorted((Path(__file__).parent / "agreement").glob("*.yaml"))
 ITEMS = 300
 
-#: Nats, on a sum over a continuation's tokens: fp32 sums in another order.
-TOLERANCE = 2e-3
+#: Nats, on a sum over a continuation's tokens: fp32 sums in another order. Piqa's long ones, some
+#: hundred nats each, differ by 2.1e-3 at worst.
+TOLERANCE = 4e-3
 
 #: Made-up items of the two shapes that the files have: topics and things to say of them.
 TOPICS = ("the late order", "a refund", "an invoice", "paris", "rome and the order", "nothing")
