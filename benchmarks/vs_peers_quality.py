@@ -1,13 +1,12 @@
 """Quality at equal bits beside llm-compressor and AutoRound: same model, tokens, scheme and texts.
 
-Every system quantizes the linear layers of the blocks to int4 in symmetric groups of 64, head kept,
-on the same calibration windows, one system after the other. All checkpoints are scored by the same
-code in the same kernels against the same original. The peers live in an environment of their own,
-because their pins differ:
-`python -m venv peer && peer/bin/pip install torch==2.13.0 llmcompressor auto-round`.
+Every system quantizes the linear layers of the blocks under one scheme, head kept, on the same
+calibration windows, one system after the other. All checkpoints are scored by the same code in the
+same kernels against the same original. The peers live in an environment of their own, because their
+pins differ: `python -m venv peer && peer/bin/pip install torch==2.13.0 llmcompressor auto-round`.
 
     python benchmarks/vs_peers_quality.py MODEL --data c4.jsonl --text a.txt --text b.txt \
-        --peer-python peer/bin/python -o results.json
+        [--scheme w3a16-g64] --peer-python peer/bin/python -o results.json
 
 The file holds the rows, and beside them what they were measured with: contents by hash, machine,
 versions on both sides. A row is written when it is done; a second call with the same inputs
@@ -27,11 +26,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import quantkit
+from quantkit.schemes import SCHEMES, QuantSpec, Scheme
 
 #: Runs in the peer's environment. Tokens come from a file, so that all see the same.
 _PEER = """
@@ -59,10 +60,9 @@ _LLM_COMPRESSOR = """
 data = Dataset.from_dict({{
     "input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist(),
 }})
-scheme = {{"group_0": {{"targets": ["Linear"], "weights": {{
-    "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}}}}}}
-recipe = {modifier}(config_groups=scheme, ignore=["lm_head"])
-oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=ids.shape[1],
+scheme = {{"group_0": {{"targets": ["Linear"], **{group!r}}}}}
+settings = {{"config_groups": scheme, "ignore": ["lm_head"]}}
+oneshot(model=model, dataset=data, recipe={recipe}, max_seq_length=ids.shape[1],
         num_calibration_samples=len(ids), shuffle_calibration_samples=False)
 """
 
@@ -70,33 +70,69 @@ _COMPRESSED = "model.save_pretrained(out, save_compressed=True)"
 
 #: Its defaults, but for the scheme and the length of its windows.
 _AUTO_ROUND = """
-rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in ids]
-tuner = AutoRound(model, tokenizer, bits=4, group_size=64, sym=True, iters=200,
-                  nsamples=len(ids), seqlen=ids.shape[1], batch_size=8, dataset=rows,
+rows = [{{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]}} for row in ids]
+tuner = AutoRound(model, tokenizer, bits={bits}, group_size={group_size}, sym={symmetric},
+                  iters=200, nsamples=len(ids), seqlen=ids.shape[1], batch_size=8, dataset=rows,
                   device_map="cpu")
 tuner.quantize()
 """
 
 
-def _llm_compressor(module: str, modifier: str) -> str:
+def _llm_compressor(recipe: str) -> Callable[[Scheme], str]:
+    """A peer that runs llm-compressor's modifiers, written as Python over ``settings``."""
     imports = (
         "from datasets import Dataset\nfrom llmcompressor import oneshot\n"
-        f"from llmcompressor.modifiers.{module} import {modifier}"
+        "from llmcompressor.modifiers.gptq import GPTQModifier\n"
+        "from llmcompressor.modifiers.quantization import QuantizationModifier\n"
+        "from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier"
     )
-    quantize = _LLM_COMPRESSOR.format(modifier=modifier)
-    return _PEER.format(imports=imports, quantize=quantize, save=_COMPRESSED)
+
+    def script(scheme: Scheme) -> str:
+        group = {"weights": _arguments(scheme.weight)}
+        if scheme.input is not None:
+            group["input_activations"] = _arguments(scheme.input)
+        quantize = _LLM_COMPRESSOR.format(group=group, recipe=recipe)
+        return _PEER.format(imports=imports, quantize=quantize, save=_COMPRESSED)
+
+    return script
 
 
-#: Name → what runs in the peer's environment.
-PEERS = {
-    "llm-compressor GPTQ": _llm_compressor("gptq", "GPTQModifier"),
-    "llm-compressor RTN": _llm_compressor("quantization", "QuantizationModifier"),
-    # Its weights, dequantized: scored like any 16-bit model, counted as the 4 that they are.
-    "AutoRound": _PEER.format(
+def _arguments(spec: QuantSpec) -> dict[str, Any]:
+    """A spec in the words of compressed-tensors' ``QuantizationArgs``."""
+    return {
+        "num_bits": spec.bits,
+        "type": str(spec.dtype),
+        "symmetric": spec.symmetric,
+        "strategy": str(spec.granularity),
+        "dynamic": spec.dynamic,
+        **({} if spec.group_size is None else {"group_size": spec.group_size}),
+    }
+
+
+def _auto_round(scheme: Scheme) -> str:
+    """Its weights, dequantized: scored like any 16-bit model, counted as the bits that they are."""
+    return _PEER.format(
         imports="from auto_round import AutoRound",
-        quantize=_AUTO_ROUND,
+        quantize=_AUTO_ROUND.format(
+            bits=scheme.weight.bits,
+            group_size=scheme.weight.group_size,
+            symmetric=scheme.weight.symmetric,
+        ),
         save='tuner.save_quantized(out, format="fake", inplace=True)',
-    ),
+    )
+
+
+_RTN = {"llm-compressor RTN": _llm_compressor("QuantizationModifier(**settings)")}
+_GPTQ = {"llm-compressor GPTQ": _llm_compressor("GPTQModifier(**settings)"), **_RTN}
+_SMOOTH_GPTQ = "[SmoothQuantModifier(smoothing_strength=0.8), GPTQModifier(**settings)]"
+
+#: Scheme → name → the script that runs in the peer's environment.
+PEERS: dict[str, dict[str, Callable[[Scheme], str]]] = {
+    "w4a16-g64": {**_GPTQ, "AutoRound": _auto_round},
+    "w3a16-g64": {**_GPTQ, "AutoRound": _auto_round},
+    # What its documentation recommends for int8 and for fp8.
+    "w8a8": {**_RTN, "llm-compressor SmoothQuant, GPTQ": _llm_compressor(_SMOOTH_GPTQ)},
+    "fp8": _RTN,
 }
 
 #: What the peer's interpreter is asked for.
@@ -113,15 +149,27 @@ WINDOWS, WINDOW_TOKENS = 24, 1024
 #: 16-bit activations for all: a peer's dequantized weights would run with those in any kernel.
 KERNELS = "native-float"
 
-RECIPES = {
+_FISHER = "{gptq: {fisher: 0.5, outputs: coupled}}"
+_WEIGHT_ONLY = {
     "quantkit RTN": "rtn",
     "quantkit GPTQ": "gptq",
-    "quantkit GPTQ, Fisher": "{gptq: {fisher: 0.5, outputs: coupled}}",
-    "quantkit GPTQ, Fisher, distill": "[{gptq: {fisher: 0.5, outputs: coupled}}, distill]",
+    "quantkit GPTQ, Fisher": _FISHER,
+    "quantkit GPTQ, Fisher, distill": f"[{_FISHER}, distill]",
+}
+_WITH_ACTIVATIONS = {
+    "quantkit RTN": "rtn",
+    "quantkit GPTQ": "gptq",
+    "quantkit rotate, GPTQ": "[rotate, gptq]",
+    "quantkit rotate, GPTQ, Fisher": f"[rotate, {_FISHER}]",
 }
 
-#: Bits of a weight with its share of a scale.
-BITS = 4 + 16 / 64
+#: Scheme → name → the recipe's ``algorithm``.
+RECIPES: dict[str, dict[str, str]] = {
+    "w4a16-g64": _WEIGHT_ONLY,
+    "w3a16-g64": _WEIGHT_ONLY,
+    "w8a8": _WITH_ACTIVATIONS,
+    "fp8": _WITH_ACTIVATIONS,
+}
 
 
 def main() -> None:
@@ -129,6 +177,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--data", required=True)
     parser.add_argument("--text", required=True, action="append", help="held-out; several allowed")
+    parser.add_argument("--scheme", choices=RECIPES, default="w4a16-g64")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of windows")
@@ -153,7 +202,7 @@ def main() -> None:
 
 def wanted(args: argparse.Namespace) -> list[str]:
     """Names of the rows to measure, in order. SystemExit for one that is not known."""
-    names = [*RECIPES, *(PEERS if args.peer_python else ())]
+    names = [*RECIPES[args.scheme], *(PEERS[args.scheme] if args.peer_python else ())]
     for name in args.only or ():
         if name not in names:
             raise SystemExit(f"--only {name!r}: known here: {', '.join(names)}")
@@ -207,7 +256,7 @@ def describe(args: argparse.Namespace, model: Path, tokens_hash: str) -> dict[st
                 {path.name: models.hash_file(path) for path in model.glob("*.safetensors")}
             ),
         },
-        "scheme": "int4, symmetric groups of 64, head kept",
+        "scheme": f"{args.scheme}, {SCHEMES[args.scheme].describe()}, head kept",
         "calibration": {
             "file": Path(args.data).name,
             "samples": args.samples,
@@ -253,7 +302,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row: quantize, then score on every text."""
     out = scratch / "checkpoint"
-    run = _run_ours if name in RECIPES else _run_peer
+    run = _run_ours if name in RECIPES[args.scheme] else _run_peer
     row = run(name, args, model, ids, out)
     row["texts"] = {label(text): score(out, model, text) for text in args.text}
     shutil.rmtree(out)
@@ -264,8 +313,10 @@ def _run_ours(
     name: str, args: argparse.Namespace, model: Path, ids: Path, out: Path
 ) -> dict[str, Any]:
     recipe = out.with_name("recipe.yaml")
-    recipe.write_text(f"scheme: w4a16-g64\nalgorithm: {RECIPES[name]}\nkeep: [lm_head]\n"
-                      f"calibrate: {{seed: {args.seed}}}\n")  # fmt: skip
+    recipe.write_text(
+        f"scheme: {args.scheme}\nalgorithm: {RECIPES[args.scheme][name]}\nkeep: [lm_head]\n"
+        f"calibrate: {{seed: {args.seed}}}\n"
+    )
     command = [
         sys.executable, "-m", "quantkit.cli.main", "calibrate", str(model), "-r", str(recipe),
         "--data", args.data, "--samples", str(args.samples), "--seq-len", str(args.seq_len),
@@ -286,7 +337,7 @@ def _run_peer(
     name: str, args: argparse.Namespace, model: Path, ids: Path, out: Path
 ) -> dict[str, Any]:
     script = out.with_name("peer.py")
-    script.write_text(PEERS[name])
+    script.write_text(PEERS[args.scheme][name](SCHEMES[args.scheme]))
     command = [args.peer_python, str(script), str(model), str(ids), str(out)]
     text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     line = next(x for x in text.splitlines() if x.startswith("PEER "))
@@ -295,8 +346,20 @@ def _run_peer(
     return {
         "seconds": document["quantize_seconds"],
         "peak_rss_bytes": document["peak_rss_bytes"],
-        "bits": BITS,
+        "bits": bits_per_weight(SCHEMES[args.scheme].weight, model),
     }
+
+
+def bits_per_weight(spec: QuantSpec, model: Path) -> float:
+    """Stored bits of a block's linear weight, with its share of scales and zero points."""
+    from safetensors import safe_open
+
+    shapes = []
+    for path in model.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as tensors:
+            found = [(key, tensors.get_slice(key).get_shape()) for key in tensors.keys()]  # noqa: SIM118
+        shapes += [(n, k) for name, (n, *rest) in found if ".layers." in name for k in rest]
+    return sum(spec.stored_bits(*shape) for shape in shapes) / sum(n * k for n, k in shapes)
 
 
 def resolve(source: str) -> Path:

@@ -9,10 +9,13 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from benchmark_scripts import load_script
+from safetensors.torch import save_file
 
 from quantkit.algorithms import KNOWN
 from quantkit.recipe import parse_recipe
+from quantkit.schemes import SCHEMES
 
 vs = load_script("vs_peers_quality")
 
@@ -54,23 +57,38 @@ def test_the_table_has_a_line_a_text() -> None:
 
 
 def test_only_known_rows_are_asked_for() -> None:
-    def ask(only: list[str] | None, peer: str | None = None) -> list[str]:
-        names: list[str] = vs.wanted(argparse.Namespace(only=only, peer_python=peer))
+    def ask(only: list[str] | None, peer: str | None = None, scheme: str = "w8a8") -> list[str]:
+        args = argparse.Namespace(only=only, peer_python=peer, scheme=scheme)
+        names: list[str] = vs.wanted(args)
         return names
 
-    assert ask(None) == list(vs.RECIPES)
-    assert ask(None, "python") == [*vs.RECIPES, *vs.PEERS]
+    assert ask(None) == list(vs.RECIPES["w8a8"])
+    assert ask(None, "python") == [*vs.RECIPES["w8a8"], *vs.PEERS["w8a8"]]
     assert ask(["quantkit GPTQ"]) == ["quantkit GPTQ"]
     with pytest.raises(SystemExit, match="known here"):
-        ask(["AutoRound"])
+        ask(["AutoRound"], "python")
+    assert ask(["AutoRound"], "python", "w4a16-g64") == ["AutoRound"]
 
 
-@pytest.mark.parametrize("name", vs.PEERS)
-def test_what_peers_run_is_python(name: str) -> None:
-    ast.parse(vs.PEERS[name])
+@pytest.mark.parametrize("scheme", vs.PEERS)
+def test_what_peers_run_is_python(scheme: str) -> None:
+    for write in vs.PEERS[scheme].values():
+        ast.parse(write(SCHEMES[scheme]))
 
 
-@pytest.mark.parametrize("name", vs.RECIPES)
-def test_recipes_are_recipes(name: str) -> None:
-    text = f"scheme: w4a16-g64\nalgorithm: {vs.RECIPES[name]}\nkeep: [lm_head]\n"
-    assert parse_recipe(text, known_algorithms=KNOWN).algorithm
+@pytest.mark.parametrize("scheme", vs.RECIPES)
+def test_recipes_are_recipes(scheme: str) -> None:
+    for algorithm in vs.RECIPES[scheme].values():
+        text = f"scheme: {scheme}\nalgorithm: {algorithm}\nkeep: [lm_head]\n"
+        assert parse_recipe(text, known_algorithms=KNOWN).algorithm
+
+
+def test_bits_count_scales_of_the_blocks_layers(tmp_path: Path) -> None:
+    tensors = {
+        "model.layers.0.mlp.up_proj.weight": torch.zeros(8, 128),
+        "model.layers.0.input_layernorm.weight": torch.zeros(128),
+        "model.embed_tokens.weight": torch.zeros(50, 128),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert vs.bits_per_weight(SCHEMES["w4a16-g64"].weight, tmp_path) == 4.25
+    assert vs.bits_per_weight(SCHEMES["w8a8"].weight, tmp_path) == 8 + 16 / 128
