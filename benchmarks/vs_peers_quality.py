@@ -357,9 +357,9 @@ def bits_per_weight(spec: QuantSpec, model: Path) -> float:
     shapes = []
     for path in model.glob("*.safetensors"):
         with safe_open(path, framework="pt") as tensors:
-            found = [(key, tensors.get_slice(key).get_shape()) for key in tensors.keys()]  # noqa: SIM118
-        shapes += [(n, k) for name, (n, *rest) in found if ".layers." in name for k in rest]
-    return sum(spec.stored_bits(*shape) for shape in shapes) / sum(n * k for n, k in shapes)
+            found = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
+        shapes += [x for key, x in found.items() if ".layers." in key and len(x) == 2]
+    return sum(map(spec.stored_bits, shapes)) / sum(n * k for n, k in shapes)
 
 
 def resolve(source: str) -> Path:
