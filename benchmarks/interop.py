@@ -8,8 +8,8 @@ is the format, not the solver), and each engine that takes it continues prompts 
 them. Agreement is the share of prompts whose whole continuation is ours (``--kernels
 native-float``). |Δ| is the root mean square, over prompts, of the difference from our
 log-probability a token. The floor beside it is the same number between two paths of our own that
-differ only in where they round (``native-float`` and ``reference``). An engine that does not take
-a scheme gives its reason in its own words.
+differ only in where they round (``native-float`` and ``reference``), in both columns. An engine
+that does not take a scheme gives its reason in its own words.
 
 A row is written when it is done; a second call measures only rows that are missing. The page is
 written from the rows and says what they were measured with.
@@ -59,11 +59,15 @@ class Answers:
 
 @dataclass(frozen=True)
 class Row:
-    """One scheme on one engine. ``reason`` is why it does not load; the numbers are then None."""
+    """One scheme on one engine. ``reason`` is why it does not load; the numbers are then None.
+
+    ``usual`` and ``floor`` are agreement and difference between two paths of our own.
+    """
 
     loads: bool
     reason: str = ""
     agreement: float | None = None
+    usual: float | None = None
     delta: float | None = None
     floor: float | None = None
 
@@ -132,22 +136,32 @@ def measure(
             return {engine: Row(loads=False, reason=reason) for engine in engines}
         ours = ask_ours(checkpoint, "native-float", prompts, args.new_tokens)
         oracle = ask_ours(checkpoint, "reference", prompts, args.new_tokens)
-        floor = distance(ours, oracle)
         ask: dict[str, Callable[[], Answers]] = {
             "transformers": lambda: ask_transformers(checkpoint, prompts, args.new_tokens),
             "vllm": lambda: ask_vllm(checkpoint, prompts, args),
         }
-        return {engine: compare(ours, ask[engine], floor) for engine in engines}
+        return {engine: compare(ours, ask[engine], oracle) for engine in engines}
 
 
-def compare(ours: Answers, ask: Callable[[], Answers], floor: float) -> Row:
-    """An engine's answers beside ours; what it raises is its reason."""
+def compare(ours: Answers, ask: Callable[[], Answers], oracle: Answers) -> Row:
+    """An engine's answers beside ours and our reference's; what it raises is its reason."""
     try:
         theirs = ask()
     except Exception as e:  # whatever another engine fails with is what the table is about
         return Row(loads=False, reason=reason_of(e))
-    same = [a == b for a, b in zip(ours.texts, theirs.texts, strict=True)]
-    return Row(True, "", sum(same) / len(same), distance(ours, theirs), floor)
+    return Row(
+        True,
+        "",
+        agreement(ours, theirs),
+        agreement(ours, oracle),
+        distance(ours, theirs),
+        distance(ours, oracle),
+    )
+
+
+def agreement(a: Answers, b: Answers) -> float:
+    """Share of prompts that both continue alike to the last token."""
+    return sum(x == y for x, y in zip(a.texts, b.texts, strict=True)) / len(a.texts)
 
 
 def distance(a: Answers, b: Answers) -> float:
@@ -279,17 +293,21 @@ def table(document: dict[str, Any]) -> str:
         f"{facts['model']}, {facts['prompts']} prompts, {facts['new_tokens']} new tokens, "
         f"{facts['machine']}; {versions}.",
         "",
-        "| scheme | engine | loads | greedy agreement | \\|Δ log p\\| a token | our floor |",
-        "|---|---|---|---|---|---|",
+        "| scheme | engine | loads | greedy agreement (floor) | \\|Δ log p\\| a token (floor) |",
+        "|---|---|---|---|---|",
     ]
     for key, row in document["rows"].items():
         name, engine = key.split()
         if row["loads"]:
-            cells = ["yes", f"{row['agreement']:.0%}", f"{row['delta']:.5f}", f"{row['floor']:.5f}"]
+            cells = [
+                "yes",
+                f"{row['agreement']:.0%} ({row['usual']:.0%})",
+                f"{row['delta']:.5f} ({row['floor']:.5f})",
+            ]
         else:
             reason = row["reason"].replace("|", "\\|")
             shown = reason if len(reason) <= REASON else reason[:REASON] + "…"
-            cells = [f"no: {shown}", "", "", ""]
+            cells = [f"no: {shown}", "", ""]
         lines.append(f"| {name} | {engine} | " + " | ".join(cells) + " |")
     unmeasured = [
         name for name in SCHEMES if not any(k.split()[0] == name for k in document["rows"])

@@ -17,8 +17,10 @@ def answers(shift: float = 0.0, *texts: str) -> object:
 
 
 def test_rows_hold_agreement_and_distance() -> None:
-    row = interop.compare(answers(), lambda: answers(0.5, "a", "c"), 0.1)
-    assert (row.loads, row.agreement, row.delta, row.floor) == (True, 0.5, 0.5, 0.1)
+    oracle = answers(0.1, "a", "b")
+    row = interop.compare(answers(), lambda: answers(0.5, "a", "c"), oracle)
+    assert (row.loads, row.agreement, row.usual) == (True, 0.5, 1.0)
+    assert (row.delta, row.floor) == (pytest.approx(0.5), pytest.approx(0.1))
 
 
 def test_what_an_engine_raises_is_its_reason() -> None:
@@ -27,7 +29,7 @@ def test_what_an_engine_raises_is_its_reason() -> None:
             "the engine ended; its log ends:\n  loading\n  ValueError: no kernel\n  bye"
         )
 
-    assert interop.compare(answers(), refuses, 0.0).reason == "ValueError: no kernel"
+    assert interop.compare(answers(), refuses, answers()).reason == "ValueError: no kernel"
     assert interop.reason_of(KeyError("x")) == "KeyError: 'x'"
     assert interop.last_line("progress\nerror: group 128 does not divide\n") == (
         "group 128 does not divide"
@@ -43,7 +45,13 @@ def test_the_page_keeps_everything_but_its_table() -> None:
         "versions": {"torch": "1"},
     }
     rows = {
-        "w4a16-g64 transformers": {"loads": True, "agreement": 0.5, "delta": 0.01, "floor": 0.001},
+        "w4a16-g64 transformers": {
+            "loads": True,
+            "agreement": 0.5,
+            "usual": 0.8,
+            "delta": 0.01,
+            "floor": 0.001,
+        },
         "w8a16 vllm": {"loads": False, "reason": "a | b" + "x" * 500},
     }
     page = f"above\n{interop.BEGIN}\nold\n{interop.END}\nbelow\n"
@@ -51,7 +59,7 @@ def test_the_page_keeps_everything_but_its_table() -> None:
     assert written.startswith("above\n")
     assert written.endswith("\nbelow\n")
     assert "old" not in written
-    assert "| w4a16-g64 | transformers | yes | 50% | 0.01000 | 0.00100 |" in written
+    assert "| w4a16-g64 | transformers | yes | 50% (80%) | 0.01000 (0.00100) |" in written
     assert "no: a \\| bx" in written
     assert "Not measured yet: w8a16-g32" in written
     with pytest.raises(SystemExit, match="measured: begin"):
