@@ -20,7 +20,7 @@ LAYERS = (
     {
         *("input_range", "kv_cache", "steps"),
         *("data", "model", "folding", "plan", "paused", "quantize", "reference", "collector"),
-        *("rescale", "rotation", "work", "calibrate", "fisher", "distill"),
+        *("rescale", "rotation", "work", "calibrate", "blocks", "fisher", "distill"),
         *("batches", "inputs", "routing", "support"),
         *("reconstruct", "footprint", "spill", "rounding", "integrity", "machine", "signature"),
         "parallel",
