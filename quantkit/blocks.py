@@ -19,7 +19,7 @@ from quantkit import model as models
 from quantkit.algorithms import Stats
 from quantkit.batches import Batch
 from quantkit.collector import Collector
-from quantkit.errors import QuantkitError, UsageError
+from quantkit.errors import QuantkitError
 from quantkit.kv_cache import BlockCache, CacheEntry, CacheRange, quantized_caches
 from quantkit.parallel import World
 from quantkit.paused import Spine, run_paused, run_repeated, trace_groups
@@ -98,13 +98,8 @@ class Blocks:
         """Hold hidden states in a folder from now on.
 
         Raises:
-            UsageError: the model is on another device, or the folder cannot be created.
+            UsageError: the folder cannot be created.
         """
-        if self.model.device.type != "cpu":
-            raise UsageError(
-                f"--activation-memory: hidden states are on {self.model.device.type}",
-                remedy="leave it out, or calibrate on the CPU",
-            )
         self.keep = HiddenFiles(folder).keep
         self.run_groups = run_repeated
 

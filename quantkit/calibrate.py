@@ -22,7 +22,7 @@ from quantkit.batches import (
     Batch,
     CalibrationData,
     Probe,
-    cut_batches,
+    calibration_batches,
     random_batch,
     rows,
 )
@@ -34,6 +34,7 @@ from quantkit.footprint import spills
 from quantkit.importance import Importance
 from quantkit.integrity import check_block
 from quantkit.kv_cache import CacheRange
+from quantkit.limits import check_limits
 from quantkit.machine import environment
 from quantkit.parallel import ALONE, World, check_alike
 from quantkit.paused import Spine, find_spines, head_input
@@ -41,7 +42,6 @@ from quantkit.plan import Plan, PlannedLayer
 from quantkit.progress import Progress, Steps, silent
 from quantkit.quantize import QuantizedLayer, quantized_inputs
 from quantkit.recipe import Step
-from quantkit.reconstruct import check_windows
 from quantkit.rescale import choose_scales
 from quantkit.rotation import rotate_block, rotate_ends
 from quantkit.routing import ExpertTokens
@@ -52,9 +52,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-#: Windows that a data-free recipe runs, only to measure output errors.
-PROBE_WINDOWS = 8
 
 
 def calibrate(
@@ -95,8 +92,8 @@ def calibrate(
         together: the processes that calibrate this model.
 
     Raises:
-        UsageError: no data where the plan needs some, ``work`` belongs to another run, or one
-            batch of hidden states is more than ``activation_memory``.
+        UsageError: no data where the plan needs some, ``work`` belongs to another run, or what
+            `quantkit.limits.check_limits` refuses.
         QuantkitError: NaN, a Hessian that cannot be factored, a layer no token reached, an expert
             that too few did.
     """
@@ -113,37 +110,32 @@ def calibrate(
     }
     if all_experts:
         state["all_experts"] = True
-    spilled = spills(plan, activation_memory)
-    if together.size > 1 and (spilled or plan.signround):
-        what = "--activation-memory" if spilled else "signround"
-        raise UsageError(
-            f"{what}: goes through all windows of a block, and they are in {together.size} "
-            "processes",
-            remedy="start one process, or leave it out",
-        )
+    every = calibration_batches(data, needed=plan.needs_data, processes=together.size)
+    check_limits(
+        plan,
+        source.model,
+        every,
+        activation_memory=activation_memory,
+        all_experts=all_experts,
+        together=together,
+    )
     inputs = {key: value for key, value in state.items() if key in ("weights", "plan", "data")}
     check_alike(together, "model, recipe or data", inputs)
     # The others have no folder: nothing is asked of a file system that all of them would share.
     folder = WorkFolder(work, state, resume=resume) if together.leads else None
     if plan.unties_head:
         models.untie(source.model)
-    ids = None if data is None else data.ids if plan.needs_data else data.ids[:PROBE_WINDOWS]
+    ids = None if data is None else data.ids
     with torch.no_grad():
         experts = ExpertTokens(source.model, min_expert_tokens, all_tokens=all_experts)
-        batches = _batches(data, ids, together)
+        batches = together.share(every)
         loop = _Loop(
             source.model, plan, batches, ids, observer, experts, folder, release, progress, together
         )
-        if spilled:
+        if spills(plan, activation_memory):
             loop.blocks.spill(work / "hidden")
         layers, probe, distilled = loop.run()
     return Calibrated(layers, probe, loop.blocks.solve_seconds, distilled, loop.blocks.caches)
-
-
-def _batches(data: CalibrationData | None, ids: Tensor | None, together: World) -> Sequence[Batch]:
-    if data is None or ids is None:
-        return []
-    return together.share(data.batches or cut_batches(ids, together.size))
 
 
 @dataclass(frozen=True)
@@ -183,8 +175,6 @@ class _Loop:
         progress: Progress,
         together: World,
     ) -> None:
-        if plan.signround:
-            check_windows(batches)
         self.model = model
         self.plan = plan
         self.spines = find_spines(model)

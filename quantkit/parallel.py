@@ -76,7 +76,7 @@ class World:
         """This process's batches: a run of neighbours.
 
         Raises:
-            UsageError: there are fewer batches than processes.
+            UsageError: there are fewer batches than processes, or none at all.
         """
         return batches
 
@@ -121,6 +121,11 @@ class Processes(World):
             total += other.to(total.device)
 
     def share(self, batches: Sequence[T]) -> Sequence[T]:
+        if not batches:
+            raise UsageError(
+                f"no calibration data: nothing to share out among {self.size} processes",
+                remedy="start one process, or give --data FILE",
+            )
         if len(batches) < self.size:
             raise UsageError(
                 f"{len(batches)} batches of calibration data for {self.size} processes",

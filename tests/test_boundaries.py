@@ -21,7 +21,7 @@ LAYERS = (
         *("input_range", "kv_cache", "steps"),
         *("data", "model", "folding", "plan", "paused", "quantize", "reference", "collector"),
         *("rescale", "rotation", "work", "calibrate", "blocks", "fisher", "distill"),
-        *("batches", "inputs", "routing", "support"),
+        *("batches", "inputs", "routing", "support", "limits"),
         *("reconstruct", "footprint", "spill", "rounding", "integrity", "machine", "signature"),
         "parallel",
         *("gradients", "importance", "curvature", "ablation", "mixture", "measurement"),

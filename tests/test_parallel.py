@@ -25,6 +25,7 @@ from quantkit.plan import make_plan
 from quantkit.quantize import QuantizedLayer
 from quantkit.recipe import Recipe, Step, parse_recipe
 from quantkit.schemes import SCHEMES
+from tests.architectures import save
 
 T = TypeVar("T")
 
@@ -165,7 +166,7 @@ def test_what_needs_all_windows_runs_in_one_process(
     trained = Recipe(SCHEMES["w4a16-g64"], algorithm=(Step("rtn"), Step("signround")))
     with pytest.raises(UsageError, match="signround: goes through all windows"):
         together(2, lambda w: run(tiny, tmp_path / "a", trained, w))
-    monkeypatch.setattr("quantkit.calibrate.spills", lambda *_: True)
+    monkeypatch.setattr("quantkit.limits.spills", lambda *_: True)
     with pytest.raises(UsageError, match="--activation-memory: goes through all windows"):
         together(
             2,
@@ -206,6 +207,17 @@ def test_batches_are_shared_in_order_and_cut_for_all() -> None:
         assert len(shares[0][0]) == 1
     with pytest.raises(UsageError, match="34 batches of calibration data for 35 processes"):
         together(35, lambda w: w.share(cut_batches(ids, w.size)))
+
+
+def test_all_experts_in_two_processes(tmp_path: Path) -> None:
+    """Every process sends every expert its tokens, so that all meet the same layers."""
+    source = save("mixtral", tmp_path / "model")
+    recipe = Recipe(SCHEMES["w4a16-g32"], algorithm=(Step("gptq"),), keep=("lm_head",))
+    alone = run(source, tmp_path / "alone", recipe, all_experts=True)
+    first, _ = together(2, lambda w: run(source, tmp_path / "two", recipe, w, all_experts=True))
+    assert same_codes(alone.layers, first.layers) >= 0.999
+    with pytest.raises(UsageError, match="a router sends an expert other tokens"):
+        together(2, lambda w: run(source, tmp_path / "routed", recipe, w))
 
 
 def test_what_differs_between_processes_ends_all() -> None:

@@ -149,7 +149,7 @@ def command(
         activation_memory=None if activation_memory is None else int(activation_memory * 1e9),
     )
     with world() as together:
-        prepared = together.first_before_others(lambda: prepare(job))
+        prepared = together.first_before_others(lambda: prepare(job, together))
         if not together.leads:
             if not dry_run:
                 follow(prepared, together)
