@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from quantkit import memory
 from quantkit import model as models
 from quantkit.calibrate import CalibrationData, calibrate
 from quantkit.cli.main import run as command_line
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.footprint import spills
 from quantkit.paused import Spine
 from quantkit.plan import Plan, make_plan
@@ -113,6 +114,21 @@ def test_a_kept_tensor_is_mapped_and_its_forerunner_stays_whole(tmp_path: Path) 
     again = files.keep("x", second)
     assert torch.equal(kept, first)
     assert torch.equal(again, second)
+    assert [p.name for p in (tmp_path / "hidden").iterdir()] == ["x.safetensors"]
+
+
+def test_a_full_disk_is_no_fault_of_the_arguments(tmp_path: Path) -> None:
+    files = HiddenFiles(tmp_path / "hidden")
+    kept = files.keep("x", torch.ones(2))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        with pytest.raises(QuantkitError, match=r"cannot be written .*; free disk space") as caught:
+            files.keep("x", torch.zeros(1 << 20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.exit_code == 4
+    assert torch.equal(kept, torch.ones(2))
     assert [p.name for p in (tmp_path / "hidden").iterdir()] == ["x.safetensors"]
 
 
