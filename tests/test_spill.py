@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,12 @@ from quantkit import memory
 from quantkit import model as models
 from quantkit.calibrate import CalibrationData, calibrate
 from quantkit.cli.main import run as command_line
+from quantkit.collector import Collector
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.footprint import spills
+from quantkit.input_range import InputRange
+from quantkit.kv_cache import _SideCollector
+from quantkit.parallel import World
 from quantkit.paused import Spine
 from quantkit.plan import Plan, make_plan
 from quantkit.quantize import QuantizedLayer
@@ -91,6 +96,46 @@ def _between(source: Path, how: Recipe) -> int:
     plan = make_plan(how, model, samples=len(IDS), seq_len=IDS.shape[1])
     assert plan.spilled_bytes < plan.activation_bytes
     return plan.spilled_bytes
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Recipe(SCHEMES["w4a16-g64"], algorithm=(Step("rtn"),), kv_cache=KV_CACHES["fp8"]),
+        Recipe(SCHEMES["w8a8-static"], algorithm=(Step("gptq", {"feedback": 1.0, "refine": 0}),)),
+    ],
+    ids=["cache", "static, feedback"],
+)
+def test_what_is_held_for_a_static_scale_is_counted(
+    how: Recipe, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tensors themselves, over every token, are no more than the plan says."""
+    held = [0]
+
+    def weigh(kept: list[Any]) -> None:
+        tensors = [x for each in kept for x in (each if isinstance(each, tuple) else [each])]
+        held.append(sum(x.nbytes for x in tensors if x is not None))
+
+    def range_of_side(self: _SideCollector, together: World) -> InputRange:
+        weigh(self.held)
+        return side(self, together)
+
+    def solve(self: Collector, linears: Any) -> dict[str, QuantizedLayer]:
+        weigh(self.held)
+        return group(self, linears)
+
+    side, group = _SideCollector.range, Collector.solve
+    monkeypatch.setattr(_SideCollector, "range", range_of_side)
+    monkeypatch.setattr(Collector, "solve", solve)
+    ids = IDS.repeat(6, 1)
+    loaded = models.load_source(str(tiny))
+    plan = make_plan(how, loaded.model, samples=len(ids), seq_len=ids.shape[1])
+    limit = plan.spilled_bytes
+    assert limit < plan.activation_bytes
+    calibrate(loaded, plan, CalibrationData(ids, "hash"), tmp_path, activation_memory=limit)
+    one_batch = make_plan(how, loaded.model, samples=2, seq_len=ids.shape[1]).activation_bytes
+    assert one_batch < max(held)
+    assert max(held) + one_batch <= limit
 
 
 def test_a_limit_says_where_they_lie(tiny: Path) -> None:
