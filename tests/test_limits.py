@@ -11,6 +11,7 @@ import torch
 from quantkit import model as models
 from quantkit.batches import Batch, cut_batches
 from quantkit.calibrate import calibrate
+from quantkit.cli.main import run
 from quantkit.errors import UsageError
 from quantkit.job import Job, prepare
 from quantkit.limits import check_limits
@@ -119,3 +120,11 @@ def test_only_the_first_process_needs_a_place_for_the_checkpoint(
         prepare(job, OneOfTwo())
     with pytest.raises(UsageError, match="this recipe calibrates, and there is no data"):
         prepare(job, OneOfTwo(rank=1))
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "inf", "nan"])
+def test_activation_memory_is_a_number_above_zero(
+    given: str, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["calibrate", str(tiny), "--dry-run", f"--activation-memory={given}"]) == 2
+    assert "not a number of GB above 0; leave it out" in capsys.readouterr().err

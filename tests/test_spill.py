@@ -28,7 +28,7 @@ from quantkit.quantize import QuantizedLayer
 from quantkit.recipe import KV_CACHES, Recipe, Step
 from quantkit.schemes import SCHEMES
 from quantkit.spill import HiddenFiles
-from tests.run_helpers import arguments, contents
+from tests.run_helpers import RECIPE, arguments, contents
 
 IDS = torch.randint(0, 256, (12, 32), generator=torch.Generator().manual_seed(2))
 
@@ -195,3 +195,8 @@ def test_the_command_line_states_both_and_keeps_the_bytes(
     assert command_line(spilled) == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert command_line([*first, "--activation-memory", "0.0000001"]) == 2
+    recipe.write_text(RECIPE.replace("gptq", "{gptq: {fisher: 0.5}}"))
+    capsys.readouterr()
+    assert command_line([*spilled, "--dry-run"]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "MB a block hidden states go to disk, passes are repeated Fisher pass" in told
