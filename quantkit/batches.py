@@ -21,6 +21,9 @@ Batch = Tensor | Mapping[str, Tensor]
 #: full rate, small enough that a pass's temporaries are a few tens of MB.
 BATCH_TOKENS = 4096
 
+#: Windows that a recipe runs which needs no data, only to measure output errors.
+PROBE_WINDOWS = 8
+
 
 @dataclass(frozen=True)
 class CalibrationData:
@@ -89,6 +92,21 @@ def cut_batches(ids: Tensor | None, least: int = 1) -> list[Tensor]:
     windows = max(1, min(BATCH_TOKENS // ids.shape[1], (len(ids) - 1) // max(least - 1, 1)))
     rest = list(ids[1:].split(windows)) if len(ids) > 1 else []
     return [ids[:1], *rest]
+
+
+def calibration_batches(
+    data: CalibrationData | None, *, needed: bool, processes: int = 1
+) -> Sequence[Batch]:
+    """What calibration runs; nothing without data.
+
+    Args:
+        data: of the recipe.
+        needed: whether the plan needs data; else `PROBE_WINDOWS` do.
+        processes: that want a share.
+    """
+    if data is None:
+        return []
+    return data.batches or cut_batches(data.ids if needed else data.ids[:PROBE_WINDOWS], processes)
 
 
 def random_batch(model: PreTrainedModel, length: int = 64) -> Batch:

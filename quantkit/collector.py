@@ -69,7 +69,7 @@ class Collector:
         if any(layer.scheme.needs_static_input for layer in members):
             self.candidates = Candidates.of(observer.name, observer.options)
         #: A static scale is known only behind the last batch: then these are gone through again.
-        #: They cost nothing, as the paused passes hold them in any case.
+        #: Paused passes hold them in any case; repeated ones do not (`quantkit.footprint`).
         self.held: list[tuple[Tensor, Tensor | None]] = []
 
     def update(self, x: Tensor, unquantized: Tensor | None = None) -> None:

@@ -27,7 +27,12 @@ class Footprint:
 
 
 def footprint(
-    layers: Sequence[PlannedLayer], samples: int, seq_len: int, element: int, hidden: int
+    layers: Sequence[PlannedLayer],
+    samples: int,
+    seq_len: int,
+    element: int,
+    hidden: int,
+    cached: int = 0,
 ) -> Footprint:
     """Estimate both.
 
@@ -36,6 +41,7 @@ def footprint(
         samples, seq_len: calibration windows.
         element: bytes of a value.
         hidden: width of what is passed between blocks.
+        cached: width of a block's keys, or of its values, where they get calibrated scales.
     """
     width = max(layer.shape[1] for layer in layers)
     tokens = samples * seq_len
@@ -43,12 +49,16 @@ def footprint(
     # Hidden states in and out of a block, and the widest input that is paused inside it.
     row = element * (2 * hidden + width)
     held, spilled = tokens * row, batch * row
-    if any(layer.needs_drift for layer in layers):
+    drift = any(layer.needs_drift for layer in layers)
+    if drift:
         held, spilled = 2 * held, 2 * spilled
     elif any(layer.reconstructed for layer in layers):
         held += tokens * element * hidden  # what each block is to give
-    if any(layer.scheme.needs_static_input for layer in layers):
-        spilled += tokens * element * width  # a static scale is known behind the last batch only
+    # A static scale is known behind the last batch only: until then all of its input is held, with
+    # feedback the unquantized model's beside it. Keys, values and inputs take turns.
+    static = [layer.shape[1] for layer in layers if layer.scheme.needs_static_input]
+    kept = max(static, default=0) * (2 if drift else 1)
+    spilled += tokens * element * max(kept, cached)
     return Footprint(held, min(held, spilled))
 
 

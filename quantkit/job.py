@@ -11,7 +11,7 @@ from pathlib import Path
 from quantkit import gate
 from quantkit import model as models
 from quantkit.baseline import check_baseline
-from quantkit.batches import Batch
+from quantkit.batches import Batch, CalibrationData, calibration_batches
 from quantkit.checkpoint.write import MANIFEST
 from quantkit.data.contamination import overlap, words
 from quantkit.data.held_out import join_held_out, read_held_out
@@ -23,10 +23,11 @@ from quantkit.evals.divergence import cut_windows
 from quantkit.evals.evaluate import harness
 from quantkit.evals.scorers import SCORERS
 from quantkit.evals.suites import Suite, find_suites, installed_folder, load_suite, load_suites
-from quantkit.footprint import spills
 from quantkit.gate.policy import LimitGate, Policy, TaskGate
 from quantkit.inputs import load_inputs
+from quantkit.limits import check_limits
 from quantkit.models.load import check_target
+from quantkit.parallel import ALONE, World
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import Recipe
 from quantkit.results import Results
@@ -109,9 +110,19 @@ class Prepared:
     load_seconds: float
     batches: Sequence[Batch] = ()
 
+    @property
+    def data(self) -> CalibrationData | None:
+        """What `quantkit.calibrate.calibrate` reads."""
+        tokens = self.tokens
+        return None if tokens is None else CalibrationData(tokens.ids, tokens.hash, self.batches)
 
-def prepare(job: Job) -> Prepared:
+
+def prepare(job: Job, together: World = ALONE) -> Prepared:
     """Load and check everything a run needs, before any work.
+
+    Args:
+        job: what was asked for.
+        together: the processes that will calibrate. Only the first one needs OUT.
 
     Raises:
         UsageError: whatever is wrong with the arguments, recipe, data, suites or policy.
@@ -119,7 +130,7 @@ def prepare(job: Job) -> Prepared:
         QuantkitError: a damaged model, or calibration data that holds eval items.
     """
     began = time.monotonic()
-    if job.out is not None:
+    if job.out is not None and together.leads:
         _check_out(job)
     check_target(job.kernels, job.device)
     _check_scorers(job.suites)
@@ -161,8 +172,7 @@ def prepare(job: Job) -> Prepared:
             plan = make_plan(job.recipe, source.model, samples=len(tokens.ids), seq_len=seq_len)
     elif plan.needs_data:
         raise UsageError("this recipe calibrates, and there is no data", remedy="give --data FILE")
-    spills(plan, job.activation_memory)
-    return Prepared(
+    prepared = Prepared(
         job=job,
         source=source,
         plan=plan,
@@ -174,6 +184,15 @@ def prepare(job: Job) -> Prepared:
         load_seconds=time.monotonic() - began,
         batches=batches,
     )
+    check_limits(
+        plan,
+        source.model,
+        calibration_batches(prepared.data, needed=plan.needs_data, processes=together.size),
+        activation_memory=job.activation_memory,
+        all_experts=calibration.all_experts,
+        together=together,
+    )
+    return prepared
 
 
 def data_sources(recipe: Recipe) -> list[Source]:

@@ -257,3 +257,11 @@ def decoder_attentions(model: PreTrainedModel) -> tuple[str, ...]:
             remedy="drop the key",
         )
     return found
+
+
+def cache_width(model: PreTrainedModel) -> int:
+    """Numbers that one token's keys, or its values, have in one block."""
+    config = model.config.get_text_config()
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width: int | None = getattr(config, "head_dim", None)
+    return heads * (width or config.hidden_size // config.num_attention_heads)

@@ -1,14 +1,15 @@
 """Processes that calibrate together: each runs its share of the windows, the first one solves.
 
 Whatever is summed is summed by the first process in the order of ranks, so that a rerun gives the
-same bytes. Windows are shared out in whole batches and in order, as one process would run them:
-statistics differ from one process's only in the order of fp32 sums.
+same bytes. Windows are shared out in whole batches and in order. Where there are enough of them,
+batches are those of one process, and statistics differ only in the order of sums; where windows are
+few, batches are smaller, and a moving average over batches is another one, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.model import first_line
 
 T = TypeVar("T")
 
@@ -76,7 +78,7 @@ class World:
         """This process's batches: a run of neighbours.
 
         Raises:
-            UsageError: there are fewer batches than processes.
+            UsageError: there are fewer batches than processes, or none at all.
         """
         return batches
 
@@ -85,7 +87,10 @@ ALONE = World()
 
 
 class Processes(World):
-    """The processes of ``torch.distributed``'s default group, which must be initialized."""
+    """The processes of ``torch.distributed``'s default group, which must be initialized.
+
+    Where one of them is gone, every method that asks for it raises QuantkitError.
+    """
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -96,11 +101,13 @@ class Processes(World):
             try:
                 sent[0] = make()
             except Exception as e:
-                # Without word of it the others would wait for ever.
+                # Without word of it the others would wait for ever; who is gone needs none.
                 sent[1] = e if isinstance(e, QuantkitError) else QuantkitError(_words(e))
-                dist.broadcast_object_list(sent, src=0)
+                with suppress(QuantkitError), _reaching_others():
+                    dist.broadcast_object_list(sent, src=0)
                 raise
-        dist.broadcast_object_list(sent, src=0)
+        with _reaching_others():
+            dist.broadcast_object_list(sent, src=0)
         if sent[1] is not None:
             raise sent[1]
         made: T = sent[0]
@@ -108,19 +115,27 @@ class Processes(World):
 
     def gather(self, value: T) -> list[T]:
         found: list[Any] | None = [None] * self.size if self.leads else None
-        dist.gather_object(value, found, dst=0)
+        with _reaching_others():
+            dist.gather_object(value, found, dst=0)
         return found or []
 
     def add(self, total: Tensor) -> None:
         if not self.leads:
-            dist.send(total.cpu().contiguous(), dst=0)
+            with _reaching_others():
+                dist.send(total.cpu().contiguous(), dst=0)
             return
         other = torch.empty(total.shape, dtype=total.dtype)
         for rank in range(1, self.size):
-            dist.recv(other, src=rank)
+            with _reaching_others():
+                dist.recv(other, src=rank)
             total += other.to(total.device)
 
     def share(self, batches: Sequence[T]) -> Sequence[T]:
+        if not batches:
+            raise UsageError(
+                f"no calibration data: nothing to share out among {self.size} processes",
+                remedy="start one process, or give --data FILE",
+            )
         if len(batches) < self.size:
             raise UsageError(
                 f"{len(batches)} batches of calibration data for {self.size} processes",
@@ -132,11 +147,16 @@ class Processes(World):
 
 @contextmanager
 def world() -> Iterator[World]:
-    """The processes that ``torchrun`` started beside this one, or this one alone."""
+    """The processes that ``torchrun`` started beside this one, or this one alone.
+
+    Raises:
+        QuantkitError: they do not find each other.
+    """
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield ALONE
         return
-    dist.init_process_group("gloo", timeout=_PATIENCE)
+    with _reaching_others():
+        dist.init_process_group("gloo", timeout=_PATIENCE)
     try:
         yield Processes()
     finally:
@@ -156,6 +176,18 @@ def check_alike(together: World, what: str, value: object) -> None:
                 f"process {rank} has another {what} than the first: {other!r}, not {values[0]!r}",
                 remedy="start all of them with the same files, recipe and options",
             )
+
+
+@contextmanager
+def _reaching_others() -> Iterator[None]:
+    """What torch.distributed raises when a process is gone, as an error for people."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as e:
+        raise QuantkitError(
+            f"another process ended or cannot be reached ({first_line(e)})",
+            remedy="see what that one said",
+        ) from e
 
 
 def _words(error: Exception) -> str:

@@ -16,7 +16,7 @@ from quantkit.algorithms import ROTATE, SOLVERS
 from quantkit.errors import UsageError
 from quantkit.folding import Fold, find_folds
 from quantkit.footprint import footprint
-from quantkit.kv_cache import SIDES, decoder_attentions
+from quantkit.kv_cache import SIDES, cache_width, decoder_attentions
 from quantkit.observers import Candidates
 from quantkit.recipe import Recipe, Step
 from quantkit.rotation import PlannedRotation, plan_rotation
@@ -307,7 +307,8 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
     size += len(caches) * len(SIDES) * element
     if rotation is not None:
         size += rotation.head_bytes
-    states = footprint(layers, samples, seq_len, element, hidden)
+    cached = cache_width(model) if caches else 0
+    states = footprint(layers, samples, seq_len, element, hidden, cached)
     return Plan(
         layers=tuple(layers),
         kept=tuple(kept),

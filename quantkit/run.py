@@ -17,7 +17,7 @@ import torch
 
 from quantkit import gate
 from quantkit import model as models
-from quantkit.calibrate import Calibrated, CalibrationData, calibrate
+from quantkit.calibrate import Calibrated, calibrate
 from quantkit.checkpoint.write import promote, recover, write_checkpoint, write_manifest
 from quantkit.integrity import few_tokens
 from quantkit.job import Job, Prepared, prepare
@@ -61,7 +61,7 @@ def _calibrate(prepared: Prepared, progress: Progress, together: World) -> Calib
     return calibrate(
         prepared.source,
         prepared.plan,
-        _data(prepared),
+        prepared.data,
         job.beside("partial"),
         observer=job.recipe.calibrate.observer,
         min_expert_tokens=job.recipe.calibrate.min_expert_tokens,
@@ -102,11 +102,6 @@ def _execute(prepared: Prepared, reporter: Reporter, together: World) -> Outcome
         raise
     empty_work(work)
     return outcomes
-
-
-def _data(prepared: Prepared) -> CalibrationData | None:
-    tokens = prepared.tokens
-    return None if tokens is None else CalibrationData(tokens.ids, tokens.hash, prepared.batches)
 
 
 def _judge(

@@ -7,13 +7,15 @@ brings in the pages that a batch touches and may take them back at any time.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantkit import memory
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
 
 
 class HiddenFiles:
@@ -39,17 +41,20 @@ class HiddenFiles:
         A mapping of the last one stays whole for as long as it is used.
 
         Raises:
-            UsageError: it cannot be written.
+            QuantkitError: it cannot be written: a full disk as a rule.
         """
         path = self._folder / f"{name}.safetensors"
         staging = path.with_suffix(".tmp")
         try:
             save_file({"x": x.detach().cpu().contiguous()}, staging)
             os.replace(staging, path)
-        except OSError as e:
-            staging.unlink(missing_ok=True)
-            raise UsageError(
-                f"{path}: cannot be written ({e.strerror or e})",
+        except (OSError, SafetensorError) as e:
+            # safetensors has errors of its own, a full disk among them.
+            with suppress(OSError):
+                staging.unlink(missing_ok=True)
+            reason = getattr(e, "strerror", None) or e
+            raise QuantkitError(
+                f"{path}: cannot be written ({reason})",
                 remedy="free disk space there, or raise --activation-memory",
             ) from e
         mapped = load_file(path)["x"]

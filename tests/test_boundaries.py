@@ -20,8 +20,8 @@ LAYERS = (
     {
         *("input_range", "kv_cache", "steps"),
         *("data", "model", "folding", "plan", "paused", "quantize", "reference", "collector"),
-        *("rescale", "rotation", "work", "calibrate", "fisher", "distill"),
-        *("batches", "inputs", "routing", "support"),
+        *("rescale", "rotation", "work", "calibrate", "blocks", "fisher", "distill"),
+        *("batches", "inputs", "routing", "support", "limits"),
         *("reconstruct", "footprint", "spill", "rounding", "integrity", "machine", "signature"),
         "parallel",
         *("gradients", "importance", "curvature", "ablation", "mixture", "measurement"),

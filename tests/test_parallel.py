@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -20,11 +22,12 @@ from quantkit.calibrate import CalibrationData, calibrate
 from quantkit.checkpoint.opened import open_checkpoint
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.input_range import sample_tokens
-from quantkit.parallel import ALONE, Processes, World, check_alike
+from quantkit.parallel import ALONE, Processes, World, check_alike, world
 from quantkit.plan import make_plan
 from quantkit.quantize import QuantizedLayer
 from quantkit.recipe import Recipe, Step, parse_recipe
 from quantkit.schemes import SCHEMES
+from tests.architectures import save
 
 T = TypeVar("T")
 
@@ -165,7 +168,7 @@ def test_what_needs_all_windows_runs_in_one_process(
     trained = Recipe(SCHEMES["w4a16-g64"], algorithm=(Step("rtn"), Step("signround")))
     with pytest.raises(UsageError, match="signround: goes through all windows"):
         together(2, lambda w: run(tiny, tmp_path / "a", trained, w))
-    monkeypatch.setattr("quantkit.calibrate.spills", lambda *_: True)
+    monkeypatch.setattr("quantkit.limits.spills", lambda *_: True)
     with pytest.raises(UsageError, match="--activation-memory: goes through all windows"):
         together(
             2,
@@ -208,21 +211,84 @@ def test_batches_are_shared_in_order_and_cut_for_all() -> None:
         together(35, lambda w: w.share(cut_batches(ids, w.size)))
 
 
+def test_all_experts_in_two_processes(tmp_path: Path) -> None:
+    """Every process sends every expert its tokens, so that all meet the same layers."""
+    source = save("mixtral", tmp_path / "model")
+    recipe = Recipe(SCHEMES["w4a16-g32"], algorithm=(Step("gptq"),), keep=("lm_head",))
+    alone = run(source, tmp_path / "alone", recipe, all_experts=True)
+    first, _ = together(2, lambda w: run(source, tmp_path / "two", recipe, w, all_experts=True))
+    assert same_codes(alone.layers, first.layers) >= 0.999
+    with pytest.raises(UsageError, match="a router sends an expert other tokens"):
+        together(2, lambda w: run(source, tmp_path / "routed", recipe, w))
+
+
 def test_what_differs_between_processes_ends_all() -> None:
     with pytest.raises(QuantkitError, match="process 1 has another recipe than the first: 1"):
         together(2, lambda w: check_alike(w, "recipe", w.rank))
 
 
 def test_an_error_of_the_first_is_raised_everywhere() -> None:
-    def fail() -> None:
-        raise UsageError("no such file")
-
     def work(world: World) -> str:
         with pytest.raises(UsageError, match="no such file"):
-            world.first_before_others(fail)
+            world.first_before_others(lambda: fail("no such file"))
         return "raised"
 
     assert together(3, work) == ["raised"] * 3
+
+
+#: Meets the other process and ends without a word.
+LEAVES = """
+import os
+from quantkit.parallel import world
+with world() as together:
+    together.gather("here")
+    os._exit(0)
+"""
+
+
+def test_a_process_that_ends_is_named_as_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the one that is left asks of it; an error of its own comes before that."""
+    place = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    for name, value in {**place, "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    other = subprocess.Popen([sys.executable, "-c", LEAVES], env={**os.environ, "RANK": "1"})
+    with world() as left:
+        assert left.gather("here, too") == ["here, too", "here"]
+        assert other.wait(timeout=300) == 0
+        for ask in (
+            lambda: left.gather(1),
+            lambda: left.first(lambda: 1),
+            lambda: left.add(torch.zeros(2)),
+        ):
+            with pytest.raises(QuantkitError, match="another process ended or cannot be") as caught:
+                ask()
+            assert caught.value.exit_code == 4
+        with pytest.raises(UsageError, match="no such file"):
+            left.first(lambda: fail("no such file"))
+
+
+def fail(message: str) -> None:
+    raise UsageError(message)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun names itself, and not the place where they meet."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(QuantkitError, match=r"cannot be reached .*see what that one said"), world():
+        pass
 
 
 RECIPE = """

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +16,19 @@ from quantkit import memory
 from quantkit import model as models
 from quantkit.calibrate import CalibrationData, calibrate
 from quantkit.cli.main import run as command_line
-from quantkit.errors import UsageError
+from quantkit.collector import Collector
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.footprint import spills
+from quantkit.input_range import InputRange
+from quantkit.kv_cache import _SideCollector
+from quantkit.parallel import World
 from quantkit.paused import Spine
 from quantkit.plan import Plan, make_plan
 from quantkit.quantize import QuantizedLayer
 from quantkit.recipe import KV_CACHES, Recipe, Step
 from quantkit.schemes import SCHEMES
 from quantkit.spill import HiddenFiles
-from tests.run_helpers import arguments, contents
+from tests.run_helpers import RECIPE, arguments, contents
 
 IDS = torch.randint(0, 256, (12, 32), generator=torch.Generator().manual_seed(2))
 
@@ -92,6 +98,46 @@ def _between(source: Path, how: Recipe) -> int:
     return plan.spilled_bytes
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        Recipe(SCHEMES["w4a16-g64"], algorithm=(Step("rtn"),), kv_cache=KV_CACHES["fp8"]),
+        Recipe(SCHEMES["w8a8-static"], algorithm=(Step("gptq", {"feedback": 1.0, "refine": 0}),)),
+    ],
+    ids=["cache", "static, feedback"],
+)
+def test_what_is_held_for_a_static_scale_is_counted(
+    how: Recipe, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tensors themselves, over every token, are no more than the plan says."""
+    held = [0]
+
+    def weigh(kept: list[Any]) -> None:
+        tensors = [x for each in kept for x in (each if isinstance(each, tuple) else [each])]
+        held.append(sum(x.nbytes for x in tensors if x is not None))
+
+    def range_of_side(self: _SideCollector, together: World) -> InputRange:
+        weigh(self.held)
+        return side(self, together)
+
+    def solve(self: Collector, linears: Any) -> dict[str, QuantizedLayer]:
+        weigh(self.held)
+        return group(self, linears)
+
+    side, group = _SideCollector.range, Collector.solve
+    monkeypatch.setattr(_SideCollector, "range", range_of_side)
+    monkeypatch.setattr(Collector, "solve", solve)
+    ids = IDS.repeat(6, 1)
+    loaded = models.load_source(str(tiny))
+    plan = make_plan(how, loaded.model, samples=len(ids), seq_len=ids.shape[1])
+    limit = plan.spilled_bytes
+    assert limit < plan.activation_bytes
+    calibrate(loaded, plan, CalibrationData(ids, "hash"), tmp_path, activation_memory=limit)
+    one_batch = make_plan(how, loaded.model, samples=2, seq_len=ids.shape[1]).activation_bytes
+    assert one_batch < max(held)
+    assert max(held) + one_batch <= limit
+
+
 def test_a_limit_says_where_they_lie(tiny: Path) -> None:
     model = models.load_source(str(tiny)).model
     plan = make_plan(RECIPES["feedback"], model, samples=4096, seq_len=512)
@@ -116,6 +162,21 @@ def test_a_kept_tensor_is_mapped_and_its_forerunner_stays_whole(tmp_path: Path) 
     assert [p.name for p in (tmp_path / "hidden").iterdir()] == ["x.safetensors"]
 
 
+def test_a_full_disk_is_no_fault_of_the_arguments(tmp_path: Path) -> None:
+    files = HiddenFiles(tmp_path / "hidden")
+    kept = files.keep("x", torch.ones(2))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        with pytest.raises(QuantkitError, match=r"cannot be written .*; free disk space") as caught:
+            files.keep("x", torch.zeros(1 << 20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.exit_code == 4
+    assert torch.equal(kept, torch.ones(2))
+    assert [p.name for p in (tmp_path / "hidden").iterdir()] == ["x.safetensors"]
+
+
 def test_the_command_line_states_both_and_keeps_the_bytes(
     tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,3 +195,8 @@ def test_the_command_line_states_both_and_keeps_the_bytes(
     assert command_line(spilled) == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert command_line([*first, "--activation-memory", "0.0000001"]) == 2
+    recipe.write_text(RECIPE.replace("gptq", "{gptq: {fisher: 0.5}}"))
+    capsys.readouterr()
+    assert command_line([*spilled, "--dry-run"]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "MB a block hidden states go to disk, passes are repeated Fisher pass" in told

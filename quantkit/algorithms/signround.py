@@ -30,7 +30,7 @@ from quantkit.schemes import QuantSpec
 #: steps: of signed gradient descent, each block.
 #: windows: calibration windows a step.
 #: lr: the first step of an offset, in steps of the code; ``auto`` is 1 / steps (§4.1).
-#: range_lr: the first step of a clip range, as a share of it; ``auto`` is that of ``lr``.
+#: range_lr: the first step of a clip range, as a share of it; ``auto`` is 1 / steps for any lr.
 #: patience: steps without a better one after which a block is left; 0 never leaves early.
 #: seed: of the order of windows.
 OPTIONS: dict[str, Any] = {

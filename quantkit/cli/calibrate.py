@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -79,7 +80,6 @@ def command(
         float | None,
         typer.Option(
             "--activation-memory",
-            min=0,
             help="GB of hidden states to hold in memory; beyond that they lie on disk, and "
             "calibration takes two to three times as long. Same bytes.",
         ),
@@ -146,10 +146,10 @@ def command(
         kernels=kernels.value,
         seq_len=eval_seq_len,
         max_tokens=eval_tokens,
-        activation_memory=None if activation_memory is None else int(activation_memory * 1e9),
+        activation_memory=_bytes(activation_memory),
     )
     with world() as together:
-        prepared = together.first_before_others(lambda: prepare(job))
+        prepared = together.first_before_others(lambda: prepare(job, together))
         if not together.leads:
             if not dry_run:
                 follow(prepared, together)
@@ -167,6 +167,20 @@ def command(
         _show_outcomes(outcomes)
     if outcomes.verdict is not None:
         raise typer.Exit(outcomes.verdict.exit_code)
+
+
+def _bytes(gigabytes: float | None) -> int | None:
+    """Of ``--activation-memory``. UsageError for none or without end."""
+    from quantkit.errors import UsageError
+
+    if gigabytes is None:
+        return None
+    if not 0 < gigabytes < math.inf:
+        raise UsageError(
+            f"--activation-memory {gigabytes:g}: not a number of GB above 0",
+            remedy="leave it out to hold all hidden states in memory",
+        )
+    return int(gigabytes * 1e9)
 
 
 def _recipe(name: str, data: list[str] | None, **overrides: int | None) -> Recipe:
@@ -240,10 +254,10 @@ def _show_plan(prepared: Prepared, processes: int) -> None:
         f"({plan.spilled_bytes / 1e6:.0f} MB with hidden states on disk), "
         f"{plan.block_bytes / 1e6:.0f} MB a block"
     )
-    if plan.needs_fisher:
-        console.print(f"Fisher pass        {pass_bytes(plan) / 1e6:.0f} MB beside the whole model")
     if spills(plan, prepared.job.activation_memory):
         console.print("                   hidden states go to disk, passes are repeated")
+    if plan.needs_fisher:
+        console.print(f"Fisher pass        {pass_bytes(plan) / 1e6:.0f} MB beside the whole model")
     if prepared.tokens is not None:
         console.print(
             f"calibration        {plan.samples} × {plan.seq_len} tokens"
