@@ -35,7 +35,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from quantkit import ops
 from quantkit.evals.language_model import QuantkitLM
 from quantkit.evals.run_suite import run_suite
-from quantkit.evals.suites import Suite, load_suite
+from quantkit.evals.suite import Suite
+from quantkit.evals.suites import load_suite
 from quantkit.models.load import load_runtime
 from quantkit.ops.measure import cpu_name
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantkit.errors import NotComparableError
 from quantkit.evals.divergence import hash_windows
-from quantkit.evals.suites import Suite
+from quantkit.evals.suite import Suite
 from quantkit.gate.policy import LimitGate, Policy
 from quantkit.results import COMPARABLE_KEYS, Results, TextResult
 

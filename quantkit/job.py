@@ -22,7 +22,8 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.evals.divergence import cut_windows
 from quantkit.evals.evaluate import harness
 from quantkit.evals.scorers import SCORERS
-from quantkit.evals.suites import Suite, find_suites, installed_folder, load_suite, load_suites
+from quantkit.evals.suite import Suite
+from quantkit.evals.suites import find_suites, installed_folder, load_suite, load_suites
 from quantkit.gate.policy import LimitGate, Policy, TaskGate
 from quantkit.inputs import load_inputs
 from quantkit.limits import check_limits

@@ -75,12 +75,14 @@ class TaskResult:
 
     ``early`` is the seed of the order in which items were scored by a run that could stop
     before its last item, else None: such a run is judged by `quantkit.gate.sequential` alone.
+    ``provenance`` says where a task of lm-eval's own came from; empty for a file.
     """
 
     metric: str
     rows: tuple[ItemRow, ...]
     hash: str
     early: int | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def n(self) -> int:
@@ -162,6 +164,22 @@ class Results:
     noise: NoiseFloor | None = None
     timings: Timings | None = None
 
+    @property
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """Groups of lm-eval's that weigh their tasks alike: name → metric, value, tasks."""
+        members: dict[str, list[TaskResult]] = {}
+        for task in self.tasks.values():
+            if "group" in task.provenance and "task" in task.provenance:
+                members.setdefault(str(task.provenance["group"]), []).append(task)
+        return {
+            name: {
+                "metric": tasks[0].metric,
+                "value": sum(t.value for t in tasks) / len(tasks),
+                "tasks": len(tasks),
+            }
+            for name, tasks in members.items()
+        }
+
     def to_json(self) -> dict[str, Any]:
         """The document of the module docstring."""
         doc: dict[str, Any] = {"schema": SCHEMA, "fingerprint": dict(self.fingerprint)}
@@ -187,9 +205,12 @@ class Results:
                 "hash": t.hash,
                 "rows": [asdict(r) for r in t.rows],
                 **({} if t.early is None else {"early": t.early}),
+                **({"provenance": dict(t.provenance)} if t.provenance else {}),
             }
             for name, t in self.tasks.items()
         }
+        if groups := self.groups:
+            doc["groups"] = groups
         doc["cost"] = dict(self.cost)
         if self.noise is not None:
             doc["noise"] = self.noise.to_json()
@@ -250,7 +271,9 @@ class Results:
                     raise QuantkitError(
                         f"{source}: task {name} item {bad[0]!r} has no finite score"
                     )
-                tasks[name] = TaskResult(t["metric"], rows, t["hash"], t.get("early"))
+                tasks[name] = TaskResult(
+                    t["metric"], rows, t["hash"], t.get("early"), dict(t.get("provenance", {}))
+                )
             text = None
             if "text" in doc:
                 x = doc["text"]

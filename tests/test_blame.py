@@ -13,7 +13,7 @@ from quantkit import blame as blames
 from quantkit import model as models
 from quantkit.blame import find_blame
 from quantkit.cli.main import run
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.models.load import load_runtime
 from quantkit.models.runtime import Runtime
 from tests.run_helpers import arguments
@@ -118,8 +118,16 @@ def test_batches_do_not_matter(
 
 
 def test_explain_from_the_command_line(
-    checkpoint: Path, tiny: Path, traffic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    tiny: Path,
+    traffic: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    def full(path: Path, text: str) -> None:
+        raise QuantkitError(f"{path}: the disk is full")
+
     results = tmp_path / "results.json"
     assert run(["eval", str(checkpoint), "--text", str(traffic), "--seq-len", "64",
                 "--max-tokens", "64", "-o", str(results)]) == 0  # fmt: skip
@@ -134,7 +142,9 @@ def test_explain_from_the_command_line(
     document = json.loads(capsys.readouterr().out)
     assert document["keep"][-1] == document["chosen"][0]["name"] == DAMAGED
     assert yaml.safe_load(recipe.read_text())["keep"] == ["lm_head", DAMAGED]
-    assert run([*command, *more]) == 0
+    with monkeypatch.context() as patch:  # what was measured is shown all the same
+        patch.setattr("quantkit.results.write_text", full)
+        assert run([*command, *more]) == 4
     assert DAMAGED in capsys.readouterr().out
     assert run(["explain", str(results), "--checkpoint", str(checkpoint)]) == 2
     document = json.loads(results.read_text())

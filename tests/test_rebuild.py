@@ -144,6 +144,15 @@ def test_something_else_than_a_manifest(
     assert "is no manifest" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("options", [(), ("--sbom", "-")])
+def test_a_manifest_that_lacks_its_fields(
+    options: tuple[str, ...], copy: Made, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (copy.checkpoint / "quantkit.json").write_text('{"files": {}}')
+    assert run(["inspect", str(copy.checkpoint), *options]) == 4
+    assert "quantkit.json: is damaged (KeyError" in capfd.readouterr().err
+
+
 def test_files_that_only_one_of_the_two_has(copy: Made, tmp_path: Path) -> None:
     other = Path(shutil.copytree(copy.checkpoint, tmp_path / "other"))
     (other / "config.json").write_text((other / "config.json").read_text().replace("272", "273"))

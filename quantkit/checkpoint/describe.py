@@ -6,9 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint.fields import read_object
 from quantkit.checkpoint.opened import open_checkpoint
-from quantkit.checkpoint.write import MANIFEST
+from quantkit.checkpoint.write import MANIFEST, read_manifest
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -22,7 +21,7 @@ def describe(folder: Path) -> dict[str, Any]:
         QuantkitError: a damaged file.
     """
     if (folder / MANIFEST).is_file():
-        return read_object(folder / MANIFEST)
+        return read_manifest(folder)
     with open_checkpoint(folder) as source:
         stored = dict.fromkeys(source.schemes, 0)
         size = 0

@@ -194,8 +194,8 @@ class TensorFiles:
     def size(self, name: str) -> int:
         """Bytes of one tensor, from its file's header."""
         view = self._files[name].get_slice(self._stored[name])
-        bits = re.search(r"\d+", view.get_dtype())  # such as F8_E4M3 or I64; BOOL has a byte
-        return math.prod(view.get_shape()) * (int(bits[0]) // 8 if bits else 1)
+        bits = re.search(r"\d+", view.get_dtype())  # such as F4, F8_E4M3 or I64; BOOL has a byte
+        return math.prod(view.get_shape()) * (int(bits[0]) if bits else 8) // 8
 
     def layer(self, name: str) -> dict[str, Tensor]:
         """A module's tensors by local name."""

@@ -208,12 +208,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UsageError(
             f"{folder}: has no {MANIFEST}", remedy="only checkpoints that quantkit wrote have one"
         )
-    found = read_json(folder / MANIFEST)
+    try:
+        found = read_json(folder / MANIFEST)
+    except UsageError as e:  # the file is damaged, whatever was asked for
+        raise QuantkitError(e.message, remedy="copy the checkpoint again") from e
     if not (isinstance(found, dict) and isinstance(found.get("files"), dict)):
         raise QuantkitError(
             f"{folder / MANIFEST}: is no manifest", remedy="copy the checkpoint again"
         )
     return found
+
+
+def manifest_if_any(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest; empty for a folder of another program, which has none.
+
+    Raises:
+        QuantkitError: the file is there and is no manifest.
+    """
+    return read_manifest(folder) if (folder / MANIFEST).exists() else {}
 
 
 def promote(staging: Path, out: Path) -> None:

@@ -74,9 +74,13 @@ def compare(
         for runtime, side in zip(sides, times, strict=True)
     )
     pair = PairedTimings(ours, theirs)
-    if timings is not None:
-        write_json(timings, pair.to_json())
-    _show(pair, new_tokens, as_json, timings)
+    try:
+        if timings is not None:
+            write_json(timings, pair.to_json())
+    finally:  # a disk that is full by now must not hide what was measured
+        _show(pair, new_tokens, as_json)
+    if timings is not None and not as_json:
+        typer.echo(f"wrote {timings}")
 
 
 def _prompts(
@@ -108,7 +112,7 @@ def _prompts(
     return read[0], read[1]
 
 
-def _show(pair: PairedTimings, new_tokens: int, as_json: bool, timings: Path | None) -> None:
+def _show(pair: PairedTimings, new_tokens: int, as_json: bool) -> None:
     from quantkit import gate
     from quantkit.cli.eval import print_table
 
@@ -141,8 +145,6 @@ def _show(pair: PairedTimings, new_tokens: int, as_json: bool, timings: Path | N
     print_table(rows)
     where = ", ".join(f"{key} {value}" for key, value in ours.host.items())
     typer.echo(f"{len(ours.ttft)} prompts, {ours.concurrency} in flight; {where}")
-    if timings is not None:
-        typer.echo(f"wrote {timings}")
 
 
 def _median(timings: Timings, kind: str) -> float:

@@ -44,7 +44,7 @@ def command(
     ] = None,
     suite: Annotated[
         list[str] | None,
-        typer.Option("--suite", help="Score these suites too. Repeatable."),
+        typer.Option("--suite", help="Score these suites too, named as in eval. Repeatable."),
     ] = None,
     text: Annotated[
         Path | None,

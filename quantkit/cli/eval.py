@@ -18,7 +18,6 @@ from quantkit.cli.kernels import Kernels, KernelsOption
 if TYPE_CHECKING:
     from quantkit.data.rows import Document
     from quantkit.evals.scorers import Factory
-    from quantkit.evals.suites import Suite
     from quantkit.models.runtime import Runtime
     from quantkit.results import Results
 
@@ -32,7 +31,9 @@ def command(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            "--suite", help="A suite: its name, a YAML file or a folder of them. Repeatable."
+            "--suite",
+            help="A suite: its name, a YAML file, a folder of them, or a task, group or tag that "
+            "lm-eval knows (lm-eval:NAME where a suite is called the same). Repeatable.",
         ),
     ] = None,
     text: Annotated[
@@ -145,7 +146,15 @@ def command(
         ),
     ] = None,
     validate: Annotated[
-        bool, typer.Option("--validate", help="Only check the suites; needs no CKPT.")
+        bool,
+        typer.Option("--validate", help="Only read and check the suites; needs no CKPT."),
+    ] = False,
+    list_names: Annotated[
+        bool,
+        typer.Option(
+            "--list",
+            help="Only print what --suite may name; --suite 'arc*' prints the names that match.",
+        ),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
@@ -157,17 +166,20 @@ def command(
     gives its metric and a row for each item, which `quantkit gate` compares. With --engine or
     --endpoint another engine runs CKPT: one that is started for it, or a server that is there.
 
-    Exit codes: 0 done, 2 usage, 4 runtime, 5 the reference has another tokenizer.
+    Exit codes: 0 done, 2 usage, 4 runtime, 5 the reference or the server has another tokenizer, or
+    the --stop-early baseline is of other items, 130 interrupted.
     """
-    from quantkit.cli.eval_options import check_options
+    from quantkit.cli.eval_options import check_listing, check_options
     from quantkit.cli.eval_scorers import allowed_scorers
     from quantkit.errors import UsageError
-    from quantkit.evals.suites import installed_folder, load_suites
+    from quantkit.evals.suites import load_suites
     from quantkit.results import check_writable
 
-    if validate:
-        specs = suite or [str(folder) for folder in [installed_folder()] if folder]
-        _print_suites(load_suites(specs), as_json)
+    if validate or list_names:
+        from quantkit.cli.eval_list import print_names, validate_suites
+
+        check_listing(context)
+        (print_names if list_names else validate_suites)(suite or [], as_json)
         return
     check_options(context, plan=plan, checkpoint=checkpoint, endpoint=endpoint)
     if output is not None:
@@ -336,26 +348,6 @@ def _load(source: str, kernels: str, device: str) -> Runtime:
 # --- output ----------------------------------------------------------------------------------
 
 
-def _print_suites(suites: list[Suite], as_json: bool) -> None:
-    rows = [
-        {
-            "suite": s.name,
-            "items": s.n,
-            "metric": s.metric,
-            "kind": s.output_type,
-            "slices": len({row.get(s.slice) for row in s.rows}) if s.slice else 0,
-            "hash": s.hash,
-            "file": str(s.path),
-        }
-        for s in suites
-    ]
-    if as_json:
-        typer.echo(json.dumps({"suites": rows}))
-        return
-    shown = [{**row, "hash": str(row["hash"])[:12]} for row in rows]
-    print_table([list(shown[0]) if shown else ["no suites"], *(list(r.values()) for r in shown)])
-
-
 def _print_results(results: Results, name: str) -> None:
     from quantkit.gate.noise_floor import flip_rate
 
@@ -372,6 +364,9 @@ def _print_results(results: Results, name: str) -> None:
             over = f"noise floor, {results.noise.kernels}"
             rate = flip_rate(result, results.noise.tasks[task])
             rows.append([f"{task} flips", f"{rate:.4f}", over])
+    for group, joint in results.groups.items():
+        value = f"{joint['value']:.4f}"
+        rows.append([f"{group}.{joint['metric']}", value, f"mean of {joint['tasks']} tasks"])
     # Either may be unknown of a model that runs elsewhere.
     if "size_bytes" in doc["cost"]:
         rows.append(["size", f"{doc['cost']['size_bytes'] / 1e6:.1f} MB", ""])

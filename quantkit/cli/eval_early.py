@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from quantkit.evals.early import EarlyStop
-    from quantkit.evals.suites import Suite
+    from quantkit.evals.suite import Suite
     from quantkit.gate import Policy
 
 

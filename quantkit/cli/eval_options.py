@@ -64,3 +64,16 @@ def check_options(
                          remedy="give one of them")  # fmt: skip
     reason = "checks files that are loaded here, and a server has loaded its own"
     refuse(context, ("key",), reason, "serve them with `quantkit serve --key`")
+
+
+def check_listing(context: typer.Context) -> None:
+    """Refuse what ``--list`` or ``--validate`` would ignore.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    flag = "list_names" if context.params["list_names"] else "validate"
+    read = (flag, "suite", "as_json", "checkpoint")
+    unread = [p.name for p in context.command.params if p.name is not None and p.name not in read]
+    what = "--list prints names" if flag == "list_names" else "--validate checks suites"
+    refuse(context, unread, f"{what} and nothing else", "leave one or the other out")

@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from quantkit.evals.scorers import Factory
-    from quantkit.evals.suites import Suite
+    from quantkit.evals.suite import Suite
     from quantkit.gate import Policy
     from quantkit.gate.planning import PlanRow
     from quantkit.models.runtime import Runtime

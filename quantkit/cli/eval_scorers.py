@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from quantkit.evals.scorers import Factory
-    from quantkit.evals.suites import Suite
+    from quantkit.evals.suite import Suite
 
 
 def allowed_scorers(

@@ -89,15 +89,17 @@ def command(
     with reporter("explain") as progress:
         blame = find_blame(candidate, original, sequences, count=layers, progress=progress)
     rules = _recipe_lines(candidate, blame)
-    if output is not None:
-        write_text(output, "\n".join(rules) + "\n")
-    if as_json:
-        document = {**asdict(blame), "measured_on": source, "keep": _kept(candidate, blame)}
-        typer.echo(json.dumps(document, indent=1))
-        return
-    _show_flips(flips)
-    _show(blame, candidate, source, rules)
-    if output is not None:
+    try:
+        if output is not None:
+            write_text(output, "\n".join(rules) + "\n")
+    finally:  # a disk that is full by now must not hide what was measured
+        if as_json:
+            document = {**asdict(blame), "measured_on": source, "keep": _kept(candidate, blame)}
+            typer.echo(json.dumps(document, indent=1))
+        else:
+            _show_flips(flips)
+            _show(blame, candidate, source, rules)
+    if output is not None and not as_json:
         typer.echo(f"wrote {output}")
 
 

@@ -102,7 +102,7 @@ def command(
         )
     except Exception as error:  # CI reads the file even where the process was at fault
         if junit:
-            write_text(junit, gate.junit_error(error))
+            _write_error(junit, error)
         raise
 
     code = gate.exit_code(verdict, on_inconclusive)
@@ -125,6 +125,18 @@ def command(
         else:
             typer.echo(gate.table(verdict), nl=False)
     raise typer.Exit(code)
+
+
+def _write_error(junit: Path, error: Exception) -> None:
+    """JUnit of a gate that could not be held; the exit code is that error's, come what may."""
+    from quantkit import gate
+    from quantkit.errors import QuantkitError
+    from quantkit.results import write_text
+
+    try:
+        write_text(junit, gate.junit_error(error))
+    except QuantkitError as e:
+        typer.echo(f"error: {e}", err=True)
 
 
 def _tell_github(verdict: Verdict, flipped: tuple[Flip, ...]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -138,7 +140,9 @@ def _write_sbom(checkpoint: Path, file: Path) -> None:
         )
     manifest = read_manifest(checkpoint)
     digest = hash_file(checkpoint / MANIFEST)
-    write_json(file, bill_of_materials(manifest, checkpoint.resolve().name, digest))
+    with _whole(checkpoint):
+        document = bill_of_materials(manifest, checkpoint.resolve().name, digest)
+    write_json(file, document)
     typer.echo(f"wrote {file}", err=True)
 
 
@@ -149,7 +153,23 @@ def _inspect(checkpoint: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(manifest, indent=1))
         return
-    _show(manifest)
+    with _whole(checkpoint):
+        _show(manifest)
+
+
+@contextmanager
+def _whole(checkpoint: Path) -> Iterator[None]:
+    """Say of a manifest that lacks a field, or holds another type there, that it is damaged."""
+    from quantkit.checkpoint.write import MANIFEST
+    from quantkit.errors import QuantkitError
+
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError) as e:
+        raise QuantkitError(
+            f"{checkpoint / MANIFEST}: is damaged ({type(e).__name__}: {e})",
+            remedy="copy the checkpoint again",
+        ) from e
 
 
 def _show(manifest: dict[str, Any]) -> None:

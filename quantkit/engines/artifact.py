@@ -8,9 +8,9 @@ from typing import Any
 
 from quantkit import model as models
 from quantkit.checkpoint.config import read_cache_spec, read_schemes
-from quantkit.checkpoint.fields import as_object, read_object
+from quantkit.checkpoint.fields import as_integer, as_object, read_object
 from quantkit.checkpoint.read import original_hash
-from quantkit.checkpoint.write import MANIFEST
+from quantkit.checkpoint.write import manifest_if_any
 from quantkit.schemes import QuantSpec, Scheme
 
 
@@ -61,22 +61,24 @@ def read_artifact(source: str) -> Artifact:
     """Read a checkpoint folder, or whatever MODEL argument stands for one.
 
     Raises:
-        UsageError: no such model, a config or manifest that is no JSON object, or a quantization
-            that is not compressed-tensors.
+        UsageError: no such model, a config that is no JSON object, or a quantization that is not
+            compressed-tensors.
+        QuantkitError: a manifest that is none.
     """
     folder = models.resolve(source)
     config = read_object(folder / "config.json")
     nested = config.get("text_config")
     text = nested if isinstance(nested, dict) else config
     raw = as_object(config.get("quantization_config") or {}, "quantization_config")
-    manifest = read_object(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    manifest = manifest_if_any(folder)
+    context = text.get("max_position_embeddings")
     dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype")
     return Artifact(
         folder=folder,
         schemes=tuple(read_schemes(raw)) if raw else (),
         kv=read_cache_spec(raw) if raw else None,
         dtype=dtype,
-        context=text.get("max_position_embeddings"),
+        context=None if context is None else as_integer(context, "max_position_embeddings"),
         size_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         bits_per_weight=manifest.get("bits_per_weight"),
         original=original_hash(manifest),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from quantkit.errors import NotComparableError
-from quantkit.evals.suites import Suite
+from quantkit.evals.suite import Suite
 from quantkit.results import ItemRow, TaskResult
 
 #: Items scored between two looks: few enough to stop soon, enough to fill batches.
@@ -62,4 +62,4 @@ def run_until_decided(
         if stop.decided({row.id: row.score for row in rows}):
             break
     rows.sort(key=lambda row: position[row.id])
-    return TaskResult(metric, tuple(rows), suite.hash, stop.seed)
+    return TaskResult(metric, tuple(rows), suite.hash, stop.seed, suite.provenance)

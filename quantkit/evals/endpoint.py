@@ -298,7 +298,7 @@ def _parse(where: str, response: httpx.Response) -> Json:
         )
     try:
         answer = response.json()
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise QuantkitError(f"{where}: {_short(response.text)} is not JSON ({e})") from e
     if not isinstance(answer, dict):
         raise QuantkitError(f"{where}: {_short(answer)} is not a JSON object")
@@ -311,7 +311,7 @@ def _message(response: httpx.Response) -> str:
         body = response.json()
         error = body.get("error", body)
         return _short(error.get("message", error) if isinstance(error, dict) else error)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return _short(response.text)
 
 

@@ -13,7 +13,7 @@ import torch
 from quantkit.errors import UsageError
 from quantkit.evals.divergence import measure_text
 from quantkit.evals.scorers import NONE_ALLOWED, Factory
-from quantkit.evals.suites import Suite
+from quantkit.evals.suite import Suite
 from quantkit.models.runtime import Runtime
 from quantkit.progress import Progress, silent
 from quantkit.results import Results

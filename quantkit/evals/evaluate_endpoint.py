@@ -13,7 +13,7 @@ from quantkit.evals.endpoint_model import EndpointLM
 from quantkit.evals.evaluate import harness
 from quantkit.evals.run_suite import ask_suites
 from quantkit.evals.scorers import NONE_ALLOWED, Factory
-from quantkit.evals.suites import Suite
+from quantkit.evals.suite import Suite
 from quantkit.model import template_hash, tokenizer_hash
 from quantkit.progress import Progress, silent
 from quantkit.results import Results, TextResult, TextWindow

@@ -132,7 +132,7 @@ class Judge:
             try:
                 response.raise_for_status()
                 return str(response.json()["choices"][0]["message"]["content"])
-            except (httpx.HTTPStatusError, ValueError, LookupError, TypeError) as e:
+            except (httpx.HTTPStatusError, ValueError, LookupError, TypeError, RecursionError) as e:
                 raise QuantkitError(
                     f"judge {self.model}: HTTP {response.status_code}, {response.text[:200]!r}"
                 ) from e

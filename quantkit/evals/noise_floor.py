@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from quantkit.evals.evaluate import evaluate
 from quantkit.evals.scorers import NONE_ALLOWED, Factory
-from quantkit.evals.suites import Suite
+from quantkit.evals.suite import Suite
 from quantkit.models.runtime import Runtime
 from quantkit.noise import NoiseFloor, TaskNoise
 from quantkit.progress import Progress, silent

@@ -10,25 +10,24 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
-import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate as lm_evaluate
 from lm_eval.tasks import TaskManager
-from tqdm import tqdm
 
 from quantkit.errors import QuantkitError
+from quantkit.evals.documents import as_arrow_reads
 from quantkit.evals.early import EarlyStop, run_until_decided
+from quantkit.evals.item_row import item_row
 from quantkit.evals.language_model import QuantkitLM
-from quantkit.evals.metrics import METRICS
+from quantkit.evals.quiet import quiet
 from quantkit.evals.scorers import NONE_ALLOWED, Factory, Scorer, make_scorer
-from quantkit.evals.suites import Suite
+from quantkit.evals.shots import shots_of_whole_run
+from quantkit.evals.suite import Suite
 from quantkit.evals.token_model import TokenLM
 from quantkit.models.runtime import Runtime
 from quantkit.progress import Progress, silent
@@ -120,25 +119,30 @@ def run_suite(
 
     Args:
         lm: the model.
-        suite: what to run.
+        suite: what to run; a group's tasks run one after the other.
         samples: sorted positions of the items to score; all when None.
         scorer: scores written answers in place of the suite's metric.
+
+    Raises:
+        QuantkitError: an error inside lm-eval, or a score that is not finite.
     """
+    if suite.parts:
+        return _run_group(lm, suite, samples, scorer)
     lm.label = suite.name
-    with _quiet():
+    with quiet():
         try:
-            loaded = TaskManager(include_defaults=False).load([_task_config(suite)])
-            (task,) = loaded["tasks"].values()
+            task = _build(suite) if suite.origin is None else suite.origin.task
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-            answer = lm_evaluate(
-                lm=lm,
-                task_dict=loaded,
-                samples=None if samples is None else {suite.name: samples},
-                bootstrap_iters=0,
-                log_samples=True,
-            )
+            with shots_of_whole_run(task, samples):
+                answer = lm_evaluate(
+                    lm=lm,
+                    task_dict={"tasks": {suite.name: task}},
+                    samples=None if samples is None else {suite.name: samples},
+                    bootstrap_iters=0,
+                    log_samples=True,
+                )
         except (QuantkitError, KeyboardInterrupt):
             raise
         except Exception as e:
@@ -146,95 +150,52 @@ def run_suite(
                 f"{suite.path}: lm-eval failed on it ({type(e).__name__}: {e})"
             ) from e
     logged = sorted(answer["samples"][suite.name], key=lambda s: s["doc_id"])
+    scored = logged[0]["filter"] if suite.origin is None else suite.origin.filter
     expected = list(range(suite.n)) if samples is None else samples
-    if [s["doc_id"] for s in logged] != expected:
+    if [s["doc_id"] for s in logged if s["filter"] == scored] != expected:
         raise QuantkitError(
             f"{suite.path}: lm-eval scored {len(logged)} items where {len(expected)} were asked"
         )
-    rows = tuple(_item(suite, sample, scorer) for sample in logged)
-    return TaskResult(metric=suite.score_name, rows=rows, hash=suite.hash)
-
-
-def _item(suite: Suite, sample: Mapping[str, Any], scorer: Scorer | None) -> ItemRow:
-    """One row from one of lm-eval's logged samples."""
-    index = sample["doc_id"]
-    row = suite.rows[index]
-    name = suite.item_id(index)
-    prediction, target, details = _answer(suite, sample)
-    if scorer is None:
-        score = METRICS[suite.metric][1](sample[suite.metric])
-    else:
-        score = scorer(prediction, target, row)
-    if not math.isfinite(score):
-        raise QuantkitError(f"{suite.name}: item {name!r} has the score {score}")
-    return ItemRow(
-        id=name,
-        score=score,
-        hash=sample["doc_hash"],
-        prediction=prediction,
-        target=target,
-        prompt=str(sample["arguments"][0][0]),
-        slice=_field(row, suite.slice),
-        cluster=_field(row, suite.cluster),
-        must_not_flip=bool(suite.must_not_flip and row.get(suite.must_not_flip)),
-        details=details,
+    others: dict[int, list[Mapping[str, Any]]] = {index: [] for index in expected}
+    for sample in logged:
+        if sample["filter"] != scored:
+            others[sample["doc_id"]].append(sample)
+    rows = tuple(
+        item_row(suite, sample, scorer, others[sample["doc_id"]])
+        for sample in logged
+        if sample["filter"] == scored
     )
+    return TaskResult(suite.score_name, rows, suite.hash, provenance=suite.provenance)
 
 
-def _answer(suite: Suite, sample: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
-    """(what the model said, what was right, details) of a sample."""
-    responses, target = sample["filtered_resps"], sample["target"]
-    details: dict[str, Any] = {}
-    for metric in sample["metrics"]:
-        value = sample[metric]
-        if metric != suite.metric and isinstance(value, int | float):
-            details[metric] = float(value)
-    if suite.output_type == "multiple_choice":
-        # acc_mutual_info appends one more request a choice, without the context.
-        delimiter = suite.config.get("target_delimiter", " ")
-        texts = [args[1] for args in sample["arguments"]]
-        choices = [t.removeprefix(delimiter) for t in texts]
-        values = [float(value) for value, _ in responses]
-        if suite.metric == "acc_mutual_info":
-            half = len(values) // 2
-            choices, values = choices[:half], values[:half]
-            ranked = [v - float(u) for v, (u, _) in zip(values, responses[half:], strict=True)]
-        elif suite.metric == "acc_norm":
-            ranked = [v / len(c) for v, c in zip(values, choices, strict=True)]
-        elif suite.metric == "acc_bytes":
-            ranked = [v / len(c.encode()) for v, c in zip(values, choices, strict=True)]
-        else:
-            ranked = values
-        details["loglikelihoods"] = values
-        golds = target if isinstance(target, list) else [target]
-        right = " | ".join(choices[g] if isinstance(g, int) else str(g) for g in golds)
-        return choices[max(range(len(ranked)), key=ranked.__getitem__)], right, details
-    if suite.output_type == "generate_until":
-        return str(responses[0]), str(target), details
-    if suite.output_type == "loglikelihood":
-        value, greedy = responses[0]
-        details |= {"loglikelihood": float(value), "greedy": bool(greedy)}
-        return str(target) if greedy else "", str(target), details
-    return "", "", details | {"loglikelihood": float(responses[0])}
-
-
-def _field(row: Mapping[str, Any], name: str | None) -> str | None:
-    value = row.get(name) if name else None
-    return None if value is None else str(value)
+def _run_group(
+    lm: TokenLM, suite: Suite, samples: list[int] | None, scorer: Scorer | None
+) -> TaskResult:
+    """A group's tasks, their rows as slices of one suite."""
+    rows: list[ItemRow] = []
+    start = 0
+    for part in suite.parts:
+        positions = range(start, start + part.n)
+        start += part.n
+        mine = None if samples is None else [i - positions[0] for i in samples if i in positions]
+        if mine == []:  # lm-eval takes no samples to mean all
+            continue
+        found = run_suite(lm, part, mine, scorer).rows
+        local = range(part.n) if mine is None else mine
+        rows += [
+            replace(row, id=suite.item_id(positions[i]), slice=part.name)
+            for i, row in zip(local, found, strict=True)
+        ]
+    return TaskResult(suite.score_name, tuple(rows), suite.hash, provenance=suite.provenance)
 
 
 # --- handing a suite to lm-eval --------------------------------------------------------------
 
 
-class _Rows(list[dict[str, Any]]):
-    """What lm-eval needs of a dataset: rows, and the names of their columns."""
-
-    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        # Columns in order of appearance and None where a row lacks one, as arrow reads JSON
-        # lines: the rows, and lm-eval's hashes of them, are then those of `lm_eval` itself.
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        super().__init__({c: row.get(c) for c in columns} for row in rows)
-        self.features = dict.fromkeys(columns)
+def _build(suite: Suite) -> Any:
+    """lm-eval's task of a file."""
+    (task,) = TaskManager(include_defaults=False).load([_task_config(suite)])["tasks"].values()
+    return task
 
 
 def _task_config(suite: Suite) -> dict[str, Any]:
@@ -245,7 +206,7 @@ def _task_config(suite: Suite) -> dict[str, Any]:
         entry.setdefault("aggregation", _AGGREGATIONS.get(entry["metric"], "mean"))
         entry.setdefault("higher_is_better", entry["metric"] not in _LOWER_IS_BETTER)
     del config["dataset_path"], config["dataset_kwargs"]
-    splits = {split: _Rows(rows) for split, rows in suite.splits.items()}
+    splits = {split: as_arrow_reads(rows) for split, rows in suite.splits.items()}
     config["custom_dataset"] = lambda **_: splits
     return config
 
@@ -258,16 +219,3 @@ _AGGREGATIONS = {
     "brier_score": "brier_score",
 }
 _LOWER_IS_BETTER = (*_AGGREGATIONS,)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep lm-eval's progress bar and notices off the terminal while it runs."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with mock.patch("lm_eval.api.task.tqdm", functools.partial(tqdm, disable=True)):
-            yield
-    finally:
-        logger.setLevel(level)

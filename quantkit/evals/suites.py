@@ -23,13 +23,13 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quantkit.errors import UsageError
 from quantkit.evals.metrics import BY_OUTPUT_TYPE, FILTERS, METRICS
-from quantkit.evals.scorers import Scoring, read_scoring
+from quantkit.evals.scorers import read_scoring
+from quantkit.evals.suite import Suite
 from quantkit.evals.suite_lines import SuiteLines
 from quantkit.evals.suite_rows import LINE, check_rows
 
@@ -71,60 +71,11 @@ METRIC_OPTIONS = (
 #: Python that lm-eval would run; named so that the refusal can say why.
 CODE_KEYS = ("process_docs", "process_results", "custom_dataset", "class", "unsafe_code")
 
+#: In front of a name that lm-eval's own task is meant by, where an installed suite has it, too.
+LM_EVAL = "lm-eval:"
+
 #: Fields with these names mean what they say unless ``metadata`` names others.
 DEFAULT_FIELDS = ("slice", "cluster", "must_not_flip")
-
-
-@dataclass(frozen=True)
-class Suite:
-    """A validated suite.
-
-    Attributes:
-        name: the YAML's ``task``.
-        path: the YAML file.
-        config: the YAML as written.
-        metric: the first of its metrics, the one that items are scored by.
-        hash: sha256 over the YAML's and the data files' bytes.
-        slice, cluster, must_not_flip: fields of the rows, or None.
-        traffic: calibration data that looks like this suite, or None.
-        splits: rows by split, as read.
-        scoring: what scores an item in place of the metric, or None.
-    """
-
-    name: str
-    path: Path
-    config: Mapping[str, Any]
-    metric: str
-    hash: str
-    slice: str | None
-    cluster: str | None
-    must_not_flip: str | None
-    traffic: Path | None
-    splits: Mapping[str, tuple[Mapping[str, Any], ...]] = field(repr=False)
-    scoring: Scoring | None = None
-
-    @property
-    def score_name(self) -> str:
-        """What the results call the score, and the gate's key holds after the dot."""
-        return METRICS[self.metric][0] if self.scoring is None else self.scoring.name
-
-    @property
-    def rows(self) -> tuple[Mapping[str, Any], ...]:
-        """The rows that are scored."""
-        return self.splits[self.config["test_split"]]
-
-    @property
-    def n(self) -> int:
-        """Number of items."""
-        return len(self.rows)
-
-    @property
-    def output_type(self) -> str:
-        return str(self.config["output_type"])
-
-    def item_id(self, index: int) -> str:
-        """Name of the item at a position."""
-        return str(self.rows[index].get("id", index))
 
 
 # --- finding ---------------------------------------------------------------------------------
@@ -139,29 +90,46 @@ def installed_folder() -> Path | None:
     return None
 
 
+def installed_suites() -> dict[str, Path]:
+    """The suites that come with quantkit: name → YAML file."""
+    folder = installed_folder()
+    return {p.stem: p for p in sorted(folder.glob("*.yaml"))} if folder else {}
+
+
 def find_suites(spec: str | Path) -> list[Path]:
     """The YAML files that a name, a file or a folder stands for.
 
     Raises:
         UsageError: there is no such suite; the nearest installed name is suggested.
     """
-    text = str(spec)
-    folder = installed_folder()
-    names = {p.stem: p for p in sorted(folder.glob("*.yaml"))} if folder else {}
-    if text in names:
-        return [names[text]]
+    found = _look_up(spec)
+    if found is None:
+        raise unknown_suite(str(spec), "suite, file or folder", installed_suites())
+    return found
+
+
+def _look_up(spec: str | Path) -> list[Path] | None:
+    names = installed_suites()
+    if str(spec) in names:
+        return [names[str(spec)]]
     path = Path(spec).expanduser()
     if path.is_file():
         return [path]
-    if path.is_dir():
-        found = sorted(path.glob("*.yaml"))
-        if not found:
-            raise UsageError(f"{path}: holds no .yaml file")
-        return found
+    if not path.is_dir():
+        return None
+    found = sorted(path.glob("*.yaml"))
+    if not found:
+        raise UsageError(f"{path}: holds no .yaml file")
+    return found
+
+
+def unknown_suite(text: str, kinds: str, names: Iterable[str]) -> UsageError:
+    """The error of a name that is none of ``names``, which are of these ``kinds``."""
     near = difflib.get_close_matches(text, names, n=1)
-    known = f"installed: {', '.join(names)}" if names else "give a YAML file or a folder"
-    raise UsageError(
-        f"suite {text!r}: no such suite, file or folder",
+    installed = installed_suites()
+    known = f"installed: {', '.join(installed)}" if installed else "give a YAML file or a folder"
+    return UsageError(
+        f"suite {text!r}: no such {kinds}",
         remedy=f"did you mean {near[0]!r}?" if near else known,
     )
 
@@ -169,17 +137,37 @@ def find_suites(spec: str | Path) -> list[Path]:
 def load_suites(specs: Iterable[str | Path]) -> list[Suite]:
     """Find and validate suites; each name once.
 
+    A spec is the name of an installed suite, a YAML file, a folder of them, or else the name of a
+    task, group or tag of lm-eval's own; ``lm-eval:NAME`` is always the latter.
+
     Raises:
-        UsageError: see `find_suites` and `load_suite`, or two suites share a name.
+        UsageError: see `find_suites`, `load_suite` and `quantkit.evals.lm_eval_task.load_tasks`,
+            or two suites share a name.
+        QuantkitError: the dataset of a task of lm-eval's cannot be had.
     """
     suites: dict[str, Suite] = {}
     for spec in specs:
-        for path in find_suites(spec):
-            suite = load_suite(path)
+        for suite in _load(spec):
             other = suites.setdefault(suite.name, suite)
-            if other.path.resolve() != path.resolve():
-                raise UsageError(f"{path}: task {suite.name!r} is also the name of {other.path}")
+            if (other.path.resolve(), other.hash) != (suite.path.resolve(), suite.hash):
+                raise UsageError(
+                    f"{suite.path}: task {suite.name!r} is also the name of {other.path}"
+                )
     return list(suites.values())
+
+
+def _load(spec: str | Path) -> list[Suite]:
+    text = str(spec)
+    if not text.startswith(LM_EVAL):
+        found = _look_up(spec)
+        if found is not None:
+            return [load_suite(path) for path in found]
+        if isinstance(spec, Path) or "/" in text or text.endswith((".yaml", ".yml")):
+            return [load_suite(path) for path in find_suites(spec)]  # says what is missing
+    # lm-eval takes seconds to import, and files do not need it.
+    from quantkit.evals.lm_eval_task import load_tasks
+
+    return load_tasks(text.removeprefix(LM_EVAL))
 
 
 # --- reading ---------------------------------------------------------------------------------

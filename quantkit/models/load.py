@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from quantkit import model as models
 from quantkit import ops
-from quantkit.checkpoint.fields import read_object
 from quantkit.checkpoint.formats import Reader, open_format
 from quantkit.checkpoint.read import (
     TensorFiles,
@@ -23,7 +22,7 @@ from quantkit.checkpoint.read import (
     original_hash,
     read_quantization_config,
 )
-from quantkit.checkpoint.write import MANIFEST
+from quantkit.checkpoint.write import manifest_if_any
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.kv_cache import SIDES, CacheEntry, find_attentions, install_entry
 from quantkit.layers import QuantLinear
@@ -168,7 +167,7 @@ def _load_quantized(
     _set_generation(model, folder)
     tokenizer = models.read_tokenizer(folder, source)
     model.eval().to(device)
-    manifest = read_object(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    manifest = manifest_if_any(folder)
     made_from = original_hash(manifest)
     hashes = models.hash_folder(folder)
     loaded = models.SourceModel(model, tokenizer, source, folder, hashes)

@@ -10,9 +10,8 @@ import torch
 
 from quantkit import model as models
 from quantkit.batches import random_batch
-from quantkit.checkpoint.fields import as_object, read_object
 from quantkit.checkpoint.read import TensorFiles, read_quantization_config
-from quantkit.checkpoint.write import MANIFEST
+from quantkit.checkpoint.write import MANIFEST, read_manifest
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.integrity import not_finite
 from quantkit.paused import head_input
@@ -33,20 +32,19 @@ def verify_files(folder: Path) -> list[Finding]:
     A checkpoint of another program has no manifest: there, the tensors are all there is to check.
 
     Raises:
-        UsageError: the folder does not exist, is no checkpoint, or has a damaged manifest.
+        UsageError: the folder does not exist, or is no checkpoint.
+        QuantkitError: its manifest is none.
     """
-    manifest_path = folder / MANIFEST
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
-    if not manifest_path.is_file():
+    if not (folder / MANIFEST).is_file():
         if read_quantization_config(folder) is None:
             raise UsageError(
                 f"{folder}: is not quantized", remedy="verify reads quantized checkpoints"
             )
         none = Finding(MANIFEST, True, "none: there are no hashes to compare with")
         return [none, *_verify_tensors(folder)]
-    files = read_object(manifest_path).get("files", {})
-    expected = {k: str(v) for k, v in as_object(files, f"{manifest_path}: files").items()}
+    expected = {k: str(v) for k, v in read_manifest(folder)["files"].items()}
     found = models.hash_folder(folder)
     found.pop(MANIFEST, None)
     findings = []

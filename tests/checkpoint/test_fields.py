@@ -16,7 +16,7 @@ from quantkit.checkpoint.formats import open_format
 from quantkit.checkpoint.gguf_tokenizer import add_tokenizer
 from quantkit.checkpoint.read import read_quantization_config
 from quantkit.engines.artifact import read_artifact
-from quantkit.errors import UsageError
+from quantkit.errors import EXIT_RUNTIME, QuantkitError, UsageError
 from quantkit.models.verify import verify_files
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
@@ -108,14 +108,17 @@ def test_a_value_that_transformers_refuses(tmp_path: Path) -> None:
         models.load_config(tmp_path, "model")
 
 
-@pytest.mark.parametrize("content", ["[]", '{"files": 3}'])
-def test_a_manifest_that_is_no_object(content: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["[]", '{"files": 3}', "{}", "{", ""])
+def test_a_manifest_that_is_none(content: str, tmp_path: Path) -> None:
+    """The checkpoint is damaged, not the command: exit 4 from whoever reads it."""
     (tmp_path / "quantkit.json").write_text(content)
-    with pytest.raises(UsageError, match=r"quantkit\.json: .* where an object"):
-        verify_files(tmp_path)
-    if content == "[]":
-        with pytest.raises(UsageError, match=r"quantkit\.json: \[\] where an object"):
-            describe(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    for read in (verify_files, describe, read_artifact):
+        with pytest.raises(
+            QuantkitError, match=r"quantkit\.json(: is no manifest|:1: not JSON)"
+        ) as e:
+            read(tmp_path)  # type: ignore[operator]
+        assert e.value.exit_code == EXIT_RUNTIME
 
 
 @pytest.mark.parametrize(

@@ -97,13 +97,16 @@ def test_a_checkpoint_is_read_without_its_weights(tiny: Path) -> None:
     assert read.cost() == {"size_bytes": (tiny / "model.safetensors").stat().st_size}
 
 
-@pytest.mark.parametrize(
-    ("name", "content"), [("config.json", "[]"), ("quantkit.json", "[]"), ("config.json", "3")]
-)
-def test_files_that_hold_something_else(name: str, content: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / name).write_text(content)
-    with pytest.raises(UsageError, match=rf"{name}: (\[\]|3) where an object"):
+@pytest.mark.parametrize("content", ["[]", "3"])
+def test_a_config_that_is_no_object(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UsageError, match=r"config\.json: (\[\]|3) where an object"):
+        read_artifact(str(tmp_path))
+
+
+def test_a_context_that_is_no_number(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": "many"}')
+    with pytest.raises(UsageError, match="max_position_embeddings: 'many' is not an integer"):
         read_artifact(str(tmp_path))
 
 
@@ -111,7 +114,7 @@ def test_a_checkpoint_knows_its_original(tiny: Path, tmp_path: Path) -> None:
     assert read_artifact(str(tiny)).original is None
     (tmp_path / "config.json").write_text("{}")
     for source, found in (({"hash": "ab"}, "ab"), ({"hash": 3}, None), (["ab"], None)):
-        (tmp_path / "quantkit.json").write_text(json.dumps({"source": source}))
+        (tmp_path / "quantkit.json").write_text(json.dumps({"files": {}, "source": source}))
         assert read_artifact(str(tmp_path)).original == found
 
 
@@ -201,7 +204,8 @@ def test_a_baseline_of_other_weights_is_refused(
     assert written(marker)["key"] is None
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(tiny, checkpoint)
-    (checkpoint / "quantkit.json").write_text(json.dumps({"source": {"hash": "0" * 64}}))
+    manifest = {"files": {}, "source": {"hash": "0" * 64}}
+    (checkpoint / "quantkit.json").write_text(json.dumps(manifest))
     options, _ = engine("well")
     assert score(checkpoint, tmp_path, *options, "-o", str(out)) == 0
     assert Results.load(out).fingerprint["original"] == "0" * 64

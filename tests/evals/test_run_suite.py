@@ -90,6 +90,16 @@ def test_multiple_choice_is_that_of_lm_eval(
         assert (row.prediction == row.target) == bool(row.score)
 
 
+def test_a_second_metric_of_mutual_information_adds_no_choices(
+    runtime: Runtime, suite_path: Write
+) -> None:
+    """It asks for each choice once more, without the context."""
+    metrics = [{"metric": "acc"}, {"metric": "acc_mutual_info"}]
+    for row in run(runtime, suite_path(CHOICE, choice_rows(), metric_list=metrics)).rows:
+        assert len(row.details["loglikelihoods"]) in (3, 4)
+        assert (row.prediction == row.target) == bool(row.score)
+
+
 def test_few_shot_contexts_are_those_of_lm_eval(
     runtime: Runtime, suite_path: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -117,6 +117,14 @@ def test_missing_row_is_a_runtime_error_with_junit() -> None:
     assert (root.get("errors"), root.get("failures")) == ("1", "0")
 
 
+def test_an_unwritable_junit_does_not_hide_the_error() -> None:
+    save(PASSING)
+    results({"intent": task([1.0] * 420)}, tokenizer="other").save("int4.json")
+    result = run(*GATE, "--junit", "absent/junit.xml")
+    assert code(result) == 5
+    assert "absent" in result.stderr
+
+
 def test_other_tokenizer_is_not_comparable() -> None:
     save(PASSING)
     results({"intent": task([1.0] * 420)}, tokenizer="other").save("int4.json")

@@ -136,8 +136,14 @@ def test_ci_examples_use_options_that_exist() -> None:
 
 def test_ci_examples_reuse_the_baseline() -> None:
     steps = GITHUB["jobs"]["gate"]["steps"]
-    cache = next(s for s in steps if s.get("uses", "").startswith("actions/cache"))
+    cache, save = (s for s in steps if s.get("uses", "").startswith("actions/cache/"))
     scored = next(s for s in steps if "-o baseline.json" in s.get("run", ""))
+    # Kept before the gate may end the job: actions/cache alone keeps what succeeded.
+    judged = next(s for s in steps if "quantkit calibrate" in s.get("run", ""))
+    assert steps.index(scored) < steps.index(save) < steps.index(judged)
+    assert (save["if"], save["with"]["path"]) == (scored["if"], "baseline.json")
+    assert save["with"]["key"] == f"${{{{ steps.{cache['id']}.outputs.cache-primary-key }}}}"
+    assert GITLAB["quantize"]["cache"]["when"] == "always"
     assert cache["with"]["path"] == "baseline.json"
     assert scored["if"] == f"steps.{cache['id']}.outputs.cache-hit != 'true'"
     assert any("--baseline baseline.json" in s.get("run", "") for s in steps)

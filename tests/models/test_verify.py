@@ -98,7 +98,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             QuantkitError,
             r"generation_config\.json: cannot be loaded",
         ),
-        ("quantkit.json", "[]", UsageError, r"quantkit\.json: \[\] where an object"),
+        ("quantkit.json", "[]", QuantkitError, r"quantkit\.json: is no manifest"),
+        ("quantkit.json", "{", QuantkitError, r"quantkit\.json:1: not JSON"),
     ],
 )
 def test_a_quantized_folder_whose_other_files_are_damaged(

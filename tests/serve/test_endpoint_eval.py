@@ -16,7 +16,8 @@ from quantkit.errors import NotComparableError, QuantkitError
 from quantkit.evals.endpoint import EndpointConfig, connect
 from quantkit.evals.evaluate import evaluate
 from quantkit.evals.evaluate_endpoint import evaluate_endpoint
-from quantkit.evals.suites import Suite, load_suite
+from quantkit.evals.suite import Suite
+from quantkit.evals.suites import load_suite
 from quantkit.model import template_hash, tokenizer_hash
 from quantkit.models.decoder import build_decoder
 from quantkit.models.runtime import Runtime

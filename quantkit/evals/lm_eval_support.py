@@ -1,0 +1,159 @@
+"""Which of lm-eval's tasks can be scored here, and why others cannot.
+
+A gate pairs items, so a task must give each item one greedy answer and one number. What runs is
+the code that lm-eval was installed with, and no other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lm_eval.tasks
+import yaml
+from lm_eval.api.metrics import mean
+from lm_eval.api.registry import metric_registry
+
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.evals.metrics import BY_OUTPUT_TYPE, METRICS, Score
+
+#: Where the code of lm-eval's own tasks lies.
+LIBRARY = Path(lm_eval.tasks.__file__).resolve().parent
+
+#: Settings of a task that no engine here answers: key → what it asks for.
+MODALITIES = {"doc_to_image": "images", "doc_to_audio": "sound"}
+
+
+def check_supported(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse a task whose items cannot be scored one by one, greedily and without risk.
+
+    Args:
+        name: for messages.
+        config: the YAML's keys, with functions or with the text that names them.
+
+    Raises:
+        UsageError: naming the reason.
+    """
+    kind = config.get("output_type") or "generate_until"
+    if config.get("class"):
+        _refuse(name, "is a Python class of its own, with requests of several kinds an item")
+    if kind == "loglikelihood_rolling":
+        _refuse(
+            name,
+            "asks for the likelihood of whole documents (loglikelihood_rolling)",
+            "give such text by --text",
+        )
+    if config.get("unsafe_code"):
+        _refuse(
+            name,
+            "runs the model's code (unsafe_code)",
+            "write a suite scored by `code`, and give --allow-code",
+        )
+    for key, what in MODALITIES.items():
+        if config.get(key):
+            _refuse(name, f"shows {what} ({key}), and models here read text")
+    if (config.get("repeats") or 1) != 1:
+        _refuse(name, f"asks {config['repeats']} times an item (repeats); an item has one answer")
+    generation = config.get("generation_kwargs") or {}
+    if generation.get("do_sample") or float(generation.get("temperature") or 0) > 0:
+        _refuse(name, "samples its answers (generation_kwargs); answers here are greedy")
+    if config.get("process_results") is None:
+        for entry in config.get("metric_list") or ():
+            _check_metric(name, entry)
+
+
+def _check_metric(name: str, entry: Mapping[str, Any]) -> None:
+    metric = entry.get("metric")
+    # A function, or the path of one that is not imported yet.
+    if callable(metric) or (isinstance(metric, str) and os.sep in metric):
+        return
+    if entry.get("hf_evaluate") or metric not in metric_registry:
+        _refuse(name, f"has the metric {metric!r}, which lm-eval would fetch as code from the hub")
+
+
+def _refuse(name: str, reason: str, remedy: str | None = None) -> NoReturn:
+    raise UsageError(f"lm-eval task {name}: {reason}", remedy=remedy)
+
+
+def check_functions(name: str, path: Path) -> None:
+    """Refuse a YAML that names Python outside of lm-eval's own folder.
+
+    Raises:
+        UsageError: it, or a file that it includes, has a ``!function``.
+    """
+    path = path.resolve()
+    if path.is_relative_to(LIBRARY):
+        return
+    root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    if root is None:
+        return
+    for node in _nodes(root):
+        if node.tag == "!function":
+            _refuse(
+                name,
+                f"{path}:{node.start_mark.line + 1} names a !function outside of lm-eval's folder",
+                "use a Jinja template",
+            )
+    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+        if key.value == "include":
+            listed = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            for item in listed:
+                check_functions(name, path.parent / item.value)
+
+
+def _nodes(node: yaml.Node) -> list[yaml.Node]:
+    """A node and all below it."""
+    if isinstance(node, yaml.ScalarNode):
+        return [node]
+    parts = [p for child in node.value for p in (child if isinstance(child, tuple) else (child,))]
+    return [node, *(below for part in parts for below in _nodes(part))]
+
+
+def measure(task: Any, metric: str) -> tuple[str, Score] | None:
+    """(what the results call a metric, one item's value → its score, larger when better).
+
+    None when the metric has no value for one item: those that lm-eval computes over all items at
+    once, such as F1.
+    """
+    known = BY_OUTPUT_TYPE.get(task.OUTPUT_TYPE, ())
+    if not callable(task.config.process_results) and metric in known:
+        return METRICS[metric]
+    if task.aggregation().get(metric) is not mean:
+        return None
+    if task.higher_is_better().get(metric) is False:
+        return f"minus_{metric}", lambda value: -float(value)
+    return metric, float
+
+
+def first_measure(task: Any) -> str:
+    """The first of a task's metrics that has a value for one item.
+
+    Raises:
+        UsageError: there is none.
+    """
+    listed = list(task.aggregation())
+    for metric in listed:
+        if measure(task, metric) is not None:
+            return str(metric)
+    raise UsageError(
+        f"lm-eval task {task.config.task}: none of its metrics ({', '.join(listed)}) is a mean "
+        "over items, and a gate pairs items"
+    )
+
+
+def scored_filter(task: Any, wanted: str | None = None) -> str:
+    """The pipeline of answers that is scored: the one that is named, else the task's first.
+
+    Raises:
+        QuantkitError: the task has no pipeline of that name.
+    """
+    names = [pipeline.name for pipeline in task._filters]
+    if wanted is None:
+        return str(names[0])
+    if wanted not in names:
+        raise QuantkitError(
+            f"lm-eval task {task.config.task}: has no filter {wanted!r}, but {', '.join(names)}"
+        )
+    return wanted

@@ -1,0 +1,459 @@
+"""Tasks of lm-eval's own by name: what is scored, what the results say, what is refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import lm_eval
+import pytest
+import yaml
+from eval_builders import tiny_runtime
+from lm_eval.api.metrics import mean
+from lm_eval.tasks import TaskManager
+from typer.testing import CliRunner
+
+from quantkit.cli.main import app, run
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.evals import lm_eval_index
+from quantkit.evals.language_model import QuantkitLM
+from quantkit.evals.lm_eval_support import LIBRARY, first_measure, measure
+from quantkit.evals.run_suite import run_suites
+from quantkit.evals.suites import load_suites
+from quantkit.gate import judge, parse_policy
+from quantkit.models.runtime import Runtime
+from quantkit.results import Outcome, Results
+
+Know = Callable[..., None]
+
+WORDS = ("refund", "order", "late", "rome", "paris", "invoice", "the order", "nothing")
+
+#: A task of two choices, as a hub's data set would be read by lm-eval.
+TASK = {
+    "task": "tiny",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}},
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "Question: {{question}}\nAnswer:",
+    "doc_to_choice": ["no", "yes"],
+    "doc_to_target": "label",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    "metadata": {"version": 3.0},
+}
+
+
+@pytest.fixture
+def know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Know]:
+    """``know(folder)``: lm-eval finds its tasks there and nowhere else."""
+
+    def look(folder: Path) -> None:
+        manager = functools.partial(TaskManager, include_path=str(folder), include_defaults=False)
+        monkeypatch.setattr(lm_eval_index, "TaskManager", manager)
+        lm_eval_index.task_manager.cache_clear()
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    yield look
+    lm_eval_index.task_manager.cache_clear()
+
+
+@pytest.fixture
+def library(know: Know, tmp_path: Path) -> Callable[..., Path]:
+    """``library(changes, …)`` writes a task for each dict of changes, all on the same rows."""
+
+    def write(*tasks: dict[str, Any], **files: str) -> Path:
+        folder = tmp_path / "library"
+        folder.mkdir(exist_ok=True)
+        rows = [{"question": f"is it {w}?", "label": i % 2} for i, w in enumerate(WORDS)]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        data = {"data_files": {"test": str(folder / "rows.jsonl")}}
+        for number, changes in enumerate(tasks):
+            if "group" in changes:
+                config = changes
+            else:
+                config = {**TASK, "dataset_kwargs": data, **changes}
+                config = {k: v for k, v in config.items() if v is not None}
+            (folder / f"{number}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        for name, text in files.items():
+            (folder / f"{name}.yaml").write_text(text.replace("ROWS", str(folder / "rows.jsonl")))
+        know(folder)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def roomy() -> Runtime:
+    """A tiny model whose context holds examples and an answer."""
+    runtime = tiny_runtime()
+    runtime.model.config.max_position_embeddings = 1024
+    return runtime
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
+    """A hub that has these rows for every split of every data set; returns what is asked of it."""
+    asked: list[tuple[Any, Any]] = []
+
+    def load(path: str, name: str | None = None, **_: Any) -> datasets.DatasetDict:
+        asked.append((path, name))
+        split = datasets.Dataset.from_list(rows)
+        return datasets.DatasetDict(dict.fromkeys(("train", "validation", "dev", "test"), split))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return asked
+
+
+def said_by_lm_eval(runtime: Runtime, name: str) -> dict[str, Any]:
+    """What lm-eval's own entry point makes of a task, of the same answers."""
+    answer: dict[str, Any] = lm_eval.simple_evaluate(
+        model=QuantkitLM(runtime),
+        tasks=[name],
+        task_manager=lm_eval_index.task_manager(),
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    return answer
+
+
+# --- the tasks that come with lm-eval ----------------------------------------------------------
+
+ARC = [
+    {
+        "id": f"Mercury_{i}",
+        "question": f"What is {word}?",
+        "choices": {"text": [word, "paris", "the late order"], "label": ["A", "B", "C"]},
+        "answerKey": "ABC"[i % 3],
+    }
+    for i, word in enumerate(("refund", "order", "rome", "invoice", "late"))
+]
+MMLU = [
+    {"question": f"Where is {w}?", "choices": ["a", "b", "c", "d"], "answer": i % 4}
+    for i, w in enumerate(WORDS)
+]
+GSM = [{"question": f"How many {w}?", "answer": f"So many.\n#### {i}"} for i, w in enumerate(WORDS)]
+WINOGRANDE = [
+    {
+        "sentence": f"The {w} was late, so _ was sent back.",
+        "option1": "the parcel",
+        "option2": f"the {w}",
+        "answer": "12"[i % 2],
+    }
+    for i, w in enumerate(WORDS)
+]
+HELLASWAG = [
+    {
+        "ctx_a": f"Somebody opens a {w}.",
+        "ctx_b": "then she",
+        "activity_label": "Orders",
+        "endings": ["is late [title]", f"sends the {w}", "goes to rome", "pays"],
+        "label": str(i % 4),
+    }
+    for i, w in enumerate(WORDS)
+]
+
+OWN = [
+    ("arc", "arc_easy", ARC, "acc"),
+    ("winogrande", "winogrande", WINOGRANDE, "acc"),
+    ("hellaswag", "hellaswag", HELLASWAG, "acc"),
+    ("gsm8k", "gsm8k", GSM, "exact_match"),
+]
+
+
+@pytest.mark.parametrize(("folder", "name", "rows", "metric"), OWN, ids=[o[1] for o in OWN])
+def test_a_task_scores_what_lm_eval_says(
+    folder: str,
+    name: str,
+    rows: list[dict[str, Any]],
+    metric: str,
+    know: Know,
+    roomy: Runtime,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = hub(monkeypatch, rows)
+    know(LIBRARY / folder)
+    (suite,) = load_suites([name])
+    ours = run_suites(roomy, [suite])[name]
+    answer = said_by_lm_eval(roomy, name)
+    filters = list(dict.fromkeys(s["filter"] for s in answer["samples"][name]))
+    samples = [s for s in answer["samples"][name] if s["filter"] == filters[0]]
+    assert asked[0][0] == ours.provenance["dataset"]
+    assert (ours.metric, ours.n) == (metric, len(rows))
+    assert [row.score for row in ours.rows] == [s[metric] for s in samples]
+    assert [row.prompt for row in ours.rows] == [s["arguments"][0][0] for s in samples]
+    assert ours.value == pytest.approx(answer["results"][name][f"{metric},{filters[0]}"])
+    for other in filters[1:]:
+        mean = sum(row.details[f"{metric},{other}"] for row in ours.rows) / ours.n
+        assert mean == pytest.approx(answer["results"][name][f"{metric},{other}"])
+
+
+def test_arc_easy_names_its_items_and_itself(
+    know: Know, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hub(monkeypatch, ARC)
+    know(LIBRARY / "arc")
+    (suite,) = load_suites(["lm-eval:arc_easy"])
+    result = run_suites(runtime, [suite])["arc_easy"]
+    assert [row.id for row in result.rows] == [row["id"] for row in ARC]
+    assert [row.target for row in result.rows] == [
+        row["choices"]["text"]["ABC".index(row["answerKey"])] for row in ARC
+    ]
+    assert result.provenance == {
+        "harness": "lm-eval",
+        "task": "arc_easy",
+        "version": "1.0",
+        "config": result.provenance["config"],
+        "dataset": "allenai/ai2_arc",
+        "dataset_name": "ARC-Easy",
+        "split": "test",
+        "num_fewshot": 0,
+        "filter": "none",
+    }
+    Results({}, {"arc_easy": result}).save(tmp_path / "r.json")
+    assert Results.load(tmp_path / "r.json").tasks["arc_easy"] == result
+    assert str(LIBRARY) not in (tmp_path / "r.json").read_text()
+
+
+def test_winogrande_names_the_choice(
+    know: Know, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its choices stand in the context, and one continuation behind all of them."""
+    hub(monkeypatch, WINOGRANDE)
+    know(LIBRARY / "winogrande")
+    for row in run_suites(runtime, load_suites(["winogrande"]))["winogrande"].rows:
+        assert row.target.startswith("The ")
+        assert (row.prediction == row.target) == bool(row.score)
+
+
+def test_a_group_is_one_suite_of_slices(
+    know: Know, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub(monkeypatch, MMLU[:3])
+    know(LIBRARY / "mmlu" / "default")
+    (suite,) = load_suites(["mmlu_stem"])
+    ours = run_suites(runtime, [suite])["mmlu_stem"]
+    answer = said_by_lm_eval(runtime, "mmlu_stem")
+    assert ours.value == pytest.approx(answer["groups"]["mmlu_stem"]["acc,none"])
+    assert {row.slice for row in ours.rows} == set(answer["samples"])
+    assert ours.rows[0].id == "mmlu_abstract_algebra/0"
+    for row in ours.rows:
+        sample = answer["samples"][row.slice][int(row.id.rpartition("/")[2])]
+        assert (row.score, row.hash) == (sample["acc"], sample["doc_hash"])
+    whole = {row.id: row for row in ours.rows}
+    part = run_suites(runtime, [suite], max_items=7, seed=1)["mmlu_stem"]
+    assert len(part.rows) == 7
+    assert [row.id for row in part.rows] == [i for i in whole if i in {r.id for r in part.rows}]
+    for row in part.rows:
+        twin = whole[row.id]
+        assert (row.hash, row.prompt, row.slice) == (twin.hash, twin.prompt, twin.slice)
+    assert ours.provenance["tasks"]["mmlu_astronomy"]["version"] == "1.0"
+
+
+# --- tasks in a folder ---------------------------------------------------------------------------
+
+
+def test_a_gate_pairs_the_items(
+    library: Callable[..., Path], runtime: Runtime, other: Runtime
+) -> None:
+    library({})
+    suites = load_suites(["tiny"])
+    facts = {"tokenizer": "t", "chat_template": "", "lm_eval": "0", "seed": 0}
+    base, candidate = (
+        Results({**facts, "model": m.name}, run_suites(m, suites)) for m in (runtime, other)
+    )
+    policy = parse_policy({"tiny.acc": {"margin": 0.05}}, source="test")
+    assert judge(base, base, policy).outcome is not Outcome.FAIL
+    flips = sum(
+        a.score != b.score
+        for a, b in zip(base.tasks["tiny"].rows, candidate.tasks["tiny"].rows, strict=True)
+    )
+    details = judge(candidate, base, policy).checks[0].details
+    assert details["losses"] + details["gains"] == flips
+
+
+def test_tags_and_plain_groups_are_their_tasks(
+    library: Callable[..., Path], runtime: Runtime
+) -> None:
+    library({"tag": "both"}, {"task": "second", "tag": "both"}, {"group": "all", "task": ["both"]})
+    assert [s.name for s in load_suites(["both"])] == ["second", "tiny"]
+    assert [s.name for s in load_suites(["all", "tiny"])] == ["second", "tiny"]
+
+
+def test_a_group_that_weighs_tasks_alike_reports_their_mean(
+    library: Callable[..., Path], runtime: Runtime
+) -> None:
+    few = {"doc_to_text": "{{question}}", "task": "few", "process_docs": None}
+    folder = library(
+        {},
+        few,
+        {
+            "group": "alike",
+            "task": ["tiny", "few"],
+            "aggregate_metric_list": [{"metric": "acc", "weight_by_size": False}],
+        },
+    )
+    rows = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    (folder / "few.jsonl").write_text("".join(rows[:3]))
+    text = (folder / "1.yaml").read_text().replace("rows.jsonl", "few.jsonl")
+    (folder / "1.yaml").write_text(text)
+    results = Results({}, run_suites(runtime, load_suites(["alike"])))
+    answer = said_by_lm_eval(runtime, "alike")
+    assert sorted(task.n for task in results.tasks.values()) == [3, 8]
+    joint = results.summary()["groups"]["alike"]
+    assert joint["tasks"] == 2
+    assert joint["value"] == pytest.approx(answer["groups"]["alike"]["acc,none"])
+
+
+def test_a_subset_shows_the_prompts_of_the_whole(
+    library: Callable[..., Path], runtime: Runtime
+) -> None:
+    """lm-eval draws examples from one stream, item by item; a subset must not shift it."""
+    library({"num_fewshot": 2, "fewshot_split": "test"})
+    suites = load_suites(["tiny"])
+    whole = {row.id: row for row in run_suites(runtime, suites)["tiny"].rows}
+    part = run_suites(runtime, suites, max_items=3)["tiny"].rows
+    assert [row.prompt for row in part] == [whole[row.id].prompt for row in part]
+    assert {row.id for row in part} != {"0", "1", "2"}
+    assert all(row.prompt.count("Question:") == 3 for row in part)
+
+
+def test_the_score_of_an_item_grows_with_the_better() -> None:
+    """Metrics of lm-eval's own functions, as their tasks declare them."""
+    task = SimpleNamespace(
+        OUTPUT_TYPE="generate_until",
+        config=SimpleNamespace(task="own", process_results=lambda doc, results: {}),
+        aggregation=lambda: {"corpus": sum, "errors": mean, "exact_match": mean},
+        higher_is_better=lambda: {"corpus": True, "errors": False, "exact_match": True},
+    )
+    assert measure(task, "corpus") is None
+    assert first_measure(task) == "errors"
+    named = measure(task, "errors")
+    assert named is not None
+    assert (named[0], named[1](3)) == ("minus_errors", -3.0)
+    assert measure(task, "exact_match") == ("exact_match", float)
+
+
+def test_the_hash_knows_settings_and_documents(library: Callable[..., Path]) -> None:
+    def loaded(**changes: Any) -> Any:
+        library(changes)
+        return load_suites(["tiny"])[0]
+
+    first = loaded()
+    assert loaded().hash == first.hash
+    other = loaded(doc_to_text="{{question}}")
+    assert other.hash != first.hash
+    assert other.provenance["config"] != first.provenance["config"]
+    folder = library({})
+    rows = (folder / "rows.jsonl").read_text()
+    (folder / "rows.jsonl").write_text(rows.replace("rome", "oslo"))
+    edited = load_suites(["tiny"])[0]
+    assert edited.hash != first.hash
+    assert edited.provenance["config"] == first.provenance["config"]
+
+
+REFUSED = [
+    (
+        {"output_type": "loglikelihood_rolling"},
+        r"loglikelihood_rolling\); give such text by --text",
+    ),
+    ({"repeats": 4}, r"asks 4 times an item \(repeats\)"),
+    ({"unsafe_code": True}, r"runs the model's code"),
+    ({"doc_to_image": "image"}, r"shows images"),
+    ({"output_type": "generate_until", "generation_kwargs": {"temperature": 0.7}}, "samples its"),
+    ({"metric_list": [{"metric": "accuracy", "hf_evaluate": True}]}, "fetch as code from the hub"),
+    ({"metric_list": [{"metric": "rouge"}]}, "'rouge', which lm-eval would fetch as code"),
+    ({"metric_list": [{"metric": "f1"}]}, r"none of its metrics \(f1\) is a mean over items"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=lambda v: str(v)[:30])
+def test_what_cannot_be_paired_is_refused(
+    library: Callable[..., Path], changes: dict[str, Any], message: str
+) -> None:
+    library(changes)
+    with pytest.raises(UsageError, match=f"lm-eval task tiny: .*{message}"):
+        load_suites(["tiny"])
+
+
+def test_python_outside_of_lm_eval_is_never_imported(
+    library: Callable[..., Path], tmp_path: Path
+) -> None:
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\ndef f(docs): return docs\n"
+    function = "include: 0.yaml\ntask: inner\nprocess_docs: !function utils.f\n"
+    folder = library({}, inner=function, outer="include: inner.yaml\ntask: outer\n")
+    (folder / "utils.py").write_text(code)
+    for name in ("inner", "outer"):
+        with pytest.raises(UsageError, match=r"inner.yaml:3 names a !function outside of lm-eval"):
+            load_suites([name])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_dataset_that_cannot_be_had_is_named(
+    library: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def load(path: str, name: str | None = None, **_: Any) -> None:
+        raise ConnectionError(f"Couldn't reach '{path}' on the Hub (OfflineModeIsEnabled)")
+
+    library({"dataset_path": "someone/things", "dataset_name": "easy", "dataset_kwargs": None})
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert run(["eval", "nowhere", "--suite", "tiny"]) == 4
+    said = capsys.readouterr().err
+    assert "lm-eval task tiny: its dataset someone/things (easy) cannot be loaded" in said
+    assert "OfflineModeIsEnabled" in said
+    assert "where the hub can be reached" in said
+
+
+def test_an_error_inside_lm_eval_is_told(
+    library: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library({"doc_to_target": "nothing_like_it", "doc_to_choice": "{{not_there}}"})
+    with pytest.raises(QuantkitError, match=r"lm-eval task tiny: lm-eval .* cannot build it"):
+        load_suites(["tiny"])
+
+
+# --- names -------------------------------------------------------------------------------------
+
+
+def test_an_installed_suite_has_the_name(library: Callable[..., Path]) -> None:
+    library({"task": "support_intent"})
+    (ours,) = load_suites(["support_intent"])
+    (theirs,) = load_suites(["lm-eval:support_intent"])
+    assert ours.origin is None
+    assert theirs.origin is not None
+    with pytest.raises(UsageError, match="is also the name of"):
+        load_suites(["support_intent", "lm-eval:support_intent"])
+
+
+def test_an_unknown_name_is_near_another(library: Callable[..., Path]) -> None:
+    library({"task": "arc_easy"})
+    for near, name in (("arc_esy", "arc_easy"), ("suport_intent", "support_intent")):
+        with pytest.raises(UsageError, match=f"no such .*lm-eval; did you mean '{name}'"):
+            load_suites([near])
+    with pytest.raises(UsageError, match="no such suite, file or folder"):
+        load_suites(["not/there.yaml"])
+
+
+def test_names_are_listed(library: Callable[..., Path]) -> None:
+    library({"task": "arc_easy", "tag": "arc"}, {"task": "support_intent"})
+    listed = CliRunner().invoke(app, ["eval", "--list", "--json"])
+    names = {row["suite"]: row for row in json.loads(listed.stdout)["names"]}
+    assert names["support_intent"]["of"] == "quantkit"
+    assert names["lm-eval:support_intent"]["kind"] == "task"
+    assert names["arc"]["kind"] == "tag"
+    listed = CliRunner().invoke(app, ["eval", "--list", "--suite", "arc*"])
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["suite", "arc", "arc_easy"]
+    assert run(["eval", "--list", "--suite", "zzz*"]) == 2
+    assert run(["eval", "--list", "--text", "a.txt"]) == 2
+
+
+def test_a_task_is_validated_and_scored_by_the_command(library: Callable[..., Path]) -> None:
+    library({})
+    result = CliRunner().invoke(app, ["eval", "--validate", "--suite", "tiny", "--json"])
+    (row,) = json.loads(result.stdout)["suites"]
+    assert (row["suite"], row["items"], row["metric"]) == ("tiny", 8, "acc")
