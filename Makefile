@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 STAMP := $(VENV)/.ready
 
-.PHONY: demo walkthrough test test-all setup native cuda sanitize interop check format bench clean
+.PHONY: demo walkthrough test test-all setup native cuda sanitize interop soak check format bench clean
 
 demo: setup          ## set up, then calibrate, gate and serve the real model
 	$(BIN)/python examples/demo.py
@@ -49,6 +49,10 @@ sanitize: setup      ## run every CPU kernel under AddressSanitizer and UBSan
 interop: setup       ## every scheme in other engines; writes docs/interop.md
 	$(BIN)/python benchmarks/interop.py "$(MODEL)" --data "$(DATA)" $(if $(VLLM_PYTHON),--vllm-python "$(VLLM_PYTHON)") \
 	  -o benchmarks/results/interop.json --write docs/interop.md
+
+# MODEL names a checkpoint.
+soak: setup          ## half an hour of faults against the server, and what must hold
+	$(BIN)/python -m benchmarks.soak "$(MODEL)" --minutes 30
 
 check: setup cuda    ## format, lint, types, boundaries, CUDA compile
 	$(BIN)/ruff format --check .

@@ -22,11 +22,13 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
+from benchmarks.tier_load import Workload, make_tiers, show, summary, tier_of
 from quantkit.serve.policy.admission import Admission
 from quantkit.serve.policy.order import Entry, FirstCome, Policy
 from quantkit.serve.policy.tiered import Tiered
-from quantkit.serve.policy.tiers import Tenant, Tier
+from quantkit.serve.policy.tiers import Tenant
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,6 @@ class Machine:
     prefill_chunk: int = 128
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What arrives. Answers have a geometric length, cut at four times the mean."""
-
-    requests: int = 600
-    paid_share: float = 0.2
-    prompt_tokens: int = 512
-    answer_tokens: int = 64
-    free_tenants: int = 4
-    seed: int = 0
-
-
 @dataclass(eq=False)
 class Job:
     """A request on its way."""
@@ -61,6 +51,10 @@ class Job:
     first_token: float | None = None
     end: float | None = None
     refused: bool = False
+
+    @property
+    def tier(self) -> str:
+        return self.entry.tier
 
     @property
     def ttft(self) -> float:
@@ -161,65 +155,42 @@ class Simulation:
         return [job.entry for job in self.running]
 
 
-def make_jobs(workload: Workload, rate: float) -> list[Job]:
+def make_jobs(workload: Workload, requests: int, rate: float, seed: int = 0) -> list[Job]:
     """Poisson arrivals at ``rate`` requests a second."""
-    rng = random.Random(workload.seed)
-    jobs, now = [], 0.0
-    for i in range(workload.requests):
-        now += rng.expovariate(rate)
-        paid = rng.random() < workload.paid_share
-        tenant = "paid" if paid else f"free-{rng.randrange(workload.free_tenants)}"
-        longest = 4 * workload.answer_tokens
-        answer = min(1 + int(rng.expovariate(1 / workload.answer_tokens)), longest)
-        prompt = workload.prompt_tokens
-        tier = "paid" if paid else "free"
-        entry = Entry(f"r{i}", now, prompt, prompt, 0, longest, tenant, tier)
-        jobs.append(Job(entry, answer))
-    return jobs
+    arrivals = islice(workload.arrivals(random.Random(seed), rate), requests)
+    prompt, longest = workload.prompt_tokens, workload.longest
+    return [
+        Job(Entry(f"r{i}", at, prompt, prompt, 0, longest, tenant, tier_of(tenant)), answer)
+        for i, (at, tenant, answer) in enumerate(arrivals)
+    ]
 
 
-def saturation(machine: Machine, workload: Workload) -> float:
+def saturation(machine: Machine, workload: Workload, requests: int) -> float:
     """Requests a second when there are always more: everybody arrives at once."""
-    jobs = make_jobs(workload, rate=1e9)
+    jobs = make_jobs(workload, requests, rate=1e9)
     simulation = Simulation(machine, FirstCome())
     simulation.run(jobs)
     return len(jobs) / simulation.now
 
 
-def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least ``share`` of all do not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1)]
-
-
-def summary(jobs: Sequence[Job]) -> dict[str, float]:
-    """Requests, how many were refused, and the time to the first token of the others."""
-    served = [job.ttft for job in jobs if not job.refused]
-    found: dict[str, float] = {"requests": len(jobs), "refused": len(jobs) - len(served)}
-    if served:
-        found |= {f"ttft_p{int(100 * q)}": quantile(served, q) for q in (0.5, 0.9, 0.99, 1.0)}
-    return found
-
-
-def compare(machine: Machine, workload: Workload, load: float = 1.5) -> dict[str, dict]:
+def compare(
+    machine: Machine, workload: Workload, requests: int = 600, load: float = 1.5
+) -> dict[str, dict]:
     """Name of a way to serve → tier → `summary`; ``alone`` is one request in an idle server."""
-    full = saturation(machine, replace(workload, requests=min(workload.requests, 200)))
-    lone = make_jobs(replace(workload, requests=1), rate=1.0)
+    full = saturation(machine, workload, min(requests, 200))
+    lone = make_jobs(workload, 1, rate=1.0)
     Simulation(machine, FirstCome()).run(lone)
     # The promise of the paid tier is what it should get; free is promised an answer, some time.
-    tiers = (Tier("paid", 8.0, ttft=3 * lone[0].ttft), Tier("free", 1.0, ttft=60.0))
-    tenants = {
-        name: Tenant(name, "paid" if name == "paid" else "free")
-        for name in ["paid", *(f"free-{i}" for i in range(workload.free_tenants))]
-    }
+    tiers = make_tiers(3 * lone[0].ttft, 60.0)
+    tenants = {tenant.name: tenant for tenant in workload.tenants}
 
     def serve(policy: Policy, only: str | None = None, *, shed: bool = False) -> dict:
-        jobs = [j for j in make_jobs(workload, load * full) if only in (None, j.entry.tier)]
+        jobs = make_jobs(workload, requests, load * full)
+        jobs = [job for job in jobs if only in (None, job.tier)]
         admission = Admission(tiers, list(tenants.values()), 0.0) if shed else None
         promises = {tier.name: tier.ttft for tier in tiers} if shed else {}
         Simulation(machine, policy, admission, tenants, promises).run(jobs)
-        by_tier = {t.name: [j for j in jobs if j.entry.tier == t.name] for t in tiers}
-        return {name: summary(mine) for name, mine in by_tier.items() if mine}
+        return summary(jobs)
 
     return {
         "alone": {"ttft": lone[0].ttft, "saturation": full},
@@ -236,17 +207,13 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=1.5, help="multiple of saturation")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    results = compare(Machine(), Workload(requests=arguments.requests), arguments.load)
+    results = compare(Machine(), Workload(), arguments.requests, arguments.load)
     if arguments.json:
         print(json.dumps(results, indent=2))
         return
     alone = results.pop("alone")
     print(f"one request alone: TTFT {alone['ttft']:.2f} s; saturation {alone['saturation']:.2f}/s")
-    print(f"{'':12} {'tier':5} {'sent':>5} {'refused':>7}    p50    p90    p99    max  TTFT (s)")
-    for name, tiers in results.items():
-        for tier, row in tiers.items():
-            times = "".join(f"{row[f'ttft_p{q}']:7.2f}" for q in (50, 90, 99, 100))
-            print(f"{name:12} {tier:5} {row['requests']:5} {row['refused']:7} {times}")
+    show(results)
 
 
 if __name__ == "__main__":

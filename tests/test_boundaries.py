@@ -28,7 +28,7 @@ LAYERS = (
         "checkpoint",
     },
     {"models"},
-    {"evals", "serve", "gate", "report", "engines"},
+    {"evals", "serve", "gate", "report", "engines", "loadtest"},
     {
         *("baseline", "blame", "job", "reload", "scoring", "outcomes", "provenance"),
         *("run", "rebuild"),
@@ -53,6 +53,7 @@ NEVER = {
     "algorithms": {"model", "models", "layers"},
     "evals": {"serve", "gate", "engines"},
     "engines": {"evals", "serve", "gate", "calibrate", "quantize", "plan"},
+    "loadtest": {"serve", "gate", "calibrate", "quantize", "plan"},
 }
 
 
@@ -101,7 +102,7 @@ def test_imports_go_downwards(path: Path) -> None:
     [
         *("quantkit.gate", "quantkit.results", "quantkit.report"),
         *("quantkit.serve.policy.tiered", "quantkit.serve.policy.admission"),
-        *("quantkit.serve.config", "quantkit.serve.capture"),
+        *("quantkit.serve.config", "quantkit.serve.capture", "quantkit.loadtest.session"),
     ],
 )
 def test_what_needs_no_torch(name: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quantkit.cli import bench_serve
 from quantkit.cli.kernels import Kernels, KernelsOption
 from quantkit.errors import UsageError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from quantkit.models.runtime import Runtime
 
 app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
+app.command("serve")(bench_serve.command)
 
 
 @app.callback()

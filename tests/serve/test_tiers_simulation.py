@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.serve_tiers_simulation import Machine, Workload, compare
+from benchmarks.serve_tiers_simulation import Machine, compare
+from benchmarks.tier_load import Workload
 
 Rows = dict[str, dict]
 
 
 @pytest.fixture(scope="module")
 def results() -> Rows:
-    return compare(Machine(), Workload(requests=200, answer_tokens=32), load=1.5)
+    return compare(Machine(), Workload(answer_tokens=32), requests=200, load=1.5)
 
 
 def test_the_paid_tier_hardly_notices(results: Rows) -> None:
@@ -35,5 +36,5 @@ def test_admission_keeps_the_promise_to_those_it_lets_in(results: Rows) -> None:
 
 
 def test_a_run_repeats_to_the_bit() -> None:
-    workload = Workload(requests=20, answer_tokens=8)
-    assert compare(Machine(), workload) == compare(Machine(), workload)
+    workload = Workload(answer_tokens=8)
+    assert compare(Machine(), workload, 20) == compare(Machine(), workload, 20)

@@ -54,7 +54,10 @@ async def create(service: Service, body: CompletionRequest, http: HttpRequest) -
         for prompt in prompts:
             text = prompt if isinstance(prompt, str) else await service.encoder.decode(prompt)
             echoes += [text] * n
-    writer = Writer(service.encoder, echoes, with_logprobs=body.logprobs is not None)
+    told = [prompt_ids for prompt_ids in ids for _ in range(n)] if body.return_token_ids else []
+    writer = Writer(
+        service.encoder, echoes, with_logprobs=body.logprobs is not None, prompt_ids=told
+    )
     texts = [{"prompt": p} if isinstance(p, str) else None for p in prompts for _ in range(n)]
     generation = Generation(http, service, requests, texts, sum(map(len, ids)), fields)
     if body.stream:
@@ -72,39 +75,62 @@ def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> Sequence[
 class Writer:
     """Writes choices of this endpoint's shape.
 
-    ``echoes`` holds the prompt texts to repeat, one a choice, or nothing. Offsets of streamed
-    tokens continue from chunk to chunk.
+    ``echoes`` holds the prompt texts to repeat, one a choice, or nothing; ``prompt_ids`` the
+    prompts' tokens, one a choice, if ids are to be told. Offsets of streamed tokens continue from
+    chunk to chunk.
     """
 
-    def __init__(self, encoder: PromptEncoder, echoes: list[str], *, with_logprobs: bool) -> None:
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        echoes: list[str],
+        *,
+        with_logprobs: bool,
+        prompt_ids: Sequence[Sequence[int]] = (),
+    ) -> None:
         self.encoder = encoder
         self.echoes = dict(enumerate(echoes))
         self.with_logprobs = with_logprobs
+        self.with_ids = bool(prompt_ids)
+        self.prompt_ids = dict(enumerate(prompt_ids))
         self._offsets: dict[int, int] = {}
 
     async def choice(self, index: int, choice: Choice) -> Json:
         """A finished answer."""
-        return {
+        found = {
             "index": index,
             "text": self.echoes.pop(index, "") + choice.text,
             "logprobs": await self._logprobs(index, choice.logprobs),
             "finish_reason": choice.finish_reason,
         }
+        return found | self._ids(index, choice.token_ids)
 
     async def chunks(self, index: int, event: Event) -> AsyncIterator[Json]:
-        """What one event adds to the stream: nothing, if its text is still held back."""
+        """What one event adds to the stream: nothing, if its text is still held back and its id
+        is not asked for."""
         echo = self.echoes.pop(index, "")
         scored = list(event.logprobs) if isinstance(event, PromptScored) else []
         if echo or scored:
             yield await self._chunk(index, echo, scored)
-        if isinstance(event, TokenEvent) and (event.text or event.logprob):
-            yield await self._chunk(index, event.text, [event.logprob] if event.logprob else [])
+        if isinstance(event, TokenEvent) and (event.text or event.logprob or self.with_ids):
+            chunk = await self._chunk(index, event.text, [event.logprob] if event.logprob else [])
+            yield chunk | self._ids(index, [event.token_id])
         if isinstance(event, Finished):
             yield await self._chunk(index, event.text, []) | {"finish_reason": event.reason}
 
     async def _chunk(self, index: int, text: str, entries: list[TokenLogprob]) -> Json:
         logprobs = await self._logprobs(index, entries) if entries else None
         return {"text": text, "logprobs": logprobs, "finish_reason": None}
+
+    def _ids(self, index: int, token_ids: Sequence[int]) -> Json:
+        """The prompt's come once, with the first of the answer's."""
+        if not self.with_ids:
+            return {}
+        prompt = self.prompt_ids.pop(index, None)
+        return {
+            "token_ids": list(token_ids),
+            "prompt_token_ids": None if prompt is None else list(prompt),
+        }
 
     async def _logprobs(self, index: int, entries: list[TokenLogprob]) -> Json | None:
         if not self.with_logprobs:

@@ -36,6 +36,9 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: dict[str, Any] | None
     finish_reason: Literal["stop", "length", "cancelled"]
+    #: With ``return_token_ids``.
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class CompletionDocument(BaseModel):

@@ -93,6 +93,7 @@ class Choice:
 
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -103,6 +104,7 @@ class Choice:
             self.logprobs += event.logprobs
         elif isinstance(event, TokenEvent):
             self.text += event.text
+            self.token_ids.append(event.token_id)
             if event.logprob is not None:
                 self.logprobs.append(event.logprob)
         elif isinstance(event, Finished):

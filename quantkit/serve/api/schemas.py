@@ -208,6 +208,8 @@ class CompletionRequest(GenerationRequest):
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
+    #: As in vLLM: ids beside the text; a stream has a chunk for each token, with text or without.
+    return_token_ids: bool | None = None
 
 
 class ContentPart(BaseModel):

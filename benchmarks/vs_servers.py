@@ -1,0 +1,344 @@
+"""quantkit's server beside others on one machine: the same prompts, in turn, over HTTP.
+
+    python -m benchmarks.vs_servers MODEL --ckpt CKPT --text held_out.txt \\
+        --llama-server BUILD/bin/llama-server --gguf m-Q4_0.gguf \\
+        --vllm-python ENV/bin/python --vllm-model CKPT \\
+        --concurrency 1 4 8 16 --rounds 5 --threads 2 -o results.json
+
+MODEL is the original: its tokenizer cuts the text into prompts, which are sent as token ids. CKPT
+is served by ``quantkit serve``. Each peer is optional, and ``--server NAME=URL`` takes one that
+runs already, such as ``transformers serve``, if it takes prompts of token ids and answers of a
+fixed length. All of them answer greedily, past the end of text, and a server that reads or writes
+another number of tokens than was asked ends the benchmark.
+
+All servers stand in memory, started with equal numbers of threads and slots; only the one whose
+turn it is runs, the others are stopped (SIGSTOP). In a round each of them is asked the same prompts
+at each concurrency (a closed loop), one server right after the other, and every other round runs
+backwards. Each figure is the median over rounds, a ratio the median of the ratios within rounds.
+Two phases, each with servers of its own:
+
+    off   prompts have nothing in common, and prefix caches are switched off
+    on    three quarters of a prompt are shared by those of its row, and prefix caches are on
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.vs_llamacpp import hardware
+from quantkit.engines.artifact import read_artifact
+from quantkit.engines.process import EngineProcess, free_port, start
+from quantkit.engines.vllm import VllmOptions, find_vllm
+from quantkit.engines.vllm import running as running_vllm
+from quantkit.evals.endpoint import EndpointConfig, connect
+from quantkit.loadtest.answer import Answer
+from quantkit.loadtest.ask import Ask
+from quantkit.loadtest.client import Client
+from quantkit.loadtest.drive import closed_loop
+from quantkit.loadtest.row import Row, make_row
+from quantkit.loadtest.server import serving
+from quantkit.loadtest.tiers import LoadTier, Slo
+
+READY_SECONDS = 900.0
+SHARED = 0.75
+EVERYBODY = LoadTier("all", 1.0, Slo())
+PHASES = ("off", "on")
+
+#: Column → how a row's figure is read.
+COLUMNS: dict[str, Callable[[Row], float]] = {
+    "tok/s": lambda row: row.total.output_tokens_per_second,
+    "TTFT ms": lambda row: 1e3 * row.total.ttft.p50,
+    "TPOT ms": lambda row: 1e3 * row.total.tpot.p50,
+}
+
+
+@dataclass
+class Peer:
+    """A server under test; ``rows`` by phase and concurrency, one a round."""
+
+    name: str
+    url: str
+    process: EngineProcess | None
+    model: str = ""
+    version: str = ""
+    rows: dict[tuple[str, int], list[Row]] = field(default_factory=dict)
+
+    def wake(self, awake: bool) -> None:
+        if self.process is not None:
+            self.process.signal(signal.SIGCONT if awake else signal.SIGSTOP)
+
+
+class Prompts:
+    """Windows of a text, each used once: nothing that was sent before is in a cache."""
+
+    def __init__(self, model: Path, text: Path) -> None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        self.ids: list[int] = tokenizer.encode(text.read_text(encoding="utf-8"), verbose=False)
+        self.used = 0
+
+    def take(self, tokens: int) -> tuple[int, ...]:
+        """The next ``tokens`` of the text."""
+        if self.used + tokens > len(self.ids):
+            raise SystemExit(
+                f"the text has {len(self.ids)} tokens, too few for all prompts; give more text, or "
+                "fewer --rounds or --requests"
+            )
+        self.used += tokens
+        return tuple(self.ids[self.used - tokens : self.used])
+
+    def row(self, phase: str, count: int, prompt_tokens: int, output_tokens: int) -> list[Ask]:
+        """The asks of one row."""
+        shared = int(SHARED * prompt_tokens) if phase == "on" else 0
+        begin = self.take(shared)
+        return [
+            Ask(None, EVERYBODY.name, begin + self.take(prompt_tokens - shared), output_tokens)
+            for _ in range(count)
+        ]
+
+
+@contextlib.contextmanager
+def start_all(args: argparse.Namespace, phase: str) -> Iterator[list[Peer]]:
+    """Every server of a phase, stopped (SIGSTOP) but ready."""
+    cached, slots = phase == "on", max(args.concurrency)
+    context = args.prompt_tokens + args.output_tokens
+    with contextlib.ExitStack() as stack:
+        peers: list[Peer] = []
+
+        def add(name: str, process: EngineProcess) -> None:
+            print(f"{name} is ready", file=sys.stderr, flush=True)
+            peers.append(Peer(name, process.url, process))
+            peers[-1].wake(False)
+            # Stopped, it would not hear that it has to end.
+            stack.callback(peers[-1].wake, True)
+
+        if args.ckpt:
+            given = ["--threads", str(args.threads), "--max-sequences", str(slots)]
+            given += [] if cached else ["--no-prefix-caching"]
+            add("quantkit", stack.enter_context(serving(str(args.ckpt), given)))
+        if args.llama_server:
+            add("llama-server", stack.enter_context(start_llama(args, cached, slots, context)))
+        if args.vllm_python:
+            add("vllm", stack.enter_context(start_vllm(args, cached, slots)))
+        peers += [Peer(name, url, None) for name, url in args.server]
+        for peer in peers:
+            peer.wake(True)
+            found = connect(EndpointConfig(peer.url))
+            peer.model, peer.version = found.model, found.server
+            peer.wake(False)
+        yield peers
+
+
+@contextlib.contextmanager
+def start_llama(
+    args: argparse.Namespace, cached: bool, slots: int, context: int
+) -> Iterator[EngineProcess]:
+    port = free_port()
+    command = [
+        str(args.llama_server), "-m", str(args.gguf), "--port", str(port), "--host", "127.0.0.1",
+        "-t", str(args.threads), "-tb", str(args.threads), "-np", str(slots),
+        # Its slots share the context out; a page more for what it keeps to itself.
+        "-c", str(slots * (context + 64)), "--no-webui",
+        "--cache-prompt" if cached else "--no-cache-prompt",
+    ]  # fmt: skip
+    with start(command, f"http://127.0.0.1:{port}") as process:
+        process.wait_ready(READY_SECONDS)
+        yield process
+
+
+@contextlib.contextmanager
+def start_vllm(args: argparse.Namespace, cached: bool, slots: int) -> Iterator[EngineProcess]:
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(args.vllm_cache_gb),
+        "OMP_NUM_THREADS": str(args.threads),
+    }
+    flag = "--enable-prefix-caching" if cached else "--no-enable-prefix-caching"
+    options = VllmOptions(max_sequences=slots, arguments=(flag, *args.vllm_arg))
+    artifact = read_artifact(str(args.vllm_model or args.ckpt))
+    with running_vllm(
+        find_vllm(args.vllm_python),
+        artifact,
+        options,
+        environment=environment,
+        timeout=READY_SECONDS,
+        refuse=False,
+    ) as process:
+        yield process
+
+
+def measure(peer: Peer, asks: Sequence[Ask], concurrency: int) -> Row:
+    """One row of one server; what is not answered in full ends the benchmark."""
+
+    async def run() -> list[Answer]:
+        async with Client(peer.url, peer.model, timeout=READY_SECONDS) as client:
+            return await closed_loop(client, asks, concurrency)
+
+    peer.wake(True)
+    try:
+        answers = asyncio.run(run())
+    finally:
+        peer.wake(False)
+    for answer in answers:
+        if answer.fate != "done":
+            raise SystemExit(f"{peer.name}: a request was {answer.fate}: {answer.reason}")
+    return make_row("closed", concurrency, answers, [EVERYBODY])
+
+
+def measure_phase(args: argparse.Namespace, phase: str, prompts: Prompts) -> list[Peer]:
+    """All rounds of a phase; one row a server ahead of them warms up and does not count."""
+    with start_all(args, phase) as peers:
+        if not peers:
+            raise SystemExit("there is no server to measure: give --ckpt and peers")
+        for peer in peers:
+            most = max(args.concurrency)
+            measure(peer, prompts.row(phase, most, args.prompt_tokens, args.output_tokens), most)
+        for number in range(args.rounds):
+            order = peers[::-1] if number % 2 else peers
+            for concurrency in args.concurrency:
+                count = max(args.requests, 2 * concurrency)
+                asks = prompts.row(phase, count, args.prompt_tokens, args.output_tokens)
+                for peer in order:
+                    row = measure(peer, asks, concurrency)
+                    peer.rows.setdefault((phase, concurrency), []).append(row)
+                    print(
+                        f"{phase} round {number + 1} {peer.name} x{concurrency}: "
+                        f"{COLUMNS['tok/s'](row):.1f} tok/s",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+        return peers
+
+
+def figure(peer: Peer, phase: str, concurrency: int, column: str) -> float:
+    """Median over rounds."""
+    return statistics.median(map(COLUMNS[column], peer.rows[phase, concurrency]))
+
+
+def ratio(ours: Peer, theirs: Peer, phase: str, concurrency: int, column: str) -> float:
+    """Median over rounds of our figure over theirs in the same round."""
+    pairs = zip(ours.rows[phase, concurrency], theirs.rows[phase, concurrency], strict=True)
+    read = COLUMNS[column]
+    return statistics.median(read(a) / read(b) for a, b in pairs)
+
+
+def table(peers: Sequence[Peer], phase: str, concurrency: Sequence[int]) -> list[str]:
+    """A line a server and its ratio to the first; a block of columns each concurrency."""
+    width = max(len(peer.name) for peer in peers) + 8
+    head = "".join(f"{f'x{n} {column}':>14}" for n in concurrency for column in COLUMNS)
+    lines = [f"{f'prefix cache {phase}':{width + 4}}" + head]
+    first = peers[0]
+    for peer in peers:
+        cells = [figure(peer, phase, n, column) for n in concurrency for column in COLUMNS]
+        lines.append(f"{peer.name:{width + 4}}" + "".join(f"{value:14.1f}" for value in cells))
+        if peer is not first:
+            over = [ratio(first, peer, phase, n, column) for n in concurrency for column in COLUMNS]
+            name = f"  {first.name} over it"
+            lines.append(f"{name:{width + 4}}" + "".join(f"{value:13.2f}x" for value in over))
+    return lines
+
+
+def document(args: argparse.Namespace, phases: dict[str, list[Peer]]) -> dict[str, Any]:
+    """Everything that was measured, round by round."""
+    settings = ("prompt_tokens", "output_tokens", "concurrency", "rounds", "requests", "threads")
+    return {
+        "hardware": hardware(args.threads),
+        "settings": {name: getattr(args, name) for name in settings} | {"text": args.text.name},
+        "phases": {
+            phase: [
+                {
+                    "name": peer.name,
+                    "model": peer.model,
+                    "version": peer.version,
+                    "rows": [
+                        {"concurrency": n, "rounds": [asdict(row) for row in rows]}
+                        for (_, n), rows in peer.rows.items()
+                    ],
+                    "ratios": {
+                        str(n): {c: ratio(peers[0], peer, phase, n, c) for c in COLUMNS}
+                        for n in args.concurrency
+                    },
+                }
+                for peer in peers
+            ]
+            for phase, peers in phases.items()
+        },
+    }
+
+
+def named(text: str) -> tuple[str, str]:
+    """``NAME=URL``."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=URL")
+    return name, value
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="folder of the original: its tokenizer")
+    parser.add_argument("--text", type=Path, required=True, help="prompts are cut from it")
+    parser.add_argument("--ckpt", type=Path, help="served by quantkit")
+    parser.add_argument("--llama-server", type=Path, metavar="PATH")
+    parser.add_argument("--gguf", type=Path, help="served by llama-server")
+    parser.add_argument("--vllm-python", metavar="PATH", help="of the environment with vLLM")
+    parser.add_argument("--vllm-model", type=Path, help="served by vLLM; by default --ckpt")
+    parser.add_argument("--vllm-arg", action="append", default=[], metavar="ARG")
+    parser.add_argument("--vllm-cache-gb", type=int, default=2, help="its keys and values")
+    parser.add_argument("--server", type=named, action="append", default=[], metavar="NAME=URL")
+    parser.add_argument("--phase", choices=PHASES, action="append", help="by default both")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 8, 16])
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=8, help="of a row, and two a client")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args(argv)
+    if bool(args.llama_server) != bool(args.gguf):
+        parser.error("--llama-server and --gguf belong together")
+    if args.output_tokens < 2:
+        parser.error("--output-tokens: a time per token needs 2")
+    if args.vllm_python and not (args.vllm_model or args.ckpt):
+        parser.error("--vllm-python: nothing to serve; give --vllm-model")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    prompts = Prompts(args.model, args.text)
+    phases: dict[str, list[Peer]] = {}
+    for phase in args.phase or PHASES:
+        phases[phase] = measure_phase(args, phase, prompts)
+        if args.output:
+            args.output.write_text(json.dumps(document(args, phases), indent=1) + "\n")
+    machine = hardware(args.threads)
+    print(
+        f"{machine.get('cpu', '')} family {machine.get('family')} model {machine.get('model')}, "
+        f"{machine.get('cores')} cores, {args.threads} threads; {' '.join(machine['flags'])}"
+    )
+    print(
+        f"{args.prompt_tokens} prompt tokens, {args.output_tokens} new ones, {args.rounds} rounds; "
+        "medians, latencies of the median request"
+    )
+    for phase, peers in phases.items():
+        for peer in peers:
+            print(f"{peer.name}: {peer.model} on {peer.version}")
+        print("\n".join(table(peers, phase, args.concurrency)))
+
+
+if __name__ == "__main__":
+    main()
