@@ -14,6 +14,9 @@ from quantkit.errors import UsageError
 
 if TYPE_CHECKING:
     from quantkit.serve.capture import CaptureConfig
+    from quantkit.serve.peer import Peer
+
+PAGE = "Web page"
 
 
 def command(
@@ -113,6 +116,41 @@ def command(
     ] = None,
     kernels: KernelsOption = Kernels.native,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    web: Annotated[
+        bool,
+        typer.Option(
+            "--web/--no-web",
+            help="Show a page at /: chat, and live plots of queue and latencies.",
+            rich_help_panel=PAGE,
+        ),
+    ] = True,
+    compare_with: Annotated[
+        str | None,
+        typer.Option(
+            "--compare-with",
+            metavar="URL",
+            help="Let operators see another OpenAI-compatible server's answers beside CKPT's.",
+            rich_help_panel=PAGE,
+        ),
+    ] = None,
+    compare_model: Annotated[
+        str | None,
+        typer.Option(
+            "--compare-model",
+            metavar="NAME",
+            help="The model's name there. Default: the only one.",
+            rich_help_panel=PAGE,
+        ),
+    ] = None,
+    compare_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--compare-key-file",
+            metavar="FILE",
+            help="Holds the other server's API key.",
+            rich_help_panel=PAGE,
+        ),
+    ] = None,
     drain_seconds: Annotated[
         float,
         typer.Option(
@@ -151,11 +189,13 @@ def command(
         from quantkit.signature import check_signature
 
         check_signature(Path(checkpoint), key)
+    peer = _peer(compare_with, compare_model, compare_key, web=web)
     asked = engines.Asked(engine_python, tensor_parallel, engine_arg or (), engine_timeout)
     if engine is not engines.Engine.quantkit:
-        if config is not None or capture is not None or otlp_endpoint is not None:
+        if any(own is not None for own in (config, capture, otlp_endpoint, compare_with)):
             raise UsageError(
-                f"--config, --capture and --otlp-endpoint are quantkit's own; {engine} has none",
+                "--config, --capture, --otlp-endpoint and --compare-with are quantkit's own; "
+                f"{engine} has none",
                 remedy="leave them out; it takes --api-keys",
             )
         if (kernels, device, threads) != (Kernels.native, "cpu", None):
@@ -185,6 +225,11 @@ def command(
         serving = read_config(config)
     else:
         serving = open_config(read_api_keys(api_keys) if api_keys else ())
+    if peer is not None and not serving.keys and allow_unauthenticated:
+        raise UsageError(
+            "--compare-with and --allow-unauthenticated let anyone use the other server",
+            remedy="give --api-keys FILE",
+        )
     sample = _capture(capture, capture_rate, capture_patterns)
     tracing = connect(otlp_endpoint, Path(checkpoint).name) if otlp_endpoint else None
     with server.bind(host, port) as sock:
@@ -225,12 +270,16 @@ def command(
             capture=captured,
             tracing=tracing,
             local_only=local_only,
+            page=web,
+            peer=peer,
         )
 
         def announce() -> None:
             address = server.url(sock)
             context = loop.capacity.max_context
             typer.echo(f"serving {runtime.name} at {address} (context {context} tokens)", err=True)
+            if web:
+                typer.echo(f"chat and live plots: {address}/", err=True)
             if as_json:
                 ready = {"url": address, "model": runtime.name, "max_context": context}
                 typer.echo(json.dumps(ready))
@@ -239,6 +288,26 @@ def command(
         if captured is not None:
             captured.close()
     raise typer.Exit(code)
+
+
+def _peer(url: str | None, model: str | None, key_file: Path | None, *, web: bool) -> Peer | None:
+    if url is None:
+        if model is not None or key_file is not None:
+            raise UsageError(
+                "--compare-model and --compare-key-file are of the server to compare with",
+                remedy="give its address with --compare-with URL",
+            )
+        return None
+    if not web:
+        raise UsageError(
+            "--compare-with shows its answers on the web page, and --no-web leaves that out",
+            remedy="leave one of them out",
+        )
+    from quantkit.evals.endpoint import check_address, read_key
+    from quantkit.serve.peer import Peer
+
+    check_address(url, "--compare-with", "--compare-key-file")
+    return Peer(url, None if key_file is None else read_key(key_file), model)
 
 
 def _capture(path: Path | None, rate: float, patterns: Path | None) -> CaptureConfig | None:

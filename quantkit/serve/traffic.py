@@ -91,6 +91,15 @@ class Traffic:
                 rows.labels(outcome).set_function(partial(getattr, capture, outcome))
         for tier in config.tiers:
             waits.labels(tier.name).set_function(partial(waiting, tier.name))
+        promised = Gauge(
+            "quantkit_tier_slo_ttft_seconds",
+            "Seconds from arrival to first token that the tier promises.",
+            ["tier"],
+            registry=registry,
+        )
+        for tier in config.tiers:
+            if tier.ttft:
+                promised.labels(tier.name).set(tier.ttft)
         for name in self._met:
             attained.labels(name).set_function(partial(self.attainment, name))
 

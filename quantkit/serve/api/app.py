@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from quantkit import __version__
-from quantkit.serve.api import chat, completions, documents, errors, responses, tokens
+from quantkit.serve.api import chat, compare, completions, documents, errors, responses, tokens, web
 from quantkit.serve.api.documents import responses as answers
 from quantkit.serve.api.generation import Service
 from quantkit.serve.api.middleware import MAX_BODY_BYTES, ApiKeys, BodyLimit, LocalOnly
@@ -23,6 +23,7 @@ from quantkit.serve.api.schemas import (
 from quantkit.serve.capture import Capture
 from quantkit.serve.config import ServeConfig, open_config
 from quantkit.serve.engine import Engine
+from quantkit.serve.peer import Peer
 from quantkit.serve.request import RequestError
 from quantkit.serve.tracing import Tracing
 
@@ -34,6 +35,8 @@ def create_app(
     capture: Capture | None = None,
     tracing: Tracing | None = None,
     local_only: bool | None = None,
+    page: bool = True,
+    peer: Peer | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
     """An OpenAI-compatible application over a started engine.
@@ -41,10 +44,12 @@ def create_app(
     Args:
         engine: runs the model.
         access: tiers, tenants and keys; by default everybody may call and is treated alike.
-            /health and /ready never need a key.
+            /health, /ready and the page's files never need a key.
         capture: where a sample of the traffic goes.
         tracing: where OpenTelemetry spans go.
         local_only: answer only requests that name this machine; by default if there are no keys.
+        page: show a page at /.
+        peer: another server, which operators may ask through /compare.
         max_body_bytes: longer bodies are refused with 413.
     """
     access = access or open_config()
@@ -53,9 +58,14 @@ def create_app(
     app = FastAPI(title="quantkit", version=__version__, docs_url=None, redoc_url=None)
     errors.install(app)
     app.add_middleware(BodyLimit, limit=max_body_bytes)
-    app.add_middleware(ApiKeys, config=access)  # added later, so outside: no key, no body read
+    # Added later, so outside: no key, no body read.
+    app.add_middleware(ApiKeys, config=access, more_open_paths=web.PATHS if page else frozenset())
     if not access.keys if local_only is None else local_only:
         app.add_middleware(LocalOnly)
+
+    def check_operator(http: Request, what: str) -> None:
+        if http.state.tenant.name not in access.operators:
+            raise errors.NotOperatorError(what)
 
     @app.post(
         "/v1/completions",
@@ -124,13 +134,13 @@ def create_app(
     @app.get("/metrics", response_class=PlainTextResponse, responses=documents.refusals())
     async def metrics(http: Request) -> Response:
         """Prometheus' text format; of all tenants, so for operators only."""
-        if http.state.tenant.name not in access.operators:
-            body = errors.error_body(
-                "this key may not read the metrics; its tenant needs 'operator: true'",
-                "permission_error",
-            )
-            return JSONResponse(body, 403)
+        check_operator(http, "read the metrics")
         return Response(engine.metrics.render(), media_type="text/plain; version=0.0.4")
+
+    if peer is not None:
+        compare.install(app, peer, check_operator)
+    if page:
+        web.install(app, comparing=peer is not None)
 
     plain = app.openapi
     app.openapi = lambda: documents.without_422(plain())  # type: ignore[method-assign]

@@ -127,6 +127,11 @@ class DetokenizeDocument(BaseModel):
     prompt: str
 
 
+class PeerDocument(BaseModel):
+    url: str
+    model: str
+
+
 ERRORS = {
     400: "The request breaks a rule, which the message names.",
     401: "The API key is missing or wrong.",
@@ -153,6 +158,12 @@ def refusals() -> dict[int | str, dict[str, Any]]:
     return {
         status: {"model": ErrorDocument, "description": text} for status, text in ERRORS.items()
     }
+
+
+def relayed() -> dict[int | str, dict[str, Any]]:
+    """The ``responses`` that a route which asks another server may give."""
+    text = "The other server does not answer, or refuses."
+    return refusals() | {502: {"model": ErrorDocument, "description": text}}
 
 
 def probe(title: str, field: str) -> dict[int | str, dict[str, Any]]:

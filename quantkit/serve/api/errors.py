@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from quantkit.serve.door import RefusedError
 from quantkit.serve.engine import QueueFullError, StoppedError
 from quantkit.serve.events import Failed
+from quantkit.serve.peer import PeerError
 from quantkit.serve.request import RequestError
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,10 @@ class GenerationError(Exception):
 
 class ModelNotFoundError(Exception):
     """The request names a model that is not served here."""
+
+
+class NotOperatorError(Exception):
+    """The caller's tenant is no operator; the text is what it may not do."""
 
 
 def error_body(
@@ -52,6 +57,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(ModelNotFoundError, _unknown_model)
+    app.add_exception_handler(NotOperatorError, _not_operator)
+    app.add_exception_handler(PeerError, _bad_gateway)
     app.add_exception_handler(RefusedError, _not_admitted)
     app.add_exception_handler(QueueFullError, _busy)
     app.add_exception_handler(StoppedError, _stopped)
@@ -79,6 +86,15 @@ def _refused(_: Request, error: Exception) -> JSONResponse:
 def _unknown_model(_: Request, error: Exception) -> JSONResponse:
     body = error_body(str(error), "invalid_request_error", param="model", code="model_not_found")
     return JSONResponse(body, 404)
+
+
+def _not_operator(_: Request, error: Exception) -> JSONResponse:
+    message = f"this key may not {error}; its tenant needs 'operator: true'"
+    return JSONResponse(error_body(message, "permission_error"), 403)
+
+
+def _bad_gateway(_: Request, error: Exception) -> JSONResponse:
+    return JSONResponse(error_body(str(error), "bad_gateway"), 502)
 
 
 #: Status of a refusal → the type that clients know.

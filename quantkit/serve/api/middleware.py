@@ -31,16 +31,20 @@ class ApiKeys:
     """Refuses requests without one of the keys and says whose the others are.
 
     The tenant is left in ``request.state.tenant``; without keys everybody is the first one.
+    ``more_open_paths`` need no key, beside `OPEN_PATHS`.
     """
 
-    def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
+    def __init__(
+        self, app: ASGIApp, config: ServeConfig, more_open_paths: frozenset[str] = frozenset()
+    ) -> None:
         self.app = app
+        self.open_paths = OPEN_PATHS | more_open_paths
         self.keys = config.keys
         self.tenants = {tenant.name: tenant for tenant in config.tenants}
         self.anybody = config.tenants[0]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and scope["path"] not in self.open_paths:
             tenant = self._tenant(Headers(scope=scope).get("authorization", ""))
             if tenant is None:
                 body = error_body(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +96,7 @@ class Writer:
         }
         return document
 
-    async def stream(self, events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[bytes]:
+    async def stream(self, events: AsyncIterator[tuple[int, Event]]) -> AsyncGenerator[bytes, None]:
         """The same as typed events: the document grows item by item and part by part."""
         place: Json = {"item_id": self.item_id, "output_index": 0}
         part = place | {"content_index": 0}
