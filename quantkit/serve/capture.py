@@ -11,6 +11,7 @@ count in the metrics.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import queue
 import random
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,26 +62,38 @@ class CaptureConfig:
             raise UsageError(f"--capture {self.path} does not end with .jsonl")
         if not self.path.parent.is_dir():
             raise UsageError(f"--capture {self.path}: there is no folder {self.path.parent}")
+        if self.path.exists() and not self.path.is_file():
+            raise UsageError(f"--capture {self.path} is not a file")
+        # The folder as well: a file that is full is renamed.
+        for place in (self.path, self.path.parent):
+            if place.exists() and not os.access(place, os.W_OK):
+                raise UsageError(f"--capture {self.path}: {place} cannot be written to")
         if not 0 < self.rate <= 1:
             raise UsageError(f"--capture-rate {self.rate} is not above 0 and up to 1")
 
 
 class Capture:
-    """Writes a sample. `wants` and `offer` never block; `close` writes what is queued.
+    """Writes a sample. `wants` and `offer` never block; `close` writes what is queued, in time.
 
     Attributes:
-        written, dropped, failed: rows on disk, rows too long or that found the queue full, rows
-            that the disk did not take.
+        written, failed: rows on disk, rows that the disk did not take.
     """
 
     def __init__(self, config: CaptureConfig, chance: Callable[[], float] = random.random) -> None:
         self.config = config
-        self.written = self.dropped = self.failed = 0
+        self.written = self.failed = 0
+        self._queued = self._refused = 0  # the event loop counts these, the thread the others
+        self._too_long = 0
         self._chance = chance
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(QUEUE_ROWS)
         self._broken = False
         self._thread = threading.Thread(target=self._work, name="quantkit-capture", daemon=True)
         self._thread.start()
+
+    @property
+    def dropped(self) -> int:
+        """Rows too long, or that found the queue full."""
+        return self._refused + self._too_long
 
     def wants(self) -> bool:
         """Draw whether a request is part of the sample."""
@@ -89,21 +103,26 @@ class Capture:
         """Queue a row, or drop it if the disk does not keep up."""
         try:
             self._queue.put_nowait(row)
+            self._queued += 1
         except queue.Full:
-            self.dropped += 1
+            self._refused += 1
 
     def close(self, timeout: float = 5.0) -> None:
-        """Write what is queued and end the thread."""
-        self._queue.put(None)
-        self._thread.join(timeout)
+        """Write what is queued and end the thread; after ``timeout`` seconds the rest is lost."""
+        deadline = time.monotonic() + timeout
+        with contextlib.suppress(queue.Full):  # the disk hangs, and so does the thread
+            self._queue.put(None, timeout=timeout)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if lost := self._queued - self.written - self.failed - self._too_long:
+            logger.warning("capture: %s took too long; %d rows are lost", self.config.path, lost)
 
     def _work(self) -> None:
         while (row := self._queue.get()) is not None:
             try:
-                if len(json.dumps(row, ensure_ascii=False)) > MAX_ROW_BYTES:
-                    self.dropped += 1
+                if len(_encoded(row)) > MAX_ROW_BYTES:
+                    self._too_long += 1
                     continue
-                self._append(json.dumps(self._redacted(row), ensure_ascii=False))
+                self._append(_encoded(self._redacted(row)) + b"\n")
             except OSError as error:
                 self.failed += 1
                 if not self._broken:  # once, or a full disk would fill the log as well
@@ -130,8 +149,7 @@ class Capture:
             }
         return value
 
-    def _append(self, line: str) -> None:
-        data = line.encode("utf-8", "replace") + b"\n"
+    def _append(self, data: bytes) -> None:
         # Opened for each row: the file may have been moved away by somebody else.
         handle = os.open(self.config.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
@@ -162,3 +180,8 @@ class Capture:
                 os.replace(newer, older)
         if self.config.keep == 0:
             path.unlink()
+
+
+def _encoded(row: Any) -> bytes:
+    """Half a surrogate, which JSON can bring in, becomes a question mark."""
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")

@@ -77,13 +77,13 @@ def measure_pair(
             remedy=f"give {max(1, round(len(names) / concurrency)) * concurrency} prompts",
         )
     groups = [names[i : i + concurrency] for i in range(0, len(names), concurrency)]
-    engines = [
-        Engine(runtime, _config(runtime, ids, new_tokens, concurrency)).start()
-        for runtime, ids in zip((candidate, baseline), prompts, strict=True)
-    ]
-    ttft: list[dict[str, list[float]]] = [{name: [] for name in names} for _ in engines]
-    tpot: list[dict[str, list[float]]] = [{name: [] for name in names} for _ in engines]
+    ttft: list[dict[str, list[float]]] = [{name: [] for name in names} for _ in prompts]
+    tpot: list[dict[str, list[float]]] = [{name: [] for name in names} for _ in prompts]
+    engines: list[Engine] = []
     try:
+        for runtime, ids in zip((candidate, baseline), prompts, strict=True):
+            config = _config(runtime, ids, new_tokens, concurrency)
+            engines.append(Engine(runtime, config).start())
         for repeat in range(repeats + 1):
             for number, group in enumerate(groups):
                 order = (0, 1) if (repeat + number) % 2 == 0 else (1, 0)
@@ -150,7 +150,10 @@ def _answer(engine: Engine, prompts: Prompts, new_tokens: int) -> dict[str, _Clo
 
 
 def _config(runtime: Runtime, prompts: Prompts, new_tokens: int, concurrency: int) -> EngineConfig:
-    """Room for a whole group at once, in whole pages: a request that waits is not in flight."""
+    """Room for a whole group at once, in whole pages: a request that waits is not in flight.
+
+    No prefix is shared: the prompts are the same in every round, and must be read in every round.
+    """
     longest = max(map(len, prompts.values())) + new_tokens
     trained = int(runtime.model.config.get_text_config().max_position_embeddings)
     if longest > trained:
@@ -159,7 +162,7 @@ def _config(runtime: Runtime, prompts: Prompts, new_tokens: int, concurrency: in
             remedy="lower --prompt-tokens or --new-tokens",
         )
     context = min(pages_for(longest) * PAGE_TOKENS, trained)
-    return EngineConfig(max_sequences=concurrency, max_context=context)
+    return EngineConfig(max_sequences=concurrency, max_context=context, enable_prefix_caching=False)
 
 
 def _frozen(times: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, ...]]:

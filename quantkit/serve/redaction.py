@@ -19,7 +19,9 @@ from quantkit.strict_yaml import compose
 PATTERNS: dict[str, re.Pattern[str]] = {
     "email": re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,4}"),
     "key": re.compile(
-        r"-----BEGIN [A-Z ]{1,40}PRIVATE KEY-----[^-]{0,20000}(?:-----END [A-Z ]{1,40}-----)?"
+        # PEM and PGP; the lines in front of an encrypted key hold dashes (DEK-Info: AES-128-CBC).
+        r"-----BEGIN (?:[A-Z0-9]{1,20} ){0,3}PRIVATE KEY(?: BLOCK)?-----[^-]{0,20000}"
+        r"(?:-[A-Za-z0-9][^-]{0,20000}){0,8}(?:-----END [A-Z0-9 ]{1,40}-----)?"
         r"|(?<![\w-])(?:sk|pk|rk|ghp|gho|ghs|github_pat|glpat|hf|xox[abprs])[-_][\w-]{10,}"
         r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"
         r"|\bAIza[\w-]{35}"
@@ -33,8 +35,11 @@ PATTERNS: dict[str, re.Pattern[str]] = {
         r"|\(\d{2,5}\)[ .-]?\d(?:[ .-]?\d){4,9}"
         r"|\d{3}[ .-]\d{3}[ .-]\d{4})(?!\w)"
     ),
-    # Cards, accounts and identity numbers, in groups or not.
-    "number": re.compile(r"(?<![\w.])\d(?:[ -]?\d){7,30}(?!\w)"),
+    # IBANs; cards, accounts and identity numbers, in groups or not.
+    "number": re.compile(
+        r"(?<![\w.])(?:[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?"
+        r"|\d(?:[ -]?\d){7,})(?!\w)"
+    ),
 }
 
 

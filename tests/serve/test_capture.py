@@ -30,6 +30,9 @@ from quantkit.serve.redaction import PATTERNS, read_patterns, redact
         ("or 555-123-4567", "or <phone>"),
         ("card 4111 1111 1111 1111,", "card <number>,"),
         ("account 12345678", "account <number>"),
+        ("IBAN DE89370400440532013000.", "IBAN <number>."),
+        ("NO93 8601 1117 947 and MT84 MALT 0110 0001 2345 MTLC AST0 01S", "<number> and <number>"),
+        ("1" * 100 + ", " + "2 " * 50, "<number>, <number> "),
         ("OPENAI=sk-abcdefghijklmnop123456", "OPENAI=<key>"),
         ("token ghp_abcdefghijklmnopqrstuvwxyz", "token <key>"),
         ("id AKIAIOSFODNN7EXAMPLE", "id <key>"),
@@ -37,6 +40,19 @@ from quantkit.serve.redaction import PATTERNS, read_patterns, redact
         ("eyJhbGciOiJI.eyJzdWIiOiIx.SflKxwRJSMeKKF2QT4", "<key>"),
         ("hash 5e884898da28047151d0e56f8dc6292773603d0d6aabbdd6", "hash <key>"),
         ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----", "<key>"),
+        ("-----BEGIN PRIVATE KEY-----\nMIIEv+/=\n-----END PRIVATE KEY-----.", "<key>."),
+        (
+            "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\n"
+            "DEK-Info: AES-128-CBC,3F17\n\nqwerty/+asdf\n-----END RSA PRIVATE KEY-----\nafter it",
+            "<key>\nafter it",
+        ),
+        (
+            "-----BEGIN PGP PRIVATE KEY BLOCK-----\nComment: GPG-made\n\nlQdGBF\n=aB3d\n"
+            "-----END PGP PRIVATE KEY BLOCK-----",
+            "<key>",
+        ),
+        ("cut off: -----BEGIN EC PRIVATE KEY-----\nMHcCAQEE", "cut off: <key>"),
+        ("-----BEGIN PUBLIC KEY-----\nMFkw\n-----END PUBLIC KEY-----", None),
         ("in 2024 we sold 1,234,567 of 3.14159265 at 10:30", None),
         ("version 1.2.3 and Donaudampfschifffahrtsgesellschaftskapitaen", None),
         ("Größe 東京 🙂 a@b", None),
@@ -46,10 +62,16 @@ def test_redaction(text: str, expected: str | None) -> None:
     assert redact(text, PATTERNS) == (text if expected is None else expected)
 
 
-@pytest.mark.parametrize("piece", ["-eyJ", "a", "1 ", "a.", "sk-", "bearer ", "-----BEGIN ", "9"])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        *("-eyJ", "a", "1 ", "a.", "sk-", "bearer ", "9", "1-", "AB12", "AB12 ", "12345678 1a "),
+        *("-----BEGIN ", "-----BEGIN A PRIVATE KEY-----", "-----BEGIN PRIVATE KEY-----a-b"),
+    ],
+)
 def test_no_text_is_slow_to_redact(piece: str) -> None:
     """Quadratic time would run into the timeout of the test."""
-    redact(piece * 200_000, PATTERNS)
+    redact((piece * 100_000)[:300_000] + "a", PATTERNS)
 
 
 def test_own_patterns(tmp_path: Path) -> None:
@@ -81,6 +103,22 @@ def test_own_patterns(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         CaptureConfig(**{"path": tmp_path / "x.jsonl", **options})
+
+
+def test_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found before the model is loaded. Root may write anywhere, so the answer is faked."""
+    folder = tmp_path / "folder.jsonl"
+    folder.mkdir()
+    with pytest.raises(UsageError, match="is not a file"):
+        CaptureConfig(folder)
+    path = tmp_path / "t.jsonl"
+    path.touch()
+    for closed in (path, tmp_path):
+        faked = {name: getattr(os, name) for name in dir(os)}
+        faked["access"] = lambda place, mode, closed=closed: place != closed
+        monkeypatch.setattr(module, "os", SimpleNamespace(**faked))
+        with pytest.raises(UsageError, match=f"{closed} cannot be written to"):
+            CaptureConfig(path)
 
 
 def test_rows_are_what_calibrate_reads(tmp_path: Path) -> None:
@@ -172,8 +210,30 @@ def test_a_disk_that_hangs_drops_rows_and_blocks_nobody(
     assert capture.written + capture.dropped == module.QUEUE_ROWS + 50
 
 
-def test_rows_too_long_are_dropped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [3, module.QUEUE_ROWS + 1])
+def test_a_disk_that_hangs_does_not_hold_up_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rows: int
+) -> None:
+    """Whether the queue is full or not."""
+    hangs, go_on = threading.Event(), threading.Event()
     capture = Capture(CaptureConfig(tmp_path / "t.jsonl"))
-    capture.offer({"prompt": "x" * module.MAX_ROW_BYTES, "completion": ""})
-    capture.close()
-    assert (capture.written, capture.dropped) == (0, 1)
+    monkeypatch.setattr(capture, "_append", lambda data: (hangs.set(), go_on.wait(60)))
+    capture.offer({"prompt": "x", "completion": ""})
+    assert hangs.wait(30)
+    for _ in range(rows - 1):
+        capture.offer({"prompt": "x", "completion": ""})
+    with caplog.at_level(logging.WARNING, logger="quantkit.serve.capture"):
+        capture.close(timeout=0.05)
+    assert f"{rows} rows are lost" in caplog.text
+    go_on.set()
+    capture._thread.join(1.0)  # it ends if the end found a place in the queue; a daemon, if not
+
+
+@pytest.mark.parametrize("letter", ["x", "ü"])
+def test_rows_too_long_are_dropped(tmp_path: Path, letter: str) -> None:
+    capture = Capture(CaptureConfig(tmp_path / "t.jsonl"))
+    size = len(letter.encode())
+    for length in (module.MAX_ROW_BYTES // size, module.MAX_ROW_BYTES // size - 100):
+        capture.offer({"prompt": letter * length, "completion": ""})
+    capture.close(timeout=60)
+    assert (capture.written, capture.dropped) == (1, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ from quantkit.errors import UsageError
 from quantkit.models.runtime import Runtime
 from quantkit.results import Results
 from quantkit.serve import latency
+from quantkit.serve.engine import Engine
 from quantkit.serve.latency import measure_pair
 from quantkit.timings import PairedTimings
 
@@ -64,6 +66,34 @@ def test_answers_go_past_the_end_of_text(runtime: Runtime, monkeypatch: pytest.M
     """Every token ends a text here; the answers have their full length all the same."""
     monkeypatch.setattr("quantkit.serve.engine._eos_ids", lambda _: frozenset(range(100_000)))
     assert len(pair(runtime, repeats=1)[0].tpot) == len(PROMPTS)
+
+
+def test_every_round_reads_its_prompts(native: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt found in the prefix cache would time the cache. A page holds 64 tokens."""
+    engines: list[Engine] = []
+
+    def make(*options: Any) -> Engine:
+        engines.append(Engine(*options))
+        return engines[-1]
+
+    monkeypatch.setattr(latency, "Engine", make)
+    prompts = {name: [*ids, *range(2, 72)] for name, ids in PROMPTS.items()}
+    options = {"new_tokens": 2, "concurrency": 2, "repeats": 1, "host": HOST}
+    measure_pair(native, native, (prompts, prompts), **options)
+    assert [engine.counters.prefix_hits for engine in engines] == [0, 0]
+    read = sum(map(len, prompts.values())) * 2  # one round ahead to warm up
+    for engine in engines:
+        assert f"quantkit_prompt_tokens_total {read:.1f}" in engine.metrics.render().decode()
+
+
+def test_a_baseline_that_does_not_start_leaves_no_thread(runtime: Runtime) -> None:
+    before = threading.enumerate()
+    long = {name: [1] * 10_000 for name in PROMPTS}
+    with pytest.raises(UsageError, match="more than the model's context"):
+        measure_pair(
+            runtime, runtime, (PROMPTS, long), new_tokens=3, concurrency=2, repeats=1, host=HOST
+        )
+    assert threading.enumerate() == before
 
 
 @pytest.mark.parametrize(
