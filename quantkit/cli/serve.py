@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 PAGE = "Web page"
 
+#: Guesses a step and request where nothing else is said: beyond, few are right.
+SPECULATIVE_TOKENS = 4
+
 
 def command(
     context: typer.Context,
@@ -104,13 +107,22 @@ def command(
         ),
     ] = True,
     speculative_tokens: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--speculative-tokens",
             min=0,
-            help="Tokens to guess from the text before and check in one step; 0 guesses none.",
+            help="Tokens to guess and check in one step at most, where that pays; 0 guesses none. "
+            "Default: 4 in the native decoder.",
         ),
-    ] = 0,
+    ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            "--draft",
+            metavar="CKPT",
+            help="A smaller model with the same tokenizer that guesses what CKPT will say.",
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
     ] = None,
@@ -191,7 +203,17 @@ def command(
         check_signature(Path(checkpoint), key)
     peer = _peer(compare_with, compare_model, compare_key, web=web)
     asked = engines.Asked(engine_python, tensor_parallel, engine_arg or (), engine_timeout)
+    if draft is not None and speculative_tokens == 0:
+        raise UsageError(
+            "--draft guesses tokens and --speculative-tokens 0 allows none",
+            remedy="leave one of them out",
+        )
     if engine is not engines.Engine.quantkit:
+        if draft is not None:
+            raise UsageError(
+                f"--draft is quantkit's own; {engine} has its own",
+                remedy="leave it out; --engine-arg passes options on",
+            )
         if any(own is not None for own in (config, capture, otlp_endpoint, compare_with)):
             raise UsageError(
                 "--config, --capture, --otlp-endpoint and --compare-with are quantkit's own; "
@@ -248,11 +270,14 @@ def command(
         runtime = load_runtime(checkpoint, kernels=kernels.value, device=device)
         if runtime.fallback:
             typer.echo(f"in transformers' modules: {runtime.fallback}", err=True)
-        guesses = (
-            SpeculativeConfig(num_speculative_tokens=speculative_tokens)
-            if speculative_tokens
-            else None
-        )
+        count = speculative_tokens
+        if count is None:  # transformers' modules cannot check guesses
+            count = 0 if runtime.decoder is None and draft is None else SPECULATIVE_TOKENS
+        guesses = SpeculativeConfig(num_speculative_tokens=count) if count else None
+        drafting = None
+        if draft is not None:
+            typer.echo(f"loading {draft}", err=True)
+            drafting = load_runtime(draft, kernels=kernels.value, device=device)
         limits = EngineConfig(
             max_sequences=max_sequences,
             max_context=max_context,
@@ -261,7 +286,7 @@ def command(
             enable_prefix_caching=prefix_caching,
             speculative_config=guesses,
         )
-        loop = Engine(runtime, limits, Tiered(serving.tiers))
+        loop = Engine(runtime, limits, Tiered(serving.tiers), drafting)
         local_only = not closed and not allow_unauthenticated
         captured = Capture(sample) if sample else None
         app = create_app(

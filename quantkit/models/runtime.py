@@ -52,6 +52,14 @@ class Runtime:
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every id that ends a text, as generation config and tokenizer name them."""
+        config = getattr(self.model, "generation_config", None)
+        ids = getattr(config, "eos_token_id", None)
+        listed = (*(ids if isinstance(ids, list) else [ids]), self.tokenizer.eos_token_id)
+        return frozenset(int(i) for i in listed if i is not None)
+
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """fp32 logits ``[n, vocab]`` after each of a text's tokens."""
         import torch

@@ -13,6 +13,8 @@ class Counters:
         prefix_queries: prompt tokens of admitted requests, looked up in the prefix cache.
         prefix_hits: of those, tokens whose keys and values were there.
         preemptions: running requests that were stopped for others.
+        drafts: how often an answer went through a pass with guesses; each time, one token more
+            came out than were accepted.
         draft_tokens: tokens proposed by speculation.
         accepted_tokens: of those, tokens that the model chose, too.
     """
@@ -20,6 +22,7 @@ class Counters:
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0
+    drafts: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
 

@@ -15,24 +15,24 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantkit.errors import QuantkitError, UsageError
+from quantkit.errors import QuantkitError
 from quantkit.models.page_pool import pages_for
 from quantkit.ops.decoder import PAGE_TOKENS
 from quantkit.serve.answer import Answer
 from quantkit.serve.counters import Counters
 from quantkit.serve.events import Event, Failed, Finished, FinishReason
-from quantkit.serve.kv_cache import plan_capacity
+from quantkit.serve.kv_cache import Capacity, plan_capacity, token_bytes
 from quantkit.serve.memory import make_memory
-from quantkit.serve.metrics import Metrics
+from quantkit.serve.metrics import watch
+from quantkit.serve.outbox import Outbox
 from quantkit.serve.policy.order import Policy
 from quantkit.serve.request import ContextOverflowError, Request, RequestError, Sequence, Sink
-from quantkit.serve.runner import ModuleRunner, make_runner, with_kv_dtype
+from quantkit.serve.runner import make_runner, with_kv_dtype
 from quantkit.serve.scheduler import Scheduler, no_guesses
-from quantkit.serve.speculation import SpeculativeConfig, Speculator
+from quantkit.serve.speculation import SpeculativeConfig, make_speculator
 from quantkit.serve.stream import EventStream
 from quantkit.serve.structured import GrammarCompiler
 from quantkit.serve.worker import Worker, internal_error
@@ -69,8 +69,8 @@ class EngineConfig:
             ``max_sequences`` requests can use.
         enable_prefix_caching: texts that begin alike share keys and values; only in the native
             decoder, where that changes no bit of any answer.
-        speculative_config: guess tokens and check several at once; None does not. Only in the
-            native decoder, where that changes no token of any answer.
+        speculative_config: guess tokens and check several at once; None does not, unless there
+            is a draft model. Only in the native decoder, where that changes no token of any answer.
     """
 
     max_sequences: int = 16
@@ -85,13 +85,25 @@ class EngineConfig:
 
 
 class Engine:
-    """Runs requests on a `Runtime`. Use `start`, then `submit` or `stream`, then `stop`."""
+    """Runs requests on a `Runtime`. Use `start`, then `submit` or `stream`, then `stop`.
+
+    Args:
+        runtime: the model.
+        config: limits.
+        policy: who comes first; by default who came first.
+        draft: a smaller model with the same tokenizer, which guesses what the model will say.
+
+    Raises:
+        UsageError: the limits do not fit the model, the memory or each other, or the draft does
+            not fit the model.
+    """
 
     def __init__(
         self,
         runtime: Runtime,
         config: EngineConfig | None = None,
         policy: Policy | None = None,
+        draft: Runtime | None = None,
     ) -> None:
         self.config = config = config or EngineConfig()
         decoder, dtype = runtime.decoder, config.kv_cache_dtype
@@ -101,7 +113,7 @@ class Engine:
             runtime.model,
             max_context=config.max_context,
             max_sequences=config.max_sequences,
-            token_bytes=None if decoder is None else decoder.token_nbytes(dtype),
+            token_bytes=token_bytes([runtime, *([draft] if draft else [])], dtype),
             kv_tokens=config.kv_cache_tokens,
         )
         kv_tokens = self.capacity.kv_tokens
@@ -112,21 +124,36 @@ class Engine:
         self.memory = make_memory(
             self.runner, kv_tokens, self.counters, prefix_caching=config.enable_prefix_caching
         )
-        speculator = self._make_speculator()
+        self.speculator = make_speculator(
+            config.speculative_config,
+            runtime,
+            draft,
+            Capacity(self.capacity.max_context, kv_tokens),
+            dtype,
+            self.counters,
+        )
         self.scheduler = Scheduler(
             max_sequences=config.max_sequences,
             prefill_chunk=config.prefill_chunk,
             memory=self.memory,
             policy=policy,
             counters=self.counters,
-            propose=no_guesses if speculator is None else speculator.propose,
+            propose=no_guesses if self.speculator is None else self.speculator.propose,
         )
-        self.metrics = self._make_metrics()
+        self.metrics = watch(self)
         self.worker = Worker(
-            self, self.scheduler, self.runner, self.memory, self.metrics, self._begin, speculator
+            self,
+            self.scheduler,
+            self.runner,
+            self.memory,
+            self.metrics,
+            self._begin,
+            self.speculator,
         )
-        self._eos = _eos_ids(runtime)
+        self._eos = runtime.eos_ids
         self._vocab = int(runtime.model.config.get_text_config().vocab_size)
+        self.outbox = Outbox()
+        self.flush = self.outbox.flush
         self.grammars = GrammarCompiler(runtime.tokenizer, self._vocab)
         # Shared with callers, guarded by the condition:
         self._wake = threading.Condition()
@@ -291,7 +318,7 @@ class Engine:
             self._fail_all(Failed(abort, shutdown=True))
         for request_id in cancelled:
             if found := self._live.get(request_id):
-                self.finish(found, "cancelled")
+                self._cancel(found)
         return not stopping
 
     def step(self) -> bool:
@@ -314,6 +341,13 @@ class Engine:
         )
         self._end(sequence, event, reason)
 
+    def _cancel(self, sequence: Sequence) -> None:
+        try:
+            self.finish(sequence, "cancelled")
+        except Exception:  # its text cannot be finished
+            logger.exception("request %s failed", sequence.request.id)
+            self.fail(sequence, internal_error())
+
     def fail(self, sequence: Sequence, event: Failed) -> None:
         """End a request that cannot be finished; nothing it computed is used again."""
         self._end(sequence, event, "error")
@@ -327,14 +361,21 @@ class Engine:
         if sequence.done:
             return
         sequence.done = True
-        self.scheduler.remove(sequence, sound=outcome != "error")
-        sequence.answer = None
-        self.metrics.requests.labels(outcome).inc()
-        with self._wake:
-            # Under the lock, so that `drain` returns only after the last event went out.
-            self._live.pop(sequence.request.id, None)
-            self.emit(sequence, event)
-            self._wake.notify_all()
+        try:
+            self.scheduler.remove(sequence, sound=outcome != "error")
+            if self.speculator is not None:
+                self.speculator.forget(sequence)
+        finally:  # whatever is wrong with the memory, somebody waits for this event
+            sequence.answer = None
+            self.metrics.requests.labels(outcome).inc()
+            with self._wake:
+                # Under the lock, so that `drain` returns only after the last event went out.
+                self._live.pop(sequence.request.id, None)
+                # Or it would stop the next request of that name.
+                self._cancelled.discard(sequence.request.id)
+                self.emit(sequence, event)
+                self.flush()
+                self._wake.notify_all()
 
     def emit(self, sequence: Sequence, event: Event) -> None:
         """Pass an event on to whoever submitted the request."""
@@ -356,45 +397,3 @@ class Engine:
             self.runtime.device,
             None if asked is None else self.grammars.constraint(asked, end_ids),
         )
-
-    def _make_speculator(self) -> Speculator | None:
-        config = self.config.speculative_config
-        if config is None:
-            return None
-        if isinstance(self.runner, ModuleRunner):
-            raise UsageError(
-                "speculation needs the native decoder, which does not run this model: "
-                f"{self.runtime.fallback or 'it was not asked for'}",
-                remedy="leave speculative_config out",
-            )
-        return Speculator(config, self.counters)
-
-    def _kv_bytes(self) -> float:
-        caches = (sequence.cache for sequence in list(self.scheduler.running))
-        return sum(self.runner.nbytes(cache) for cache in caches if cache is not None)
-
-    def _make_metrics(self) -> Metrics:
-        metrics, counters, memory = Metrics(), self.counters, self.memory
-        gauges: dict[str, tuple[str, Callable[[], float]]] = {
-            "requests_running": ("Requests admitted.", lambda: self.running),
-            "requests_queued": ("Requests waiting for admission.", lambda: self.queued),
-            "kv_reserved_tokens": ("Cache tokens in use.", lambda: memory.used),
-            "kv_total_tokens": ("Cache tokens there are.", lambda: memory.total),
-            "kv_bytes": ("Bytes of KV cache held.", self._kv_bytes),
-            "prefix_cache_queries": ("Prompt tokens looked up.", lambda: counters.prefix_queries),
-            "prefix_cache_hits": ("Prompt tokens found there.", lambda: counters.prefix_hits),
-            "preemptions": ("Requests stopped for others.", lambda: counters.preemptions),
-            "spec_decode_draft_tokens": ("Tokens proposed.", lambda: counters.draft_tokens),
-            "spec_decode_accepted_tokens": ("Of those, chosen.", lambda: counters.accepted_tokens),
-        }
-        for name, (text, read) in gauges.items():
-            metrics.gauge(name, text, read)
-        return metrics
-
-
-def _eos_ids(runtime: Runtime) -> frozenset[int]:
-    """Every id that ends a text, as generation config and tokenizer name them."""
-    config = getattr(runtime.model, "generation_config", None)
-    ids = getattr(config, "eos_token_id", None)
-    listed = ids if isinstance(ids, list) else [ids]
-    return frozenset(int(i) for i in (*listed, runtime.tokenizer.eos_token_id) if i is not None)

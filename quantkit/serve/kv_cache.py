@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from quantkit.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from quantkit.models.runtime import Runtime
 
 #: Share of the memory free at start that the cache may grow into; the rest is for activations.
 MEMORY_SHARE = 0.5
@@ -55,6 +58,13 @@ def bytes_per_token(model: PreTrainedModel) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
+
+
+def token_bytes(runtimes: Sequence[Runtime], dtype: str) -> int | None:
+    """Bytes of one token's keys and values in native decoders, of all models together; None where
+    there is no decoder."""
+    decoders = [runtime.decoder for runtime in runtimes]
+    return sum(decoder.token_nbytes(dtype) for decoder in decoders if decoder) or None
 
 
 def plan_capacity(

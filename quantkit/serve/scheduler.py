@@ -4,7 +4,9 @@ Rules:
 
 1. The policy orders who waits; its first is admitted when fewer than ``max_sequences`` run and
    there is memory for what is known of it. Until then nobody behind it is.
-2. Every decoding sequence gets one token per step, or several if some were guessed.
+2. Every decoding sequence gets one token per step, or several if some were guessed. Guesses get
+   what memory is left by all others, and stop nobody; beside prompts there are none, because what
+   they cost is measured in steps of decoding alone.
 3. Beside that, a step reads at most ``prefill_chunk`` tokens of prompts, in the policy's order,
    so that a long prompt slows running answers down by one chunk and never by its whole length.
 4. A decoding sequence that lacks memory makes the policy name one that is stopped: its tokens are
@@ -16,7 +18,8 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, replace
 
 from quantkit.serve.counters import Counters
 from quantkit.serve.memory import Memory
@@ -25,13 +28,14 @@ from quantkit.serve.request import Sequence
 
 MAX_BARREN = 2
 
-#: From a decoding sequence to the tokens that it may generate next: guesses, never too many.
-Propose = Callable[[Sequence], list[int]]
+#: From a step's decoding sequences to the tokens that each may generate next: guesses, never too
+#: many.
+Propose = Callable[[Items[Sequence]], list[list[int]]]
 
 
-def no_guesses(sequence: Sequence) -> list[int]:
+def no_guesses(sequences: Items[Sequence]) -> list[list[int]]:
     """The proposer of an engine that does not speculate."""
-    return []
+    return [[] for _ in sequences]
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Scheduler:
         memory: asked for room before anything runs.
         policy: who comes first; the one who came first unless told otherwise.
         counters: where preemptions are counted.
-        propose: guesses the next tokens of a decoding sequence; by default nothing.
+        propose: guesses the next tokens of the decoding sequences; by default nothing.
     """
 
     def __init__(
@@ -117,7 +121,8 @@ class Scheduler:
     def schedule(self, now: float) -> Step:
         """Admit what fits and lay out the next step; ``now`` is the monotonic clock."""
         self._admit(now)
-        step = Step(self._decodes(now), self._prefills(now))
+        decodes, prefills = self._decodes(now), self._prefills(now)
+        step = Step(decodes if prefills else self._guess(decodes), prefills)
         for chunk in step.chunks:
             self.policy.served(entry(chunk.sequence), len(chunk))
         return step
@@ -152,14 +157,20 @@ class Scheduler:
                 self._preempt(victim)
                 chunks.pop(victim, None)
             if sequence.cache is not None:  # nobody has stopped it, not even itself
-                chunks[sequence] = self._decode(sequence)
+                chunks[sequence] = Chunk(sequence, sequence.computed, sequence.computed + 1)
         return tuple(chunks.values())
 
-    def _decode(self, sequence: Sequence) -> Chunk:
-        guesses = self.propose(sequence)
-        if guesses and not self.memory.grow(sequence, 1 + len(guesses)):
-            guesses = []  # not worth stopping anybody
-        return Chunk(sequence, sequence.computed, sequence.computed + 1, tuple(guesses))
+    def _guess(self, decodes: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
+        """The same with guesses, now that all have the room that they need without."""
+        if not decodes:
+            return ()
+        proposals = self.propose([chunk.sequence for chunk in decodes])
+        return tuple(
+            replace(chunk, guesses=tuple(guesses))
+            if guesses and self.memory.grow(chunk.sequence, 1 + len(guesses))
+            else chunk
+            for chunk, guesses in zip(decodes, proposals, strict=True)
+        )
 
     def _prefills(self, now: float) -> tuple[Chunk, ...]:
         if all(sequence.decoding for sequence in self.running):

@@ -1,32 +1,47 @@
 """Guessing the next tokens of an answer, so that one pass through the model checks several.
 
-Prompt lookup (Saxena 2023; Leviathan et al. 2023 for the check): the last few tokens stood in the
-text before, and what followed them then may follow now. A guess is kept while it equals the token
-that the model draws by itself, from the request's own random stream. So guesses change neither
-greedy nor sampled answers by a token, and need no acceptance rule of their own.
+Guesses come from the text itself (`lookup`) or from a small model (`draft_model`). A guess is kept
+while it equals the token that the model draws by itself, from the request's own random stream
+(Leviathan et al. 2023 accept more, at the price of other tokens). So guesses change neither greedy
+nor sampled answers by a token, and need no acceptance rule of their own.
 
-A guess is not free: it is one row more in the pass. Steps are timed, guesses are counted, and a
-request whose guesses cost more than they save makes a pause.
+A guess is not free. Passes are timed and outcomes counted, for each answer and each kind of guess;
+each pass gets the guesses that are expected to raise its goodput, and credit bounds what can be
+lost where the expectation is wrong (`goodput`).
 """
 
 from __future__ import annotations
 
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from quantkit.errors import UsageError
 from quantkit.serve.counters import Counters
+from quantkit.serve.draft_model import DraftModel, make_draft_model
+from quantkit.serve.goodput import OUTLIER, Credit, PassCost, Rate, allot, winnings
+from quantkit.serve.lookup import PromptLookup, follow
 
 if TYPE_CHECKING:
+    from quantkit.models.runtime import Runtime
+    from quantkit.serve.kv_cache import Capacity
     from quantkit.serve.request import Sequence
 
+logger = logging.getLogger(__name__)
+
 MAX_SPECULATIVE_TOKENS = 16
-#: Of a step's time, a row's share while no measurement can tell.
-UNKNOWN_SHARE = 0.25
-#: Weight that an old measurement keeps at each new one.
-FADE = 0.95
-FIRST_PAUSE, LONGEST_PAUSE = 16, 512
+#: What a kind of guess is worth before the first outcome.
+FIRST_RATE = 0.5
+#: Passes' worth of credit for guesses, and for reading texts with a draft model.
+GUESS_CREDIT, READ_CREDIT = 2.0, 64.0
+#: An answer is expected to go on for as long as it has lasted, and at least so many tokens.
+LEAST_LEFT = 32
+#: Kind of a draft model's guesses; those of a lookup are the length of what was found.
+DRAFTED = 0
 
 
 @dataclass(frozen=True)
@@ -34,7 +49,8 @@ class SpeculativeConfig:
     """Named as in vLLM's ``speculative_config``.
 
     Attributes:
-        method: "ngram" looks the last tokens up in prompt and answer.
+        method: "ngram" looks the last tokens up in prompt and answer. An engine that has a draft
+            model asks that, too, where a lookup finds nothing better.
         num_speculative_tokens: guesses a step and request at most.
         prompt_lookup_max: longest run of last tokens that is looked up; longer ones first.
         prompt_lookup_min: the shortest.
@@ -63,149 +79,268 @@ class SpeculativeConfig:
             )
 
 
-class PromptLookup:
-    """Where each run of tokens of one text stood last."""
-
-    def __init__(self, shortest: int, longest: int) -> None:
-        self._ends: dict[int, dict[tuple[int, ...], int]] = {
-            n: {} for n in range(longest, shortest - 1, -1)
-        }
-        self._known = 0
-
-    def __call__(self, tokens: Items[int], count: int) -> list[int]:
-        """What followed the last tokens at their last occurrence, ``count`` of it, or nothing.
-
-        ``tokens`` is the text of the last call with more at its end.
-        """
-        # The run at the very end is what is looked up: it must not find itself.
-        for end in range(self._known + 1, len(tokens)):
-            for n, ends in self._ends.items():
-                if end >= n:
-                    ends[tuple(tokens[end - n : end])] = end
-        self._known = max(self._known, len(tokens) - 1)
-        for n, ends in self._ends.items():
-            end = ends.get(tuple(tokens[-n:]), 0)
-            if end:
-                return _continue(tokens, end, count)
-        return []
-
-
-def _continue(tokens: Items[int], start: int, count: int) -> list[int]:
-    """``tokens`` from ``start`` on; past their end, what was guessed goes on by itself: a loop."""
-    guesses: list[int] = []
-    for place in range(start, start + count):
-        known = place < len(tokens)
-        guesses.append(tokens[place] if known else guesses[place - len(tokens)])
-    return guesses
-
-
-class StepCost:
-    """Seconds of a decoding step as ``a + b · rows``: least squares in which old steps fade."""
-
-    def __init__(self) -> None:
-        self._weight = self._rows = self._seconds = self._square = self._product = 0.0
-
-    def observe(self, rows: int, seconds: float) -> None:
-        """A step took so long for so many rows."""
-        self._weight = self._weight * FADE + 1
-        self._rows = self._rows * FADE + rows
-        self._seconds = self._seconds * FADE + seconds
-        self._square = self._square * FADE + rows * rows
-        self._product = self._product * FADE + rows * seconds
-
-    def break_even(self, sequences: int) -> float:
-        """Share of guesses that must be right to pay.
-
-        A guess costs ``b``. One that is right saves what a token costs without any: the step of
-        ``n`` sequences divided by its tokens, ``(a + b n) / n``.
-        """
-        share = self._row_share()
-        # In units of a step at the mean number of rows, where b is share / mean.
-        mean = self._rows / self._weight if self._weight else 1.0
-        row = share / mean
-        return row * sequences / (1 - share + row * sequences)
-
-    def _row_share(self) -> float:
-        """b · mean rows, in units of the mean step; between 0 and 1."""
-        if not self._weight:
-            return UNKNOWN_SHARE
-        rows, seconds = self._rows / self._weight, self._seconds / self._weight
-        variance = self._square / self._weight - rows * rows
-        if variance < 0.1 or seconds <= 0:
-            return UNKNOWN_SHARE  # steps of one size say nothing about another
-        slope = (self._product / self._weight - rows * seconds) / variance
-        return min(max(slope * rows / seconds, 0.0), 1.0)
-
-
 @dataclass
 class Draft:
     """One request's guessing.
 
     Attributes:
         lookup: finds guesses.
-        proposed: guesses made, old ones fading; begins with half a success to be found out.
-        accepted: those that were right.
-        resume: tokens of the answer from which on it guesses again.
-        pause: how long the next pause is.
+        rates: how often a lookup and the draft model were right.
+        kind: of the guesses that the model is asked about.
+        broken: making guesses failed once: there are no more.
     """
 
     lookup: PromptLookup
-    proposed: float = 4.0
-    accepted: float = 2.0
-    resume: int = 0
-    pause: int = FIRST_PAUSE
-
-    def verified(self, proposed: int, accepted: int) -> None:
-        """So many of the last guesses were right."""
-        self.proposed = self.proposed * FADE + proposed
-        self.accepted = self.accepted * FADE + accepted
-
-    def rest(self, written: int) -> None:
-        """Stop guessing for a while; each time in a row for twice as long."""
-        self.resume = written + self.pause
-        self.pause = min(2 * self.pause, LONGEST_PAUSE)
-        self.proposed, self.accepted = 1.0, 0.5
+    rates: tuple[Rate, Rate] = field(default_factory=lambda: (Rate(), Rate()))
+    kind: int = 0
+    broken: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Candidate:
+    """An answer that may be guessed: where it stands in the step, how, and how well."""
+
+    index: int
+    sequence: Sequence
+    limit: int
+    kind: int
+    rate: float
+    end: int = 0
+
+
+def make_speculator(
+    config: SpeculativeConfig | None,
+    runtime: Runtime,
+    draft: Runtime | None,
+    capacity: Capacity,
+    kv_dtype: str,
+    counters: Counters,
+) -> Speculator | None:
+    """What guesses in an engine; None where neither a config nor a draft model is given.
+
+    Raises:
+        UsageError: a model does not run in the native decoder, or the draft does not fit.
+    """
+    if config is None and draft is None:
+        return None
+    model = make_draft_model(
+        runtime,
+        draft,
+        max_context=capacity.max_context,
+        kv_tokens=capacity.kv_tokens,
+        kv_dtype=kv_dtype,
+    )
+    return Speculator(config or SpeculativeConfig(), counters, model)
+
+
 class Speculator:
-    """Makes guesses for the sequences of an engine and learns what they are worth."""
+    """Makes guesses for the sequences of an engine and learns what they are worth.
 
-    config: SpeculativeConfig
-    counters: Counters
-    cost: StepCost = field(default_factory=StepCost)
-    sequences: int = 1
+    Args:
+        config: how.
+        counters: where guesses are counted.
+        model: guesses where a lookup does not; None leaves that out.
+        clock: seconds; whoever times steps uses the same.
 
-    def propose(self, sequence: Sequence) -> list[int]:
-        """Guesses at the tokens that a decoding sequence will generate next."""
-        config, written = self.config, sequence.output_tokens
-        draft = sequence.draft
-        if draft is None:
-            lookup = PromptLookup(config.prompt_lookup_min, config.prompt_lookup_max)
-            draft = sequence.draft = Draft(lookup)
-        # The pass gives one token more than its right guesses.
-        count = min(
-            config.num_speculative_tokens, sequence.request.sampling.max_tokens - written - 1
-        )
-        if count < 1 or written < draft.resume:
-            return []
-        guesses = draft.lookup(sequence.tokens, count)
-        return sequence.answer.possible(guesses) if sequence.answer else guesses
+    Attributes:
+        cost: seconds of the model's passes.
+        credit, reading: what may be lost to guesses, and to a draft model's reading.
+    """
+
+    def __init__(
+        self,
+        config: SpeculativeConfig,
+        counters: Counters,
+        model: DraftModel | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.config = config
+        self.counters = counters
+        self.model = model
+        self.cost = PassCost()
+        self.credit = Credit(GUESS_CREDIT)
+        self.reading = Credit(READ_CREDIT)
+        self._rates: dict[int, Rate] = defaultdict(Rate)
+        self.clock = clock
+        # Of the step that runs: what its guesses took to make, and how many were right.
+        self._making = 0.0
+        self._drafted = False
+        self._accepted = 0
+
+    # For the scheduler -----------------------------------------------------------------------
+
+    def propose(self, sequences: Items[Sequence]) -> list[list[int]]:
+        """Guesses at the tokens that each of a step's decoding sequences will generate next."""
+        self._making, self._accepted, self._drafted = 0.0, 0, False
+        guesses: list[list[int]] = [[] for _ in sequences]
+        # Now and then without any, so that it stays known how long that takes.
+        if not self.credit.open or self.cost.stale(len(sequences)):
+            return guesses
+        started = self.clock()
+        candidates = self._candidates(sequences)
+        counts = self._allot(candidates, len(sequences))
+        chosen = [(c, count) for c, count in zip(candidates, counts, strict=True) if count]
+        for candidate, found in self._make(chosen):
+            candidate.sequence.draft.kind = candidate.kind  # type: ignore[union-attr]
+            guesses[candidate.index] = self._possible(candidate.sequence, found)
+        self._making = self.clock() - started
+        self._read(sequences)
+        return guesses
+
+    def forget(self, sequence: Sequence) -> None:
+        """A request is over, or waits again."""
+        if self.model is not None:
+            self.model.forget(sequence)
+
+    # For the worker --------------------------------------------------------------------------
 
     def verified(self, sequence: Sequence, proposed: int, accepted: int) -> None:
         """The model was asked about guesses, and so many were right."""
+        self.counters.drafts += 1
         self.counters.draft_tokens += proposed
         self.counters.accepted_tokens += accepted
+        self._accepted += accepted
         draft = sequence.draft
-        if draft is None:
-            return
-        draft.verified(proposed, accepted)
-        if draft.accepted < self.cost.break_even(self.sequences) * draft.proposed:
-            draft.rest(sequence.output_tokens)
-        elif accepted == proposed:
-            draft.pause = FIRST_PAUSE
+        assert draft is not None, "guesses were made for it"
+        draft.rates[draft.kind == DRAFTED].observe(proposed, accepted)
+        self._rates[draft.kind].observe(proposed, accepted)
 
     def observe(self, sequences: int, rows: int, seconds: float) -> None:
-        """A step of decoding alone took so long."""
-        self.sequences = sequences
+        """A step of decoding alone took so long, and all its guesses are `verified`."""
+        plain, expected = self.cost(sequences), self.cost(rows)
         self.cost.observe(rows, seconds)
+        if rows == sequences:
+            self.credit.book(seconds, -self._making)
+            self.reading.book(seconds, 0.0)
+            return
+        # What another process took from this pass is not the guesses' fault.
+        taken = min(seconds, OUTLIER * expected) + self._making
+        won = winnings(plain, taken, sequences, self._accepted)
+        self.credit.book(plain, won)
+        self.reading.book(plain, won if self._drafted else 0.0)
+
+    # Inside ----------------------------------------------------------------------------------
+
+    def _candidates(self, sequences: Items[Sequence]) -> list[_Candidate]:
+        found = (self._candidate(i, sequence) for i, sequence in enumerate(sequences))
+        return [candidate for candidate in found if candidate is not None]
+
+    def _candidate(self, index: int, sequence: Sequence) -> _Candidate | None:
+        config = self.config
+        # The pass gives one token more than its right guesses.
+        left = sequence.request.sampling.max_tokens - sequence.output_tokens - 1
+        limit = min(config.num_speculative_tokens, left)
+        if sequence.draft is None:
+            lookup = PromptLookup(config.prompt_lookup_min, config.prompt_lookup_max)
+            sequence.draft = Draft(lookup)
+        draft = sequence.draft
+        if limit < 1 or draft.broken:
+            return None
+        length, end = draft.lookup.find(sequence.tokens)
+        looked_up = self._rate(draft, length) if length else 0.0
+        if self.model is not None and self.model.behind(sequence) <= limit + 1:
+            drafted = self._rate(draft, DRAFTED)
+            if drafted > looked_up:
+                return _Candidate(index, sequence, limit, DRAFTED, drafted)
+        return _Candidate(index, sequence, limit, length, looked_up, end) if length else None
+
+    def _rate(self, draft: Draft, kind: int) -> float:
+        return draft.rates[kind == DRAFTED].expected(self._rates[kind].expected(FIRST_RATE))
+
+    def _allot(self, candidates: list[_Candidate], sequences: int) -> list[int]:
+        if not candidates:
+            return []
+        counts = allot(
+            [candidate.rate for candidate in candidates],
+            [candidate.limit for candidate in candidates],
+            self.cost,
+            sequences=sequences,
+            drafted=[candidate.kind == DRAFTED for candidate in candidates],
+            draft_cost=self._draft_cost,
+        )
+        if not any(counts) and self.credit.full:
+            # What was said so far may be a bad sign for what comes: try the best one again.
+            best = max(range(len(candidates)), key=lambda i: candidates[i].rate)
+            counts[best] = candidates[best].limit
+        return counts
+
+    def _draft_cost(self, rows: int) -> float:
+        """Seconds of a draft model's pass; before the first one, those of the model's."""
+        assert self.model is not None
+        cost = self.model.cost
+        return cost(rows) if cost.known else self.cost(rows)
+
+    def _make(self, chosen: list[tuple[_Candidate, int]]) -> list[tuple[_Candidate, list[int]]]:
+        """Each answer's guesses, as many as were allotted."""
+        made = []
+        drafted = []
+        for candidate, count in chosen:
+            if candidate.kind == DRAFTED:
+                drafted.append((candidate, count))
+            else:
+                tokens = follow(candidate.sequence.tokens, candidate.end, count)
+                made.append((candidate, tokens))
+        if drafted and self.model is not None:
+            self._drafted = True
+            sequences = [candidate.sequence for candidate, _ in drafted]
+            try:
+                found = self.model.guess(sequences, [count for _, count in drafted])
+            except Exception:
+                self._give_up()
+            else:
+                made += [(c, tokens) for (c, _), tokens in zip(drafted, found, strict=True)]
+        return made
+
+    def _possible(self, sequence: Sequence, guesses: list[int]) -> list[int]:
+        """Of guesses those that the answer's form allows."""
+        draft, answer = sequence.draft, sequence.answer
+        assert draft is not None
+        assert answer is not None
+        try:
+            return answer.possible(guesses)
+        except Exception:
+            # Guesses decide no token: the answer goes on without, and nobody else notices.
+            logger.exception("request %s: no more guesses", sequence.request.id)
+            draft.broken = True
+            return []
+
+    def _read(self, sequences: Items[Sequence]) -> None:
+        """Let the draft model read on in one text, if that is expected to pay."""
+        if self.model is None:
+            return
+        model, most = self.model, self.config.num_speculative_tokens
+        for sequence in sequences:
+            behind = model.behind(sequence) - 1
+            if behind <= most or sequence.draft is None or sequence.draft.broken:
+                continue
+            passes, rest = divmod(behind, model.read_tokens)
+            price = passes * self._draft_cost(model.read_tokens) + self._draft_cost(rest)
+            if not self.reading.affords(price) or price > self._prospect(sequence, len(sequences)):
+                continue
+            started = self.clock()
+            try:
+                model.read(sequence)
+            except Exception:
+                self._give_up()
+            self.reading.spend(self.clock() - started)
+            return
+
+    def _prospect(self, sequence: Sequence, sequences: int) -> float:
+        """Seconds that a draft model's guesses may save this answer yet."""
+        assert sequence.draft is not None
+        written, sampling = sequence.output_tokens, sequence.request.sampling
+        left = min(sampling.max_tokens - written, max(written, LEAST_LEFT))
+        rate, plain = self._rate(sequence.draft, DRAFTED), self.cost(sequences)
+        best = 0.0
+        tokens, chance = 1.0, 1.0
+        for count in range(1, self.config.num_speculative_tokens + 1):
+            chance *= rate
+            tokens += chance
+            extra = self.cost(sequences + count) - plain + count * self._draft_cost(1)
+            # Seconds won a pass, for each of the tokens that come out of it.
+            best = max(best, ((tokens - 1) * plain / sequences - extra) / tokens)
+        return best * left
+
+    def _give_up(self) -> None:
+        logger.exception("the draft model failed: there are no more guesses of it")
+        self.model = None

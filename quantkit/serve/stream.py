@@ -44,9 +44,10 @@ class EventStream:
             raise
 
     def _post(self, index: int, event: Event) -> None:
-        self._loop.call_soon_threadsafe(self._arrived, index, event)
+        self._engine.outbox.post(self._loop, self, index, event)
 
-    def _arrived(self, index: int, event: Event) -> None:
+    def arrived(self, index: int, event: Event) -> None:
+        """The event loop has an event."""
         self._queue.put_nowait((index, event))
         self._observe(index, event)
 

@@ -39,6 +39,10 @@ class Owner(Protocol):
         """Pass on an event that is not the last one."""
         ...
 
+    def flush(self) -> None:
+        """A pass begins: what was emitted may be read meanwhile."""
+        ...
+
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """The sequence ends as it was asked to."""
         ...
@@ -78,6 +82,7 @@ class Worker:
         self.metrics = metrics
         self.begin = begin
         self.speculator = speculator
+        self.clock: Callable[[], float] = time.perf_counter
 
     def step(self, now: float) -> bool:
         """Compute and emit what the scheduler lays out at ``now``, of the monotonic clock.
@@ -88,18 +93,20 @@ class Worker:
         step = self.scheduler.schedule(now)
         chunks = [chunk for chunk in step.chunks if self.owner.wanted(chunk.sequence)]
         if not chunks:
+            self.owner.flush()
             return False
         works = [
             Work(chunk.sequence.cache, chunk.token_ids, all_logits=_wants_all_logits(chunk))
             for chunk in chunks
         ]
-        started = time.perf_counter()
+        self.owner.flush()
+        started = self.clock()
         results = self.runner.run(works)
-        if self.speculator is not None and not step.prefills:
-            seconds = time.perf_counter() - started
-            self.speculator.observe(len(chunks), sum(map(len, chunks)), seconds)
+        seconds = self.clock() - started
         for chunk, result in zip(chunks, results, strict=True):
             self._guarded(chunk.sequence, partial(self._proceed, chunk, result))
+        if self.speculator is not None and not step.prefills:
+            self.speculator.observe(len(chunks), sum(map(len, chunks)), seconds)
         return True
 
     def _guarded(self, sequence: Sequence, work: Callable[[], None]) -> None:
@@ -165,9 +172,9 @@ class Worker:
             sequence.tokens.append(event.token_id)
             self.metrics.generated_tokens.inc()
             self.owner.emit(sequence, event)
+            accepted += event.token_id == guess
             if answer.finish_reason or event.token_id != guess:
                 break
-            accepted += 1
         sequence.computed, sequence.barren = chunk.end + accepted, 0
         self.memory.settle(sequence)
         if self.speculator is not None and chunk.guesses:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,11 +14,13 @@ from dataclasses import dataclass
 import torch
 
 from quantkit.models.runtime import Runtime
+from quantkit.serve import speculation
 from quantkit.serve.api.app import create_app
 from quantkit.serve.api.server import Server, bind, url
 from quantkit.serve.config import ServeConfig, open_config
 from quantkit.serve.engine import Engine, EngineConfig
 from quantkit.serve.events import Event, Failed, Finished, TokenEvent
+from quantkit.serve.goodput import Credit, PassCost
 from quantkit.serve.policy.order import Entry, Policy
 from quantkit.serve.policy.tiered import Tiered
 from quantkit.serve.request import Request, SamplingParams
@@ -28,6 +31,8 @@ def assert_empty(engine: Engine) -> None:
     """Nothing live, nothing reserved."""
     wait_until(lambda: engine.live == 0)
     assert (engine.running, engine.queued, engine.memory.used) == (0, 0, 0)
+    if engine.speculator is not None and engine.speculator.model is not None:
+        assert engine.speculator.model.used_pages == 0
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -38,9 +43,14 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 
 
 @contextmanager
-def running(runtime: Runtime, policy: Policy | None = None, **config: object) -> Iterator[Engine]:
+def running(
+    runtime: Runtime,
+    policy: Policy | None = None,
+    draft: Runtime | None = None,
+    **config: object,
+) -> Iterator[Engine]:
     """An engine with its thread; stopped at the end, and nothing leaked."""
-    engine = Engine(runtime, EngineConfig(**config), policy).start()  # type: ignore[arg-type]
+    engine = Engine(runtime, EngineConfig(**config), policy, draft).start()  # type: ignore[arg-type]
     try:
         yield engine
     finally:
@@ -157,6 +167,44 @@ def generate(engine: Engine, *requests: Request) -> list[Outcome]:
         return outcomes
 
     return asyncio.run(asyncio.wait_for(collect(), 120))
+
+
+def stepped(
+    runtime: Runtime,
+    policy: Policy | None = None,
+    draft: Runtime | None = None,
+    **config: object,
+) -> Engine:
+    """An engine without a thread: whoever tests it turns it."""
+    engine = Engine(runtime, EngineConfig(**config), policy, draft)  # type: ignore[arg-type]
+    engine._accepting = True
+    return engine
+
+
+def submit(engine: Engine, item: Request) -> Outcome:
+    """Queue a request and collect its events as they come."""
+    outcome = Outcome([])
+    engine.submit(item, outcome.events.append)
+    return outcome
+
+
+def finish(engine: Engine) -> None:
+    """Turn an engine without a thread until nothing is live."""
+    while engine.live:
+        engine._take_orders()
+        engine.step()
+    assert_empty(engine)
+
+
+def always_guess(monkeypatch) -> None:
+    """Guess whenever something can be guessed, whether it pays or not."""
+    monkeypatch.setattr(speculation, "allot", lambda rates, limits, cost, **options: list(limits))
+    monkeypatch.setattr(Credit, "open", True)
+    monkeypatch.setattr(Credit, "affords", lambda self, seconds: True)
+    monkeypatch.setattr(
+        speculation.Speculator, "_prospect", lambda self, sequence, sequences: math.inf
+    )
+    monkeypatch.setattr(PassCost, "stale", lambda self, rows: False)
 
 
 def oracle(runtime: Runtime, ids: list[int], new_tokens: int) -> list[int]:

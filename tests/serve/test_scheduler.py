@@ -173,13 +173,14 @@ def test_every_request_ends_whatever_the_policy_and_the_memory(
         memory=memory,
         policy=FirstCome() if seed is None else Scattered(seed),
         counters=counters,
-        propose=lambda item: (
+        propose=lambda items: [
             [1]
             * min(
                 guesses[item.request.id],
                 item.request.sampling.max_tokens - item.output_tokens - 1,
             )
-        ),
+            for item in items
+        ],
     )
     sequences = [sequence(f"s{i}", job[0], job[1]) for i, job in enumerate(jobs)]
     for item, job in zip(sequences, jobs, strict=True):
@@ -278,6 +279,31 @@ def test_pages_are_taken_as_they_are_needed() -> None:
     # One page was left: the first took it, and the second made room for itself.
     assert (subject.running, subject.waiting, counters.preemptions) == ([first], [second], 1)
     assert (second.computed, second.output_tokens, pool.used) == (0, 57, 2)
+
+
+def test_guesses_stop_nobody() -> None:
+    """One page is left: the first answer's guesses would reach into it, the second needs it."""
+    pool, counters = PagePool(4), Counters()
+    subject = Scheduler(
+        max_sequences=2,
+        prefill_chunk=200,
+        memory=PageMemory(pool, counters),
+        counters=counters,
+        propose=lambda items: [[1] * 4 for _ in items],
+    )
+    first, second = sequence("a", 61, 50), sequence("b", 63, 50)
+    for item in (first, second):
+        subject.add(item)
+    for _ in range(2):  # the prompts; tokens 62 and 64, and the guesses behind them
+        for chunk in subject.schedule(0).chunks:
+            advance(chunk)
+            if chunk.sequence.left <= 1:
+                subject.memory.settle(chunk.sequence)
+    pool.take()
+    step = subject.schedule(0)
+    assert [chunk.sequence for chunk in step.decodes] == [first, second]
+    assert [len(chunk.guesses) for chunk in step.decodes] == [0, 4]
+    assert counters.preemptions == 0
 
 
 def test_a_candidate_may_stop_who_runs() -> None:

@@ -7,13 +7,13 @@ import re
 
 import jsonschema
 import pytest
-from serve_helpers import generate, request, running
+from serve_helpers import always_guess, generate, request, running
 
 from quantkit.models.runtime import Runtime
 from quantkit.serve import structured
 from quantkit.serve.engine import Engine
 from quantkit.serve.request import RequestError, SamplingParams, StructuredOutputs
-from quantkit.serve.speculation import SpeculativeConfig, StepCost
+from quantkit.serve.speculation import SpeculativeConfig
 from quantkit.serve.structured import GrammarCompiler
 
 SCHEMA = {
@@ -75,7 +75,7 @@ def test_any_object(engine: Engine) -> None:
 
 
 def test_a_grammar_holds_under_speculation(native: Runtime, monkeypatch) -> None:
-    monkeypatch.setattr(StepCost, "break_even", lambda self, sequences: 0.0)
+    always_guess(monkeypatch)
     forms = [
         asked("a", regex=r"(ab){20,30}c"),
         asked("b", regex=r"[01 ]{60}", temperature=1.0, seed=2),

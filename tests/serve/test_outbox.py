@@ -1,0 +1,87 @@
+"""Events reach their loop in order, a step's worth at once, whoever else is gone."""
+
+from __future__ import annotations
+
+import asyncio
+
+from serve_helpers import request, stepped
+
+from quantkit.models.runtime import Runtime
+from quantkit.serve.events import Event, Finished, TokenEvent
+from quantkit.serve.outbox import Outbox
+
+
+class Reader:
+    def __init__(self, fails: bool = False) -> None:
+        self.events: list[tuple[int, Event]] = []
+        self.closed = 0
+        self.fails = fails
+
+    def arrived(self, index: int, event: Event) -> None:
+        if self.fails:
+            raise RuntimeError("it cannot read")
+        self.events.append((index, event))
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def tokens(*ids: int) -> list[TokenEvent]:
+    return [TokenEvent(i, str(i)) for i in ids]
+
+
+def test_a_step_is_one_hand_over(native: Runtime, monkeypatch) -> None:
+    """Three answers, one wake-up a step; the last events do not wait for a next step."""
+
+    async def serve() -> list[tuple[int, Event]]:
+        engine = stepped(native)
+        loop = asyncio.get_running_loop()
+        wakes = 0
+        wake = loop.call_soon_threadsafe
+
+        def counted(*arguments):
+            nonlocal wakes
+            wakes += 1
+            return wake(*arguments)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+        stream = engine.stream(
+            *(request(name, [5, 6], max_tokens=4, ignore_eos=True) for name in "abc")
+        )
+        engine._take_orders()
+        for step in range(3):
+            engine.step()
+            assert wakes == step
+        engine.step()
+        assert wakes == 3 + 3  # and the three ends
+        return [item async for item in stream]
+
+    events = asyncio.run(serve())
+    for index in range(3):
+        mine = [event for i, event in events if i == index]
+        assert [type(event) for event in mine] == [TokenEvent] * 4 + [Finished]
+
+
+def test_one_who_cannot_read_disturbs_nobody(caplog) -> None:
+    async def deliver() -> None:
+        outbox, loop = Outbox(), asyncio.get_running_loop()
+        for i, event in enumerate(tokens(1, 2, 3)):
+            outbox.post(loop, bad if i == 1 else good, i, event)
+        outbox.flush()
+        outbox.flush()  # nothing twice
+        await asyncio.sleep(0)
+
+    good, bad = Reader(), Reader(fails=True)
+    asyncio.run(deliver())
+    assert [event.token_id for _, event in good.events] == [1, 3]
+    assert "an event was not taken" in caplog.text
+
+
+def test_readers_of_a_closed_loop_are_closed_once() -> None:
+    outbox, reader = Outbox(), Reader()
+    loop = asyncio.new_event_loop()
+    for event in tokens(1, 2):
+        outbox.post(loop, reader, 0, event)
+    loop.close()
+    outbox.flush()
+    assert (reader.closed, reader.events) == (1, [])
