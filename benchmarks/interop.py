@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -171,12 +172,21 @@ def distance(a: Answers, b: Answers) -> float:
 
 
 def reason_of(error: Exception) -> str:
-    """The line of an error that says why: of an engine's log its last line with an error in it."""
+    """The line of an error that says why: of an engine's log the last exception in it that is more
+    than word of another process's end."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, QuantkitError):
-        telling = [line for line in lines if "Error" in line]
-        return (telling or lines)[-1]
+        found = [match[0] for line in lines if (match := _RAISED.search(line)) is not None]
+        telling = [line for line in found if not any(word in line for word in _AFTERMATH)]
+        return (telling or found or lines)[-1]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+#: An exception as a traceback ends with it, behind whatever the engine's log puts in front.
+_RAISED = re.compile(r"\b\w*(?:Error|Exception): .*")
+
+#: What other processes of an engine say when one has failed.
+_AFTERMATH = ("Engine core initialization failed", "EngineDeadError", "failed to start")
 
 
 def last_line(text: str) -> str:
@@ -237,18 +247,22 @@ def ask_vllm(checkpoint: Path, prompts: Sequence[str], args: argparse.Namespace)
 
     options = VllmOptions(max_context=1024, arguments=tuple(args.vllm_arg))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with running(
-        find_vllm(args.vllm_python),
-        read_artifact(str(checkpoint)),
-        options,
-        environment=environment,
-        timeout=1800,
-        refuse=False,
-    ) as process:
-        endpoint = connect(EndpointConfig(process.url, timeout=900))
-        return ask(
-            EndpointLM(endpoint, load_tokenizer(str(checkpoint))[0]), prompts, args.new_tokens
-        )
+    log: list[str] = []
+    try:
+        with running(
+            find_vllm(args.vllm_python),
+            read_artifact(str(checkpoint)),
+            options,
+            environment=environment,
+            timeout=1800,
+            echo=log.append,
+            refuse=False,
+        ) as process:
+            endpoint = connect(EndpointConfig(process.url, timeout=900))
+            tokenizer = load_tokenizer(str(checkpoint))[0]
+            return ask(EndpointLM(endpoint, tokenizer), prompts, args.new_tokens)
+    except QuantkitError as e:  # the end of its log that the error holds may not reach the cause
+        raise QuantkitError("\n".join([*log, e.message])) from e
 
 
 def ask(lm: Any, prompts: Sequence[str], new: int) -> Answers:

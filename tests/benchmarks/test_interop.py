@@ -30,6 +30,14 @@ def test_what_an_engine_raises_is_its_reason() -> None:
         )
 
     assert interop.compare(answers(), refuses, answers()).reason == "ValueError: no kernel"
+    log = [
+        "(EngineCore pid=7) ERROR 11-22 [core.py:9] NotImplementedError: no kernel for 3 bits",
+        "(APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above.",
+    ]
+    assert interop.reason_of(QuantkitError("\n".join(log))) == (
+        "NotImplementedError: no kernel for 3 bits"
+    )
+    assert interop.reason_of(QuantkitError(log[1])).startswith("RuntimeError: Engine core")
     assert interop.reason_of(KeyError("x")) == "KeyError: 'x'"
     assert interop.last_line("progress\nerror: group 128 does not divide\n") == (
         "group 128 does not divide"
