@@ -186,7 +186,7 @@ def reason_of(error: Exception) -> str:
 _RAISED = re.compile(r"\b\w*(?:Error|Exception): .*")
 
 #: What other processes of an engine say when one has failed.
-_AFTERMATH = ("Engine core initialization failed", "EngineDeadError", "failed to start")
+_AFTERMATH = ("initialization failed", "EngineDeadError", "failed to start")
 
 
 def last_line(text: str) -> str:
