@@ -26,7 +26,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -196,18 +195,17 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    with suppress(KeyboardInterrupt):
-        try:
-            answers = run(
-                load_runtime(options.checkpoint),
-                seconds=60 * options.minutes,
-                clients=options.clients,
-                seed=options.seed,
-                told=lambda line: print(line, flush=True),
-            )
-        except BrokenError as error:
-            sys.exit(f"broken: {error}")
-        print(f"all held: {dict(answers)}")
+    try:
+        answers = run(
+            load_runtime(options.checkpoint),
+            seconds=60 * options.minutes,
+            clients=options.clients,
+            seed=options.seed,
+            told=lambda line: print(line, flush=True),
+        )
+    except BrokenError as error:
+        sys.exit(f"broken: {error}")
+    print(f"all held: {dict(answers)}")
 
 
 if __name__ == "__main__":

@@ -326,9 +326,10 @@ def main() -> None:
         if args.output:
             args.output.write_text(json.dumps(document(args, phases), indent=1) + "\n")
     machine = hardware(args.threads)
+    flags = " ".join(machine.get("flags", ()))
     print(
         f"{machine.get('cpu', '')} family {machine.get('family')} model {machine.get('model')}, "
-        f"{machine.get('cores')} cores, {args.threads} threads; {' '.join(machine['flags'])}"
+        f"{machine.get('cores')} cores, {args.threads} threads; {flags}"
     )
     print(
         f"{args.prompt_tokens} prompt tokens, {args.output_tokens} new ones, {args.rounds} rounds; "

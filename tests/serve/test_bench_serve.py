@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 from serve_helpers import Live, before_forward, serving
 
@@ -183,6 +184,22 @@ def test_a_server_must_be_named(capfd: pytest.CaptureFixture[str]) -> None:
     assert "nothing to measure" in capfd.readouterr().err
     assert cli(["bench", "serve", "--endpoint", "http://127.0.0.1:1"]) == 2
     assert "token ids" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_checkpoints_own_server_is_started_and_ended(
+    runtime: Runtime, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runtime.model.save_pretrained(tmp_path / "tiny")
+    runtime.tokenizer.save_pretrained(tmp_path / "tiny")
+    command = ["bench", "serve", str(tmp_path / "tiny"), "--serve-arg=--threads", "--serve-arg=1"]
+    load = ["--concurrency", "2", "--requests", "3", "--output-tokens", "4", "--json"]
+    assert cli([*command, *load]) == 0
+    said = read(capfd)
+    assert said["model"] == "tiny"
+    assert said["shape"]["vocab_size"] == len(runtime.tokenizer)
+    assert said["rows"][0]["total"]["done"] == 3
+    assert not [child for child in psutil.Process().children() if "serve" in child.cmdline()]
 
 
 # --- servers that lie or break -------------------------------------------------------------------
