@@ -7,7 +7,7 @@ the code that lm-eval was installed with, and no other.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -103,12 +103,18 @@ def check_functions(name: str, path: Path) -> None:
                 check_functions(name, path.parent / item.value)
 
 
-def _nodes(node: yaml.Node) -> list[yaml.Node]:
-    """A node and all below it."""
-    if isinstance(node, yaml.ScalarNode):
-        return [node]
-    parts = [p for child in node.value for p in (child if isinstance(child, tuple) else (child,))]
-    return [node, *(below for part in parts for below in _nodes(part))]
+def _nodes(root: yaml.Node) -> Iterator[yaml.Node]:
+    """A node and all below it, each once: an alias may stand inside of what it names."""
+    seen: set[int] = set()
+    waiting: list[Any] = [root]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, tuple):  # a key and its value
+            waiting += node
+        elif id(node) not in seen:
+            seen.add(id(node))
+            yield node
+            waiting += [] if isinstance(node, yaml.ScalarNode) else node.value
 
 
 def measure(task: Any, metric: str) -> tuple[str, Score] | None:

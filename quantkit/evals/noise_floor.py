@@ -13,7 +13,7 @@ from quantkit.noise import NoiseFloor, TaskNoise
 from quantkit.progress import Progress, silent
 from quantkit.results import Results
 
-#: Rows of a batch in the second run, for each kind of device: a quarter of the first run's.
+#: Budget of the second run, for each kind of device: at most a quarter of the first run's.
 OTHER_BUDGETS = {"cpu": 64, "cuda": 1024}
 
 

@@ -1,10 +1,12 @@
-"""Checks of a suite's rows, by rendering each of them the way lm-eval will."""
+"""A suite's rows: read, and checked by rendering each of them the way lm-eval will."""
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
@@ -18,6 +20,26 @@ Row = Mapping[str, Any]
 LINE = "__line__"
 
 _ISO_DATE = re.compile(r"\d{4}-\d{2}-\d{2}([ T]\d{2}:\d{2}(:\d{2}(\.\d+)?)?(Z|[+-]\d{2}:?\d{2})?)?")
+
+
+def read_rows(file: Path, data: bytes) -> list[Row]:
+    """The objects of a file of JSON lines, each with its `LINE`.
+
+    Raises:
+        UsageError: a line that is no JSON object, at its number.
+    """
+    rows: list[Row] = []
+    for number, line in enumerate(data.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as e:  # nesting without end
+            raise UsageError(f"{file}:{number} is not JSON ({e})") from None
+        if not isinstance(row, dict):
+            raise UsageError(f"{file}:{number} is not a JSON object")
+        rows.append({**row, LINE: f"{file}:{number}"})
+    return rows
 
 
 def check_rows(

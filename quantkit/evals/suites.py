@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from quantkit.evals.metrics import BY_OUTPUT_TYPE, FILTERS, METRICS
 from quantkit.evals.scorers import read_scoring
 from quantkit.evals.suite import Suite
 from quantkit.evals.suite_lines import SuiteLines
-from quantkit.evals.suite_rows import LINE, check_rows
+from quantkit.evals.suite_rows import LINE, check_rows, read_rows
 
 #: Keys of lm-eval's task YAML that a suite may use.
 KEYS = (
@@ -67,6 +66,8 @@ METRIC_OPTIONS = (
     *("metric", "aggregation", "higher_is_better"),
     *("ignore_case", "ignore_punctuation", "ignore_numbers", "regexes_to_ignore"),
 )
+
+TEXT_KEYS = ("output_type", "test_split", "fewshot_split", "target_delimiter")
 
 #: Python that lm-eval would run; named so that the refusal can say why.
 CODE_KEYS = ("process_docs", "process_results", "custom_dataset", "class", "unsafe_code")
@@ -188,15 +189,19 @@ def load_suite(path: str | Path) -> Suite:
     lines = SuiteLines(path, text)
     config = lines.config
     _check_keys(lines)
+    _check_types(lines)
     _check_scoring(lines)
     digest = hashlib.sha256(raw)
     splits = {}
     for split, files in _data_files(lines).items():
         rows: list[Mapping[str, Any]] = []
         for file in files:
-            data = file.read_bytes()
+            try:
+                data = file.read_bytes()
+            except OSError as e:
+                raise UsageError(f"{file}: cannot be read ({e})") from e
             digest.update(len(data).to_bytes(8, "little") + data)
-            rows += _read_rows(file, data)
+            rows += read_rows(file, data)
         if not rows:
             raise UsageError(f"{files[0]}: holds no rows")
         splits[split] = tuple(rows)
@@ -276,6 +281,18 @@ def _check_keys(lines: SuiteLines) -> None:
         lines.fail("generation_kwargs", "sampling is not allowed", "suites are scored greedily")
 
 
+def _check_types(lines: SuiteLines) -> None:
+    metadata = lines.config.get("metadata") or {}
+    named = [(key, key, lines.config.get(key)) for key in TEXT_KEYS]
+    named += [("metadata", f"metadata.{k}", metadata.get(k)) for k in (*DEFAULT_FIELDS, "traffic")]
+    for key, name, value in named:
+        if value is not None and not isinstance(value, str):
+            lines.fail(key, f"{name}: {value!r} is not text")
+    for key in ("metric_list", "filter_list"):
+        if not isinstance(lines.config.get(key) or [], list):
+            lines.fail(key, f"{key}: {lines.config[key]!r} is not a list")
+
+
 def _check_mapping(lines: SuiteLines, key: str, value: Any, known: Sequence[str]) -> None:
     if value is None:
         return
@@ -296,7 +313,7 @@ def _check_scoring(lines: SuiteLines) -> None:
     if "doc_to_target" not in config:
         lines.fail("output_type", f"{kind} needs doc_to_target")
     for entry in config.get("metric_list") or ():
-        if not isinstance(entry, dict) or "metric" not in entry:
+        if not isinstance(entry, dict) or not isinstance(entry.get("metric"), str):
             lines.fail("metric_list", f"metric_list: {entry!r} has no metric")
         _check_mapping(lines, "metric_list", entry, METRIC_OPTIONS)
     for metric in _metrics(config):
@@ -362,21 +379,6 @@ def _data_files(lines: SuiteLines) -> dict[str, list[Path]]:
 
 def _beside(path: Path, name: str) -> Path:
     return path.parent / Path(name).expanduser()
-
-
-def _read_rows(file: Path, data: bytes) -> list[Mapping[str, Any]]:
-    rows: list[Mapping[str, Any]] = []
-    for number, line in enumerate(data.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as e:
-            raise UsageError(f"{file}:{number} is not JSON ({e})") from None
-        if not isinstance(row, dict):
-            raise UsageError(f"{file}:{number} is not a JSON object")
-        rows.append({**row, LINE: f"{file}:{number}"})
-    return rows
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

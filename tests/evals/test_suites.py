@@ -80,6 +80,13 @@ BAD_YAML = [
     ({"metric_list": [{"metric": "perplexity"}]}, r"does not score multiple_choice; use acc"),
     ({"metric_list": [{"metric": "acc", "hf_evaluate": True}]}, r"unknown key 'hf_evaluate'"),
     ({"metric_list": ["acc"]}, r"has no metric"),
+    ({"metric_list": [{"metric": ["acc"]}]}, r"has no metric"),
+    ({"metric_list": 3}, r"metric_list: 3 is not a list"),
+    ({"filter_list": {"a": 1}}, r"filter_list: .* is not a list"),
+    ({"output_type": ["multiple_choice"]}, r"output_type: \['multiple_choice'\] is not text"),
+    ({"test_split": ["test"]}, r"test_split: \['test'\] is not text"),
+    ({"metadata": {"slice": ["topic"]}}, r"metadata.slice: \['topic'\] is not text"),
+    ({"metadata": {"traffic": 3}}, r"metadata.traffic: 3 is not text"),
     ({"repeats": 3}, r"repeats 3 is not 1"),
     ({"generation_kwargs": {"do_sample": True}}, r"sampling is not allowed"),
     ({"generation_kwargs": {"temperature": 0.7}}, r"sampling is not allowed"),
@@ -139,6 +146,12 @@ def test_a_bad_row_is_refused(suite_path: Write, changes: dict[str, Any], messag
         ("- a\n", r"suite.yaml:1 is not a mapping"),
         ("", r"suite.yaml:1 is not a mapping"),
         ("task: 'x\n", r"is not YAML"),
+        ("task: \x01\n", r"is not YAML"),
+        ("task: " + "[" * 5000, r"is not YAML"),
+        ("? [a]\n: b\n", r"suite.yaml:1 a key is not a word"),
+        ("task: !!bool x\n", r"suite.yaml:1 is not YAML"),
+        ('task: !!int ""\n', r"suite.yaml:1 is not YAML"),
+        ("task: &a [*a]\n", r"suite.yaml:\d+ has no dataset_path"),
     ],
 )
 def test_bad_yaml_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -153,6 +166,7 @@ def test_bad_yaml_is_refused(tmp_path: Path, text: str, message: str) -> None:
     [
         ('{"id": 1}\n{"id": \n', r"rows.jsonl:2 is not JSON"),
         ("[1]\n", r"rows.jsonl:1 is not a JSON object"),
+        ('{"a": ' + "[" * 100_000, r"rows.jsonl:1 is not JSON"),
         ("\n", r"holds no rows"),
     ],
 )
