@@ -127,7 +127,7 @@ def test_what_is_held_for_a_static_scale_is_counted(
     side, group = _SideCollector.range, Collector.solve
     monkeypatch.setattr(_SideCollector, "range", range_of_side)
     monkeypatch.setattr(Collector, "solve", solve)
-    ids = IDS.repeat(6, 1)
+    ids = IDS.repeat(2, 1)
     loaded = models.load_source(str(tiny))
     plan = make_plan(how, loaded.model, samples=len(ids), seq_len=ids.shape[1])
     limit = plan.spilled_bytes
