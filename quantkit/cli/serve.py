@@ -108,6 +108,23 @@ def command(
             help="Tokens to guess from the text before and check in one step; 0 guesses none.",
         ),
     ] = 0,
+    tool_parser: Annotated[
+        str,
+        typer.Option(
+            "--tool-parser",
+            metavar="NAME",
+            help="How the model writes tool calls: hermes, qwen3_coder, llama3_json, mistral, "
+            "mistral_args, none, or auto, which goes by its chat template.",
+        ),
+    ] = "auto",
+    reasoning_parser: Annotated[
+        str,
+        typer.Option(
+            "--reasoning-parser",
+            metavar="NAME",
+            help="How it writes reasoning: think, mistral, none or auto.",
+        ),
+    ] = "auto",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
     ] = None,
@@ -158,6 +175,11 @@ def command(
                 f"--config, --capture and --otlp-endpoint are quantkit's own; {engine} has none",
                 remedy="leave them out; it takes --api-keys",
             )
+        if (tool_parser, reasoning_parser) != ("auto", "auto"):
+            raise UsageError(
+                f"--tool-parser and --reasoning-parser are quantkit's own; {engine} has others",
+                remedy="give its own with --engine-arg",
+            )
         if (kernels, device, threads) != (Kernels.native, "cpu", None):
             raise UsageError(
                 f"--kernels, --device and --threads are quantkit's own; {engine} chooses its own",
@@ -177,6 +199,7 @@ def command(
         raise typer.Exit(code)
     # What the user can get wrong is checked before the model takes its minutes to load.
     from quantkit.serve.api import server
+    from quantkit.serve.chat_formats import check_parsers
     from quantkit.serve.config import open_config, read_config
     from quantkit.serve.keys import read_api_keys
     from quantkit.serve.tracing import connect
@@ -185,6 +208,7 @@ def command(
         serving = read_config(config)
     else:
         serving = open_config(read_api_keys(api_keys) if api_keys else ())
+    check_parsers(tool_parser, reasoning_parser)
     sample = _capture(capture, capture_rate, capture_patterns)
     tracing = connect(otlp_endpoint, Path(checkpoint).name) if otlp_endpoint else None
     with server.bind(host, port) as sock:
@@ -225,6 +249,8 @@ def command(
             capture=captured,
             tracing=tracing,
             local_only=local_only,
+            tool_parser=tool_parser,
+            reasoning_parser=reasoning_parser,
         )
 
         def announce() -> None:

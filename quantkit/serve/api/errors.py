@@ -18,6 +18,7 @@ from quantkit.serve.door import RefusedError
 from quantkit.serve.engine import QueueFullError, StoppedError
 from quantkit.serve.events import Failed
 from quantkit.serve.request import RequestError
+from quantkit.serve.structured import CompilerBusyError
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ModelNotFoundError, _unknown_model)
     app.add_exception_handler(RefusedError, _not_admitted)
     app.add_exception_handler(QueueFullError, _busy)
+    app.add_exception_handler(CompilerBusyError, _busy)
     app.add_exception_handler(StoppedError, _stopped)
     app.add_exception_handler(GenerationError, _failed)
     app.add_exception_handler(HTTPException, _http)
