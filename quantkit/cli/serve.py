@@ -123,6 +123,23 @@ def command(
             help="A smaller model with the same tokenizer that guesses what CKPT will say.",
         ),
     ] = None,
+    tool_parser: Annotated[
+        str,
+        typer.Option(
+            "--tool-parser",
+            metavar="NAME",
+            help="How the model writes tool calls: hermes, qwen3_coder, llama3_json, mistral, "
+            "mistral_args, none, or auto, which goes by its chat template.",
+        ),
+    ] = "auto",
+    reasoning_parser: Annotated[
+        str,
+        typer.Option(
+            "--reasoning-parser",
+            metavar="NAME",
+            help="How it writes reasoning: think, mistral, none or auto.",
+        ),
+    ] = "auto",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
     ] = None,
@@ -220,6 +237,11 @@ def command(
                 f"{engine} has none",
                 remedy="leave them out; it takes --api-keys",
             )
+        if (tool_parser, reasoning_parser) != ("auto", "auto"):
+            raise UsageError(
+                f"--tool-parser and --reasoning-parser are quantkit's own; {engine} has others",
+                remedy="give its own with --engine-arg",
+            )
         if (kernels, device, threads) != (Kernels.native, "cpu", None):
             raise UsageError(
                 f"--kernels, --device and --threads are quantkit's own; {engine} chooses its own",
@@ -239,6 +261,7 @@ def command(
         raise typer.Exit(code)
     # What the user can get wrong is checked before the model takes its minutes to load.
     from quantkit.serve.api import server
+    from quantkit.serve.chat_formats import check_parsers
     from quantkit.serve.config import open_config, read_config
     from quantkit.serve.keys import read_api_keys
     from quantkit.serve.tracing import connect
@@ -252,6 +275,7 @@ def command(
             "--compare-with and --allow-unauthenticated let anyone use the other server",
             remedy="give --api-keys FILE",
         )
+    check_parsers(tool_parser, reasoning_parser)
     sample = _capture(capture, capture_rate, capture_patterns)
     tracing = connect(otlp_endpoint, Path(checkpoint).name) if otlp_endpoint else None
     with server.bind(host, port) as sock:
@@ -297,6 +321,8 @@ def command(
             local_only=local_only,
             page=web,
             peer=peer,
+            tool_parser=tool_parser,
+            reasoning_parser=reasoning_parser,
         )
 
         def announce() -> None:

@@ -54,7 +54,7 @@ class Answer:
         self._generator = sampler.make_generator(params.seed, device)
         self._logits = LogitsProcessor(params, request.prompt_ids, self._end_ids, vocab, device)
         self._detokenizer = Detokenizer(
-            tokenizer, request.prompt_ids, params.stop, params.min_tokens
+            tokenizer, request.prompt_ids, params.stop, params.min_tokens, params.hidden_ids
         )
 
     def choose(self, logits: Tensor) -> TokenEvent:

@@ -22,6 +22,7 @@ REPLACEMENT = "\ufffd"
 class Detokenizer:
     """Incremental decoding of one answer; ``stop`` strings count behind ``min_tokens`` tokens.
 
+    The text of special tokens is left out, or that of ``hidden`` ones if they are given.
     Decodes a short window ``ids[start:]`` each time and emits what is new in it, because a
     token's text depends on its neighbours and decoding everything anew would be quadratic.
     """
@@ -32,8 +33,10 @@ class Detokenizer:
         prompt_ids: tuple[int, ...],
         stop: tuple[str, ...] = (),
         min_tokens: int = 0,
+        hidden: frozenset[int] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self._hidden = hidden
         self._deaf = min_tokens  # tokens whose text no stop string is looked for in
         self.stop = StopStrings(stop)
         self._window = list(prompt_ids[-CONTEXT_TOKENS:])
@@ -70,8 +73,11 @@ class Detokenizer:
         return self.stop.found
 
     def _decode(self) -> str:
+        ids = self._window
+        if self._hidden is not None:
+            ids = [token for token in ids if token not in self._hidden]
         text = self.tokenizer.decode(
-            self._window, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            ids, skip_special_tokens=self._hidden is None, clean_up_tokenization_spaces=False
         )
         return str(text)
 

@@ -81,11 +81,10 @@ class Door:
         Raises:
             RefusedError: over a limit of the tenant, or too late for its tier.
             RequestError, QueueFullError, StoppedError: by the engine.
+            CompilerBusyError: too many grammars wait.
         """
-        for request in requests:
-            # Off the event loop, because a check may compile a grammar. First, because what can
-            # never run counts for nobody's rate.
-            await asyncio.to_thread(self._engine.check, request)
+        # First, because what can never run counts for nobody's rate.
+        requests = [await self._prepared(request) for request in requests]
         tokens = {request.id: len(request.prompt_ids) for request in requests}
         refusal = self.admission.admit(tenant, tokens, self._clock())
         if refusal is not None:
@@ -118,6 +117,12 @@ class Door:
             for ticket in tickets:
                 self.admission.ended(ticket.request.id, 0, self._clock())
             raise
+
+    async def _prepared(self, request: Request) -> Request:
+        """A request that can run, with its grammar. Long prompts and grammars take their time,
+        which is not the event loop's."""
+        await asyncio.to_thread(self._engine.check, request)
+        return await self._engine.grammars.attach_soon(request)
 
     def _observe(self, tenant: Tenant, ticket: _Ticket, event: Event) -> None:
         now = self._clock()

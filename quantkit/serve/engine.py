@@ -177,7 +177,7 @@ class Engine:
         return self
 
     def check(self, request: Request) -> None:
-        """Raise `RequestError` if the request can never run; compiles its grammar, if any."""
+        """Raise `RequestError` if the request can never run, whatever its grammar is."""
         if not request.prompt_ids:
             raise RequestError("prompt: is empty", param="prompt")
         if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= self._vocab:
@@ -190,8 +190,6 @@ class Engine:
                 f"logit_bias, stop_token_ids: token ids must lie between 0 and {self._vocab - 1}",
                 param="logit_bias" if request.sampling.logit_bias else "stop_token_ids",
             )
-        if request.sampling.structured_outputs is not None:
-            self.grammars.check(request.sampling.structured_outputs)
         length, limit = len(request.prompt_ids), self.capacity.max_context
         if request.max_length > limit:
             raise ContextOverflowError(
@@ -205,6 +203,7 @@ class Engine:
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request. ``sink`` gets its events on the engine thread and must not block."""
         self.check(request)
+        request = self.grammars.attach(request)
         with self._wake:
             if not self._accepting:
                 raise StoppedError("the server is shutting down")
@@ -387,13 +386,13 @@ class Engine:
             self.cancel(sequence.request.id)
 
     def _begin(self, sequence: Sequence) -> Answer:
-        sampling = sequence.request.sampling
-        end_ids, asked = sampling.end_ids(self._eos), sampling.structured_outputs
+        request = sequence.request
+        end_ids, grammar = request.sampling.end_ids(self._eos), request.grammar
         return Answer(
-            sequence.request,
+            request,
             self.runtime.tokenizer,
             end_ids,
             self._vocab,
             self.runtime.device,
-            None if asked is None else self.grammars.constraint(asked, end_ids),
+            None if grammar is None else grammar.constraint(end_ids),
         )

@@ -15,6 +15,8 @@ from quantkit.serve.events import Event, TokenLogprob
 if TYPE_CHECKING:
     from quantkit.serve.answer import Answer
     from quantkit.serve.speculation import Draft
+    from quantkit.serve.structured import Grammar
+    from quantkit.serve.tool_grammar import CallForm
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
@@ -63,6 +65,9 @@ class StructuredOutputs:
         json_object: any JSON object.
         regex: a regular expression that the whole answer matches.
         grammar: a context-free grammar in llguidance's variant of Lark.
+        calls: tool calls.
+        reasoning_end: the prompt ends inside reasoning, which ends with this; the form begins
+            behind it.
 
     Raises:
         RequestError: not exactly one, too large, too deep, or no JSON.
@@ -72,10 +77,12 @@ class StructuredOutputs:
     json_object: bool = False
     regex: str | None = None
     grammar: str | None = None
+    calls: CallForm | None = None
+    reasoning_end: str | None = None
 
     def __post_init__(self) -> None:
         given = [self.json is not None, self.json_object, self.regex is not None]
-        given.append(self.grammar is not None)
+        given += [self.grammar is not None, self.calls is not None]
         require(
             sum(given) == 1,
             "structured_outputs",
@@ -93,7 +100,7 @@ class StructuredOutputs:
             except (ValueError, RecursionError) as error:
                 raise RequestError(f"json: {error}", param="json") from error
             require(isinstance(schema, dict), "json", "a schema is an object")
-            deep = _is_deeper(schema, MAX_SCHEMA_DEPTH)
+            deep = is_deeper(schema, MAX_SCHEMA_DEPTH)
             require(not deep, "json", f"nested deeper than {MAX_SCHEMA_DEPTH}")
 
 
@@ -101,7 +108,7 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _is_deeper(value: object, limit: int) -> bool:
+def is_deeper(value: object, limit: int) -> bool:
     """Objects and arrays are nested more than ``limit`` deep."""
     level = [value]
     for _ in range(limit + 1):
@@ -140,6 +147,7 @@ class SamplingParams:
         logprobs: how many alternatives to report beside each token; None reports nothing.
         echo: with ``logprobs``, score the prompt's own tokens too.
         structured_outputs: what the answer must look like; None is free.
+        hidden_ids: tokens whose text is left out; None leaves out all special ones.
     """
 
     temperature: float = 1.0
@@ -159,6 +167,7 @@ class SamplingParams:
     logprobs: int | None = None
     echo: bool = False
     structured_outputs: StructuredOutputs | None = None
+    hidden_ids: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
         finite = math.isfinite(self.temperature)
@@ -253,6 +262,7 @@ class Request:
         tenant: whose it is: what he sends is never visible to another.
         tier: class of service, for policies.
         deadline: when its first token is due, on the same clock; None is never.
+        grammar: its structured outputs, compiled; `structured.GrammarCompiler` adds it.
     """
 
     id: str
@@ -262,6 +272,7 @@ class Request:
     tenant: str = ""
     tier: str = ""
     deadline: float | None = None
+    grammar: Grammar | None = None
 
     @property
     def max_length(self) -> int:

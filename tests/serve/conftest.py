@@ -14,6 +14,7 @@ import pytest
 import torch
 from serve_helpers import Live, running, serving
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tool_helpers import tool_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from quantkit.models.decoder import build_decoder
@@ -59,8 +60,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-@pytest.fixture(scope="session")
-def runtime(tokenizer: PreTrainedTokenizerFast) -> Runtime:
+def tiny_runtime(tokenizer: PreTrainedTokenizerFast, context: int = CONTEXT) -> Runtime:
+    """A random model for a tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -69,7 +70,7 @@ def runtime(tokenizer: PreTrainedTokenizerFast) -> Runtime:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         eos_token_id=tokenizer.eos_token_id,
         # Wide enough that random weights have opinions and near-ties are rare.
         initializer_range=0.2,
@@ -82,6 +83,17 @@ def runtime(tokenizer: PreTrainedTokenizerFast) -> Runtime:
         size_bytes=0,
         bits_per_weight=32.0,
     )
+
+
+@pytest.fixture(scope="session")
+def runtime(tokenizer: PreTrainedTokenizerFast) -> Runtime:
+    return tiny_runtime(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tool_runtime(tokenizer: PreTrainedTokenizerFast) -> Runtime:
+    """A random model whose chat template takes tools, in Hermes' format, and writes reasoning."""
+    return tiny_runtime(tool_tokenizer(tokenizer), context=2048)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
+from tool_helpers import tool_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from quantkit.serve.detokenizer import REPLACEMENT, Detokenizer, StopStrings
@@ -100,3 +101,14 @@ def test_text_is_held_no_longer_than_needed() -> None:
     subject = StopStrings(("END",))
     assert [subject.push(piece) for piece in ("abcE", "N", "x", "E")] == ["abc", "", "ENx", ""]
     assert subject.finish() == "E"
+
+
+def test_special_tokens_that_are_not_hidden_are_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    special = tool_tokenizer(tokenizer, "mistral", special=True)
+    ids = [*special.encode("🙂[TOOL_CALLS] b"), special.eos_token_id]
+    for hidden, text in (
+        (None, "🙂 b"),
+        (frozenset({special.eos_token_id}), "🙂[TOOL_CALLS] b"),
+    ):
+        subject = Detokenizer(special, (), hidden=hidden)
+        assert "".join(map(subject.push, ids)) + subject.finish() == text

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import threading
+from collections.abc import Iterator
 
 import jsonschema
 import pytest
@@ -14,7 +17,7 @@ from quantkit.serve import structured
 from quantkit.serve.engine import Engine
 from quantkit.serve.request import RequestError, SamplingParams, StructuredOutputs
 from quantkit.serve.speculation import SpeculativeConfig
-from quantkit.serve.structured import GrammarCompiler
+from quantkit.serve.structured import CompilerBusyError, Grammar, GrammarCompiler
 
 SCHEMA = {
     "type": "object",
@@ -31,6 +34,7 @@ SCHEMA = {
     "required": ["route", "urgent", "items"],
     "additionalProperties": False,
 }
+LOOP = {"a": {"$ref": "#"}}
 DIALOG = 'start: greeting " " name\ngreeting: "hello" | "bye"\nname: /[a-z]{3,5}/'
 
 
@@ -133,7 +137,7 @@ def test_forms_that_are_refused(options: dict[str, object], match: str) -> None:
 )
 def test_grammars_that_do_not_compile(engine: Engine, field: str, text: str) -> None:
     with pytest.raises(RequestError, match=field) as caught:
-        engine.check(asked("a", **{field: text}))
+        engine.submit(asked("a", **{field: text}), lambda event: None)
     assert caught.value.param == field
 
 
@@ -144,15 +148,115 @@ def test_a_form_ends_where_it_ends() -> None:
             SamplingParams(structured_outputs=form, **option)  # type: ignore[arg-type]
 
 
+def test_schemas_that_end_nowhere_are_refused_at_once(engine: Engine) -> None:
+    """They compile, and leave nothing to say."""
+    for schema in ({"$ref": "#"}, {"type": "object", "required": ["a"], "properties": LOOP}):
+        with pytest.raises(RequestError, match="json: "):
+            engine.submit(asked("a", json=json.dumps(schema)), lambda event: None)
+
+
+# --- the compiler ---------------------------------------------------------------------------------
+
+
+def counted(compiler: GrammarCompiler, monkeypatch) -> list[str]:
+    """What it compiles from now on."""
+    compiled: list[str] = []
+    compile_one = compiler._compile
+
+    def count(form: StructuredOutputs) -> Grammar:
+        compiled.append(str(form.regex))
+        return compile_one(form)
+
+    monkeypatch.setattr(compiler, "_compile", count)
+    return compiled
+
+
 def test_compiled_grammars_are_kept_and_bounded(runtime: Runtime, monkeypatch) -> None:
     monkeypatch.setattr(structured, "MAX_GRAMMARS", 2)
     compiler = GrammarCompiler(runtime.tokenizer, 384)
-    compiled: list[str] = []
-    compile_one = compiler._compile
-    monkeypatch.setattr(
-        compiler, "_compile", lambda source: (compiled.append(source.text), compile_one(source))[1]
-    )
+    compiled = counted(compiler, monkeypatch)
     for regex in ("a", "b", "a", "c", "a", "b"):
-        compiler.check(StructuredOutputs(regex=regex))
+        compiler.compile(StructuredOutputs(regex=regex))
     assert len(compiler) == 2
     assert len(compiled) == 4  # a, b, c, and b again: it was the least recently used
+
+
+def test_the_engine_never_compiles(runtime: Runtime, monkeypatch) -> None:
+    """A request holds on to its grammar, however many others come before it runs."""
+    monkeypatch.setattr(structured, "MAX_GRAMMARS", 1)
+    with running(runtime) as engine:
+        first = engine.grammars.attach(asked("a", regex="[0-9]{3}"))
+        engine.grammars.compile(StructuredOutputs(regex="b"))
+        compiled = counted(engine.grammars, monkeypatch)
+        [outcome] = generate(engine, first)
+        assert re.fullmatch("[0-9]{3}", outcome.text)
+        assert compiled == []
+        assert engine.grammars.attach(first) is first
+        free = request("free", [5])
+        assert engine.grammars.attach(free) is free
+
+
+@pytest.fixture
+def stuck(runtime: Runtime, monkeypatch) -> Iterator[GrammarCompiler]:
+    """A compiler that works at the regular expression "a" for as long as the test runs."""
+    compiler = GrammarCompiler(runtime.tokenizer, 384)
+    compile_one, begun, go_on = compiler._compile, threading.Event(), threading.Event()
+
+    def slow(form: StructuredOutputs) -> Grammar:
+        begun.set()
+        assert go_on.wait(20)
+        return compile_one(form)
+
+    monkeypatch.setattr(compiler, "_compile", slow)
+    monkeypatch.setattr(structured, "COMPILE_SECONDS", 0.05)
+    compiler._begin(StructuredOutputs(regex="a"))
+    assert begun.wait(20)
+    yield compiler
+    go_on.set()
+    compiler._thread.shutdown()
+
+
+def test_a_grammar_that_takes_too_long_is_refused(stuck: GrammarCompiler) -> None:
+    """Who waits behind it did nothing wrong."""
+    for wait in (stuck.compile, lambda form: asyncio.run(stuck.compile_soon(form))):
+        with pytest.raises(RequestError, match=r"regex: takes more than 0.05 s"):
+            wait(StructuredOutputs(regex="a"))
+        with pytest.raises(CompilerBusyError, match="is busy"):
+            wait(StructuredOutputs(regex="b"))
+
+
+def test_the_queue_of_grammars_is_bounded(stuck: GrammarCompiler, monkeypatch) -> None:
+    monkeypatch.setattr(structured, "MAX_WAITING", 3)
+    for regex in ("b", "c"):
+        with pytest.raises(CompilerBusyError, match="is busy"):
+            stuck.compile(StructuredOutputs(regex=regex))
+    with pytest.raises(CompilerBusyError, match="3 grammars wait"):
+        stuck.compile(StructuredOutputs(regex="d"))
+    with pytest.raises(CompilerBusyError, match="is busy"):
+        stuck.compile(StructuredOutputs(regex="b"))  # it waits already, and takes no other place
+
+
+def test_an_event_loop_goes_on_while_a_grammar_compiles(stuck: GrammarCompiler) -> None:
+    order = []
+
+    async def slow() -> None:
+        with pytest.raises(RequestError):
+            await stuck.compile_soon(StructuredOutputs(regex="a"))
+        order.append("slow")
+
+    async def quick() -> None:
+        order.append("quick")
+
+    async def both() -> None:
+        await asyncio.gather(slow(), quick())
+
+    asyncio.run(both())
+    assert order == ["quick", "slow"]
+
+
+def test_an_error_is_not_kept(runtime: Runtime) -> None:
+    compiler = GrammarCompiler(runtime.tokenizer, 384)
+    for _ in range(3):
+        with pytest.raises(RequestError, match="regex"):
+            compiler.compile(StructuredOutputs(regex="("))
+    assert len(compiler) == 0

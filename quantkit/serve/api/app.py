@@ -12,15 +12,16 @@ from quantkit.serve.api import chat, compare, completions, documents, errors, re
 from quantkit.serve.api.documents import responses as answers
 from quantkit.serve.api.generation import Service
 from quantkit.serve.api.middleware import MAX_BODY_BYTES, ApiKeys, BodyLimit, LocalOnly
+from quantkit.serve.api.response_schemas import ResponsesRequest
 from quantkit.serve.api.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingsRequest,
-    ResponsesRequest,
     TokenizeRequest,
 )
 from quantkit.serve.capture import Capture
+from quantkit.serve.chat_formats import AUTO
 from quantkit.serve.config import ServeConfig, open_config
 from quantkit.serve.engine import Engine
 from quantkit.serve.peer import Peer
@@ -38,6 +39,8 @@ def create_app(
     page: bool = True,
     peer: Peer | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    tool_parser: str = AUTO,
+    reasoning_parser: str = AUTO,
 ) -> FastAPI:
     """An OpenAI-compatible application over a started engine.
 
@@ -51,9 +54,21 @@ def create_app(
         page: show a page at /.
         peer: another server, which operators may ask through /compare.
         max_body_bytes: longer bodies are refused with 413.
+        tool_parser: how the model writes calls, as `ChatFormat` takes it.
+        reasoning_parser: how it writes reasoning.
+
+    Raises:
+        UsageError: there is no such parser.
     """
     access = access or open_config()
-    service = Service(engine, access, capture, tracing)
+    service = Service(
+        engine,
+        access,
+        capture,
+        tracing,
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
+    )
     # No docs pages: they load scripts from other hosts. /openapi.json is the contract.
     app = FastAPI(title="quantkit", version=__version__, docs_url=None, redoc_url=None)
     errors.install(app)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
+from quantkit.serve.api.conversation import Conversation, begin
 from quantkit.serve.api.generation import Choice, Generation, Json, Service, head
+from quantkit.serve.api.message_parser import Call, Message, MessageParser, Part
 from quantkit.serve.api.prompts import PromptEncoder
 from quantkit.serve.api.schemas import ChatRequest
-from quantkit.serve.events import Event, Finished, TokenEvent, TokenLogprob
+from quantkit.serve.events import Event, Finished, FinishReason, TokenEvent, TokenLogprob
 from quantkit.serve.request import Request
 
 OBJECT = "chat.completion"
@@ -20,23 +23,24 @@ CHUNK_OBJECT = "chat.completion.chunk"
 async def create(service: Service, body: ChatRequest, http: HttpRequest) -> Response:
     """Answer one chat request."""
     service.check_model(body.model)
-    prompt_ids = await service.encoder.chat(body.messages)
+    conversation = await begin(service, body.messages, body.offered(), body.structured())
+    prompt_ids = conversation.prompt_ids
     fields = head(service, "chatcmpl")
+    asked = body.sampling(
+        max_tokens=_max_tokens(service, body, len(prompt_ids)),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    sampling = conversation.sampling(asked)
     requests = [
         Request(
             id=f"{fields['id']}-{choice}",
             prompt_ids=prompt_ids,
-            sampling=body.sampling(
-                max_tokens=_max_tokens(service, body, len(prompt_ids)),
-                logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-                choice=choice,
-            ),
+            sampling=replace(sampling, seed=body.seed_of(choice)),
         )
         for choice in range(body.n or 1)
     ]
-    writer = Writer(service.encoder, with_logprobs=bool(body.logprobs))
-    said = [{"role": message.role, "content": message.text} for message in body.messages]
-    prompts = [{"messages": said}] * len(requests)
+    writer = Writer(service.encoder, conversation, with_logprobs=bool(body.logprobs))
+    prompts = [conversation.said] * len(requests)
     generation = Generation(http, service, requests, prompts, len(prompt_ids), fields)
     if body.stream:
         return await generation.streamed(
@@ -52,34 +56,64 @@ def _max_tokens(service: Service, body: ChatRequest, prompt_tokens: int) -> int:
 
 
 class Writer:
-    """Writes choices of this endpoint's shape."""
+    """Writes choices of this endpoint's shape. Log-probabilities are of every token, those of
+    reasoning and calls included."""
 
-    def __init__(self, encoder: PromptEncoder, *, with_logprobs: bool) -> None:
+    def __init__(
+        self, encoder: PromptEncoder, conversation: Conversation, *, with_logprobs: bool
+    ) -> None:
         self.encoder = encoder
+        self.conversation = conversation
         self.with_logprobs = with_logprobs
-        self._begun: set[int] = set()
+        self._parsers: dict[int, MessageParser] = {}
+        self._calls: dict[int, int] = {}
 
     async def choice(self, index: int, choice: Choice) -> Json:
         """A finished answer."""
+        reason = choice.finish_reason or "cancelled"
+        parser, said = self.conversation.parser(), Message()
+        said.add(parser.push(choice.text))
+        said.add(parser.finish(reason))
+        message: Json = {"role": "assistant", "content": said.content, "refusal": None}
+        if said.reasoning:
+            message["reasoning_content"] = said.reasoning
+        if said.calls:
+            message["content"] = said.content or None
+            message["tool_calls"] = [_call(call) for call in said.calls]
         return {
             "index": index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": message,
             "logprobs": await self._logprobs(choice.logprobs),
-            "finish_reason": choice.finish_reason,
+            "finish_reason": _reason(reason, len(said.calls)),
         }
 
     async def chunks(self, index: int, event: Event) -> AsyncIterator[Json]:
         """What one event adds to the stream; the first one of a choice opens it."""
-        if index not in self._begun:
-            self._begun.add(index)
+        if index not in self._parsers:
+            self._parsers[index] = self.conversation.parser()
+            self._calls[index] = 0
             yield _chunk({"role": "assistant", "content": ""})
-        if isinstance(event, TokenEvent) and (event.text or event.logprob):
-            logprobs = await self._logprobs([event.logprob] if event.logprob else [])
-            yield _chunk({"content": event.text}) | {"logprobs": logprobs}
+        parser = self._parsers[index]
+        if isinstance(event, TokenEvent):
+            deltas = [self._delta(index, part) for part in parser.push(event.text)]
+            if event.logprob is not None:  # it goes with the token's text, or alone
+                logprobs = await self._logprobs([event.logprob])
+                first, *deltas = deltas or [{"content": ""}]
+                yield _chunk(first) | {"logprobs": logprobs}
+            for delta in deltas:
+                yield _chunk(delta)
         if isinstance(event, Finished):
-            if event.text:
-                yield _chunk({"content": event.text})
-            yield _chunk({}) | {"finish_reason": event.reason}
+            for part in [*parser.push(event.text), *parser.finish(event.reason)]:
+                yield _chunk(self._delta(index, part))
+            yield _chunk({}) | {"finish_reason": _reason(event.reason, self._calls[index])}
+
+    def _delta(self, index: int, part: Part) -> Json:
+        """A part of an answer; a call comes whole, because only a whole one is known to be one."""
+        if isinstance(part, Call):
+            place = self._calls[index]
+            self._calls[index] += 1
+            return {"tool_calls": [{"index": place} | _call(part)]}
+        return {"reasoning_content" if part.kind == "reasoning" else "content": part.text}
 
     async def _logprobs(self, entries: list[TokenLogprob]) -> Json | None:
         if not self.with_logprobs:
@@ -95,6 +129,16 @@ class Writer:
             next(items) | {"top_logprobs": [next(items) for _ in entry.top]} for entry in entries
         ]
         return {"content": content, "refusal": None}
+
+
+def _call(call: Call) -> Json:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _reason(reason: FinishReason, calls: int) -> str:
+    """An answer that ends with calls waits for their results."""
+    return "tool_calls" if calls and reason == "stop" else reason
 
 
 def _chunk(delta: Json) -> Json:

@@ -50,17 +50,30 @@ class CompletionDocument(BaseModel):
     usage: Usage
 
 
+class CalledFunctionDocument(BaseModel):
+    name: str
+    arguments: str
+
+
+class ToolCallDocument(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: CalledFunctionDocument
+
+
 class ChatMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDocument] | None = None
 
 
 class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: dict[str, Any] | None
-    finish_reason: Literal["stop", "length", "cancelled"]
+    finish_reason: Literal["stop", "length", "cancelled", "tool_calls"]
 
 
 class ChatDocument(BaseModel):
@@ -86,6 +99,28 @@ class OutputMessage(BaseModel):
     content: list[OutputText]
 
 
+class OutputCall(BaseModel):
+    type: Literal["function_call"]
+    id: str
+    call_id: str
+    name: str
+    arguments: str
+    status: Literal["in_progress", "completed"]
+
+
+class ReasoningText(BaseModel):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class OutputReasoning(BaseModel):
+    type: Literal["reasoning"]
+    id: str
+    status: Literal["in_progress", "completed", "incomplete"]
+    summary: list[dict[str, Any]]
+    content: list[ReasoningText]
+
+
 class ResponseUsage(BaseModel):
     input_tokens: int
     output_tokens: int
@@ -98,7 +133,7 @@ class ResponseDocument(BaseModel):
     created_at: int
     status: Literal["completed", "incomplete"]
     model: str
-    output: list[OutputMessage]
+    output: list[OutputMessage | OutputCall | OutputReasoning]
     usage: ResponseUsage
 
 

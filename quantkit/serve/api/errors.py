@@ -19,6 +19,7 @@ from quantkit.serve.engine import QueueFullError, StoppedError
 from quantkit.serve.events import Failed
 from quantkit.serve.peer import PeerError
 from quantkit.serve.request import RequestError
+from quantkit.serve.structured import CompilerBusyError
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(PeerError, _bad_gateway)
     app.add_exception_handler(RefusedError, _not_admitted)
     app.add_exception_handler(QueueFullError, _busy)
+    app.add_exception_handler(CompilerBusyError, _busy)
     app.add_exception_handler(StoppedError, _stopped)
     app.add_exception_handler(GenerationError, _failed)
     app.add_exception_handler(HTTPException, _http)

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
+from quantkit.serve.api.chat_format import ChatFormat
 from quantkit.serve.api.errors import GenerationError, ModelNotFoundError, failed_body
 from quantkit.serve.api.prompts import PromptEncoder
 from quantkit.serve.api.sse import (
@@ -22,6 +23,7 @@ from quantkit.serve.api.sse import (
     until_disconnect,
 )
 from quantkit.serve.capture import Capture
+from quantkit.serve.chat_formats import AUTO
 from quantkit.serve.config import ServeConfig
 from quantkit.serve.door import Door
 from quantkit.serve.engine import Engine
@@ -44,8 +46,8 @@ CLIENT_CLOSED_REQUEST = 499
 
 
 class Service:
-    """The served model: its engine, the door to it, its encoder and the names that clients may
-    call it by."""
+    """The served model: its engine, the door to it, its encoder, the style of its answers and the
+    names that clients may call it by."""
 
     def __init__(
         self,
@@ -53,11 +55,15 @@ class Service:
         config: ServeConfig,
         capture: Capture | None = None,
         tracing: Tracing | None = None,
+        *,
+        tool_parser: str = AUTO,
+        reasoning_parser: str = AUTO,
     ) -> None:
         self.engine = engine
         self.tracing = tracing
         self.door = Door(engine, config, capture)
         self.encoder = PromptEncoder(engine.runtime.tokenizer)
+        self.style = ChatFormat(engine.runtime.tokenizer, tool_parser, reasoning_parser)
         # A folder is served under its own name; its full path is understood as well.
         self.model = Path(engine.runtime.name).name if _is_path(engine) else engine.runtime.name
         self.names = {self.model, engine.runtime.name}

@@ -4,7 +4,8 @@ Chat: the template is rendered by transformers with ``sanitize_control_tokens=Tr
 tokens (all special tokens, and added tokens that the template itself writes) are encoded as
 plain text wherever they come from a message; only those the template writes become control
 tokens. What that cannot see, a template gluing a token together from pieces of the input
-(``'<|' + role + '|>'``), is closed by `schemas.Message`: roles are a fixed set. Other added
+(``'<|' + role + '|>'``), is closed by `messages.Message` and `tools.Function`, where roles are a
+fixed set and functions' names letters, and by `control_tokens.KeyGuard`, for keys. Other added
 tokens, such as ``<think>`` where the template never writes it, are encoded as their token.
 
 Completions: the prompt is raw by definition. The caller may send token ids, so parsing control
@@ -18,19 +19,23 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jinja2 import TemplateError
 
 from quantkit.errors import QuantkitError
+from quantkit.serve.api.chat_format import template_text
+from quantkit.serve.api.control_tokens import KeyGuard
 from quantkit.serve.request import RequestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from quantkit.serve.api.schemas import Message
+    from quantkit.serve.api.messages import Message
 
 T = TypeVar("T")
+#: Tokens at the end of a prompt that may hold what the template wrote of the answer.
+TAIL_TOKENS = 64
 
 
 class PromptEncoder:
@@ -51,6 +56,7 @@ class PromptEncoder:
                 remedy="install a version whose apply_chat_template has sanitize_control_tokens",
             )
         self._tokenizer = copy.deepcopy(tokenizer)
+        self._keys = KeyGuard(tokenizer, template_text(tokenizer))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="quantkit-tokenizer")
 
     @property
@@ -64,10 +70,21 @@ class PromptEncoder:
             lambda: tuple(self._tokenizer.encode(text, add_special_tokens=special))
         )
 
-    async def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Ids of a conversation, ending where the assistant begins to speak."""
-        conversation = [{"role": message.role, "content": message.text} for message in messages]
-        return await self._run(lambda: self._apply_template(conversation))
+    async def chat(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()
+    ) -> tuple[int, ...]:
+        """Ids of a conversation, ending where the assistant begins to speak.
+
+        Args:
+            messages: what was said.
+            tools: definitions of functions, as templates take them.
+        """
+        conversation = [message.for_template() for message in messages]
+        return await self._run(lambda: self._apply_template(conversation, list(tools)))
+
+    async def tail(self, token_ids: Sequence[int]) -> str:
+        """The text at the end of a prompt, control tokens included."""
+        return await self.decode(token_ids[-TAIL_TOKENS:])
 
     async def token_strings(self, token_ids: Sequence[int]) -> list[str]:
         """Each token's own text; half a character shows as U+FFFD."""
@@ -82,22 +99,28 @@ class PromptEncoder:
     def token_string(self, token_id: int) -> str:
         return str(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
 
-    def _apply_template(self, conversation: list[dict[str, str]]) -> tuple[int, ...]:
+    def _apply_template(
+        self, conversation: list[dict[str, Any]], tools: list[Any]
+    ) -> tuple[int, ...]:
         if self._tokenizer.chat_template is None:
             raise RequestError(
                 "messages: this model has no chat template",
                 param="messages",
                 remedy="use /v1/completions",
             )
+        self._keys.check([tool["function"]["parameters"] for tool in tools], "tools")
+        calls = [call for message in conversation for call in message.get("tool_calls", ())]
+        self._keys.check([call["function"]["arguments"] for call in calls], "messages")
         try:
             ids = self._tokenizer.apply_chat_template(
                 conversation,
+                tools=tools or None,
                 add_generation_prompt=True,
                 tokenize=True,
                 sanitize_control_tokens=True,
                 return_dict=False,
             )
-        except (TemplateError, ValueError) as error:
+        except (TemplateError, ValueError, TypeError) as error:
             # Templates refuse what they were not written for, such as two user turns in a row.
             raise RequestError(
                 f"messages: the chat template refuses them: {error}", param="messages"

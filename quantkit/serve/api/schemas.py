@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from quantkit.serve.api.messages import MAX_MESSAGES, Message, Text, check_results
+from quantkit.serve.api.tools import FunctionChoice, Mode, Offer, Tools, offered
 from quantkit.serve.request import (
     MAX_LOGIT_BIAS,
     MAX_REPETITION_PENALTY,
@@ -24,20 +26,21 @@ from quantkit.serve.request import (
 
 MAX_PROMPTS = 256
 MAX_CHOICES = 16
-MAX_MESSAGES = 2048
 #: Larger than any context: the engine refuses what does not fit with the real numbers.
 MAX_TOKENS = 2**31 - 1
 
 #: Known OpenAI fields that are not implemented → the values that mean "off".
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": (None, []),
     "functions": (None, []),
+    "function_call": (None, "none"),
     "suffix": (None, ""),
     "best_of": (None, 1),
     "audio": (None,),
+    "modalities": (None, ["text"]),
+    "reasoning_effort": (None,),
+    "web_search_options": (None,),
 }
 
-Text = Annotated[str, Field(max_length=4 * 1024 * 1024)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKENS)]], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=-(2**63) + 1, le=2**63 - 1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -116,6 +119,13 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True)
 
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+    @model_validator(mode="after")
+    def _supported(self) -> StreamOptions:
+        if self.include_obfuscation:
+            raise ValueError("'include_obfuscation' is not supported by this server")
+        return self
 
 
 class GenerationRequest(BaseModel):
@@ -170,7 +180,6 @@ class GenerationRequest(BaseModel):
     ) -> SamplingParams:
         """Parameters of the ``choice``-th answer; each has its own seed, or all were equal."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        seed = None if self.seed is None else (self.seed + choice) % 2**63
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
@@ -185,19 +194,26 @@ class GenerationRequest(BaseModel):
             stop=tuple(stop),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
-            structured_outputs=self._structured(),
-            seed=seed,
+            structured_outputs=self.structured(),
+            seed=self.seed_of(choice),
             logprobs=logprobs,
             echo=echo,
         )
 
-    def _structured(self) -> StructuredOutputs | None:
+    def seed_of(self, choice: int) -> int | None:
+        """The seed of the ``choice``-th answer."""
+        return None if self.seed is None else (self.seed + choice) % 2**63
+
+    def structured(self) -> StructuredOutputs | None:
+        """What the text of an answer must look like."""
         asked = self.response_format or self.structured_outputs
         return None if asked is None else asked.structured()
 
 
 class CompletionRequest(GenerationRequest):
     """``POST /v1/completions``."""
+
+    unsupported: ClassVar = UNSUPPORTED | {"tools": (None, [])}
 
     prompt: (
         Text
@@ -212,34 +228,13 @@ class CompletionRequest(GenerationRequest):
     return_token_ids: bool | None = None
 
 
-class ContentPart(BaseModel):
-    """A piece of a message. Text only: nothing is ever fetched from an address."""
-
-    model_config = ConfigDict(strict=True)
-
-    type: Literal["text"]
-    text: Text
-
-
-class Message(BaseModel):
-    """One message. Roles are a closed set because templates write them between control tokens."""
-
-    model_config = ConfigDict(strict=True)
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[ContentPart], Field(max_length=MAX_MESSAGES)] | None = None
-
-    @property
-    def text(self) -> str:
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
-
-
 class ChatRequest(GenerationRequest):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    tools: Offer | None = None
+    tool_choice: Mode | FunctionChoice | None = None
+    parallel_tool_calls: bool | None = None
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
@@ -251,92 +246,20 @@ class ChatRequest(GenerationRequest):
             raise ValueError("'top_logprobs' needs 'logprobs': true")
         return self
 
+    @field_validator("messages")
+    @classmethod
+    def _results_have_calls(cls, messages: list[Message]) -> list[Message]:
+        check_results(messages)
+        return messages
 
-class InputText(BaseModel):
-    """A piece of an item of the Responses API."""
-
-    model_config = ConfigDict(strict=True)
-
-    type: Literal["input_text", "output_text", "text"]
-    text: Text
-
-
-class InputItem(BaseModel):
-    """A message of the Responses API."""
-
-    model_config = ConfigDict(strict=True)
-
-    type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[InputText], Field(max_length=MAX_MESSAGES)]
-
-    @property
-    def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
-
-
-#: Known fields of the Responses API that are not implemented → the values that mean "off".
-UNSUPPORTED_RESPONSES: dict[str, tuple[Any, ...]] = {
-    "background": (None, False),
-    "conversation": (None,),
-    "include": (None, []),
-    "max_tool_calls": (None,),
-    "previous_response_id": (None,),
-    "prompt": (None,),
-    "reasoning": (None, {}),
-    "tools": (None, []),
-    "top_logprobs": (None, 0),
-    "truncation": (None, "disabled"),
-}
-
-
-class TextFormat(BaseModel):
-    """``text.format`` of the Responses API: `ResponseFormat`, with the schema beside its type."""
-
-    model_config = ConfigDict(strict=True)
-
-    type: Literal["text", "json_object", "json_schema"]
-    name: Annotated[str, Field(max_length=256)] | None = None
-    strict: bool | None = None
-    body: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
-
-    @model_validator(mode="after")
-    def _schema_where_needed(self) -> TextFormat:
-        if (self.body is not None) != (self.type == "json_schema"):
-            raise ValueError(f"type {self.type!r} and 'schema' do not go together")
-        return self
-
-
-class TextOptions(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    format: TextFormat | None = None
-
-
-class ResponsesRequest(GenerationRequest):
-    """``POST /v1/responses``."""
-
-    unsupported: ClassVar = UNSUPPORTED | UNSUPPORTED_RESPONSES
-
-    input: (
-        Annotated[Text, Field(min_length=1)]
-        | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
-    )
-    instructions: Text | None = None
-    max_output_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
-    n: Literal[1] | None = None
-    text: TextOptions | None = None
-
-    def _structured(self) -> StructuredOutputs | None:
-        asked = self.text and self.text.format
-        if not asked:
-            return super()._structured()
-        if asked.body is not None:
-            return StructuredOutputs(json=as_json(asked.body))
-        return StructuredOutputs(json_object=True) if asked.type == "json_object" else None
+    def offered(self) -> Tools | None:
+        """The tools that the answer may call; None if it may call nothing."""
+        chosen = self.tool_choice
+        return offered(
+            [tool.function for tool in self.tools or ()],
+            chosen.function if isinstance(chosen, FunctionChoice) else chosen,
+            parallel=self.parallel_tool_calls,
+        )
 
 
 class TokenizeRequest(BaseModel):
@@ -347,13 +270,20 @@ class TokenizeRequest(BaseModel):
     model: ModelName | None = None
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    tools: Offer | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
+
+    def offered(self) -> Tools | None:
+        """The tools that the template is to show."""
+        return offered([tool.function for tool in self.tools or ()], None, parallel=None)
 
     @model_validator(mode="after")
     def _one_of_two(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("exactly one of 'prompt' and 'messages' is needed")
+        if self.tools and self.messages is None:
+            raise ValueError("'tools' needs 'messages'")
         return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from quantkit.serve.api.conversation import check_template
 from quantkit.serve.api.generation import Json, Service
 from quantkit.serve.api.schemas import DetokenizeRequest, TokenizeRequest
 from quantkit.serve.request import RequestError
@@ -14,7 +15,9 @@ async def tokenize(service: Service, body: TokenizeRequest) -> Json:
         ids = await service.encoder.text(body.prompt, special=body.add_special_tokens)
     else:
         assert body.messages is not None  # the schema wants exactly one of the two
-        ids = await service.encoder.chat(body.messages)
+        tools = body.offered()
+        check_template(service.style, body.messages, tools)
+        ids = await service.encoder.chat(body.messages, tools.definitions if tools else ())
     answer: Json = {
         "count": len(ids),
         "max_model_len": service.engine.capacity.max_context,
