@@ -64,7 +64,7 @@ def test_groups_alternate_between_the_models(
 
 def test_answers_go_past_the_end_of_text(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every token ends a text here; the answers have their full length all the same."""
-    monkeypatch.setattr("quantkit.serve.engine._eos_ids", lambda _: frozenset(range(100_000)))
+    monkeypatch.setattr(Runtime, "eos_ids", property(lambda _: frozenset(range(100_000))))
     assert len(pair(runtime, repeats=1)[0].tpot) == len(PROMPTS)
 
 
