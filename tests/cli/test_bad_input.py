@@ -273,7 +273,7 @@ def test_full_disk(
         Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("quantkit.checkpoint.write.save_file", full)
+    monkeypatch.setattr("quantkit.checkpoint.shards.save_file", full)
     out = tmp_path / "out"
     assert run(arguments(tiny, recipe, traffic, out)) == 4
     assert "the disk is full; free some space" in capfd.readouterr().err
