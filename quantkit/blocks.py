@@ -91,6 +91,7 @@ class Blocks:
         self.groups: list[list[str]] | None = None
         self.solve_seconds = 0.0
         self.training = training_steps(plan, batches)
+        self.spilled = False
         self.keep: Callable[[str, Tensor], Tensor] = lambda _, x: x
         self.run_groups = run_paused
 
@@ -100,6 +101,7 @@ class Blocks:
         Raises:
             UsageError: the folder cannot be created.
         """
+        self.spilled = True
         self.keep = HiddenFiles(folder).keep
         self.run_groups = run_repeated
 
@@ -277,13 +279,13 @@ class Blocks:
             weight = {layer.name: self.linears[layer.name].weight}
             results.update(quantize_group([layer], weight, Stats(), None, None))
         self.install(results)
-        self.steps.advance("quantizing")
         return results
 
     def solve_head(
         self, layers: Mapping[str, PlannedLayer], hidden: list[Tensor]
     ) -> dict[str, QuantizedLayer]:
-        if not hidden:
+        if not self.batches:
+            self.steps.advance("head")
             return self.solve_without_data(layers)
         members = list(layers.values())
         collector = Collector(members, self.observer, self.importance, self.together)
@@ -311,7 +313,10 @@ class Blocks:
 
     def calls(self, index: int, hidden: Sequence[Tensor]) -> list[Callable[[], Tensor]]:
         """For each batch, a function that runs this block of the model on it."""
-        return self.spine.calls(index - self.spine.first, hidden)
+        runs = self.spine.calls(index - self.spine.first, hidden)
+        if not self.spilled:
+            return runs
+        return [_forgetting(run, x) for run, x in zip(runs, hidden, strict=True)]
 
     def install(self, layers: Mapping[str, QuantizedLayer]) -> None:
         """Give layers their dequantized weights."""
@@ -328,6 +333,18 @@ class Blocks:
             module = self.linears[name]
             empty = torch.empty(0, dtype=module.weight.dtype)
             module.weight = nn.Parameter(empty, requires_grad=False)
+
+
+def _forgetting(run: Callable[[], Tensor], x: Tensor) -> Callable[[], Tensor]:
+    """A pass behind which its input, which is mapped from a file, leaves memory again."""
+
+    def once() -> Tensor:
+        try:
+            return run()
+        finally:
+            memory.forget_pages(x)
+
+    return once
 
 
 def training_steps(plan: Plan, batches: Sequence[Batch]) -> int:

@@ -179,7 +179,9 @@ class _Loop:
         self.plan = plan
         self.spines = find_spines(model)
         self.together = together
-        self.batches = batches  # of this process
+        self.calibrated = bool(batches)
+        #: Of this process; without data, what a reload is checked on.
+        self.batches = batches or [random_batch(model)]
         self.ids = ids  # of all
         #: Tokens that every layer sees; None where an encoder's and its decoder's differ.
         self.tokens: int | None = None
@@ -257,7 +259,7 @@ class _Loop:
                 blocks.caches |= self._on_disk(WorkFolder.load_caches, index, self.plan.kv)
             hidden = blocks.propagate(index, layers, saved, hidden, "resumed")
             self.steps.done += blocks.training
-        elif hidden:
+        elif self.calibrated:
             solved, hidden = blocks.finish(index, layers, hidden)
             if self.plan.kv is not None:
                 found = {name: blocks.caches[name] for name in self.plan.caches_in(index)}
@@ -266,8 +268,9 @@ class _Loop:
         else:
             solved = blocks.solve_without_data(layers)
             saved = self._on_disk(WorkFolder.save, index, solved, layers)
+            hidden = blocks.propagate(index, layers, saved, hidden, "rounded")
         check_block(layers, saved, self.tokens)
-        if self.release and hidden and self.plan.distill is None:
+        if self.release and self.plan.distill is None:
             blocks.release(layers)
         return saved, hidden
 
@@ -285,14 +288,9 @@ class _Loop:
         return saved
 
     def _probe(self, results: Mapping[str, QuantizedLayer], hidden: list[Tensor]) -> Probe:
-        ids: Batch
+        ids = self.batches[0]
         if hidden:
-            ids = self.batches[0]
             return Probe(ids, next(self.blocks.spine.head_inputs([ids], hidden[:1])))
-        if self.batches:
-            ids = self.batches[0]
-        else:
-            ids = random_batch(self.model)
         planned = {layer.name: layer for layer in self.plan.layers}
         with (
             quantized_inputs(self.blocks.linears, planned, results),

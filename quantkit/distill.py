@@ -296,9 +296,8 @@ class _Training:
         spec, layer = planned.scheme.input, self.layers[name]
 
         def forward(x: Tensor) -> Tensor:
-            if spec is not None:  # straight through the rounding of activations
-                fake = numerics.fake_quantize_input(x.detach(), spec, layer.input_scale)
-                x = x + (fake - x).detach()
+            if spec is not None:
+                x = numerics.fake_quantize_through(x, spec, layer.input_scale)
             if name not in self.scales:
                 return F.linear(x, module.weight, module.bias)
             out: Tensor = ScaledLinear.apply(

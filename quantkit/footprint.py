@@ -46,8 +46,9 @@ def footprint(
     width = max(layer.shape[1] for layer in layers)
     tokens = samples * seq_len
     batch = min(tokens, max(BATCH_TOKENS, seq_len))
-    # Hidden states in and out of a block, and the widest input that is paused inside it.
-    row = element * (2 * hidden + width)
+    # What a pass holds that is paused in front of the widest layer: the block's input, the sum
+    # after attention, its norm, and the layer's input.
+    row = element * (3 * hidden + width)
     held, spilled = tokens * row, batch * row
     drift = any(layer.needs_drift for layer in layers)
     if drift:

@@ -346,3 +346,9 @@ def fake_quantize_input(x: Tensor, spec: QuantSpec, scale: Tensor | None = None)
         )
     scale = scale.to(x.dtype)
     return round_to_codes(x / scale, spec) * scale
+
+
+def fake_quantize_through(x: Tensor, spec: QuantSpec, scale: Tensor | None = None) -> Tensor:
+    """`fake_quantize_input` whose gradient is the identity's: straight through the rounding (Bengio
+    et al., "Estimating or Propagating Gradients Through Stochastic Neurons", arXiv 1308.3432)."""
+    return x + (fake_quantize_input(x.detach(), spec, scale) - x).detach()

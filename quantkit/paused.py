@@ -244,6 +244,24 @@ def head_input(model: PreTrainedModel, batch: Batch, *, graph: bool = False) -> 
     return caught[0]
 
 
+@contextmanager
+def watched_inputs(
+    layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """While active, ``see`` is called with a layer's name and its input ``[..., K]`` before it
+    runs; what it raises ends the pass."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: see(name, inputs[0])
+
+    hooks = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.remove()
+
+
 def trace_groups(run: Callable[[], Tensor], layers: Mapping[str, nn.Module]) -> list[list[str]]:
     """Which layers read the same tensor, in the order in which they run.
 
@@ -258,18 +276,8 @@ def trace_groups(run: Callable[[], Tensor], layers: Mapping[str, nn.Module]) -> 
         QuantkitError: a layer that does not run.
     """
     seen: list[tuple[str, Tensor]] = []
-    hooks = [
-        module.register_forward_pre_hook(
-            lambda _, inputs, name=name: seen.append((name, inputs[0]))
-        )
-        for name, module in layers.items()
-    ]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), watched_inputs(layers, lambda name, x: seen.append((name, x))):
+        run()
     groups: dict[tuple[int, torch.Size], list[str]] = {}
     for name, x in seen:  # the tensors are alive, so equal addresses mean one tensor
         group = groups.setdefault((x.data_ptr(), x.shape), [])
@@ -303,14 +311,10 @@ def run_paused(
     """
     driver = greenlet.getcurrent()
 
-    def stop_at(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            driver.switch((name, inputs[0]))
-
-        return hook
+    def stop(name: str, x: Tensor) -> None:
+        driver.switch((name, x))
 
     order = {name: i for i, (name, _) in enumerate(leaders)}
-    hooks = [module.register_forward_pre_hook(stop_at(name)) for name, module in leaders]
     waiting: dict[int, tuple[greenlet.greenlet, str]] = {}
 
     def advance(index: int, task: greenlet.greenlet) -> None:
@@ -323,7 +327,7 @@ def run_paused(
             waiting[index] = (task, name)
 
     try:
-        with torch.no_grad():
+        with torch.no_grad(), watched_inputs(dict(leaders), stop):
             for i, run in enumerate(runs):
                 advance(i, greenlet.greenlet(run))
             while waiting:
@@ -334,8 +338,6 @@ def run_paused(
                     del waiting[i]
                     advance(i, task)
     finally:
-        for hook in hooks:
-            hook.remove()
         for task, _ in waiting.values():
             task.throw(greenlet.GreenletExit)
 
@@ -359,21 +361,17 @@ def run_repeated(
     observed: set[tuple[int, str]] = set()
     met: dict[int, str] = {}
 
-    def stop_at(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            met[index] = name
-            if (index, name) not in observed:
-                observed.add((index, name))
-                observe(index, name, inputs[0])
-            raise _Stop
-
-        return hook
+    def stop(name: str, x: Tensor) -> None:
+        met[index] = name
+        if (index, name) not in observed:
+            observed.add((index, name))
+            observe(index, name, x)
+        raise _Stop
 
     with torch.no_grad():
         while unfinished:
             met.clear()
-            hooks = [m.register_forward_pre_hook(stop_at(name)) for name, m in unsolved.items()]
-            try:
+            with watched_inputs(unsolved, stop):
                 for index, run in list(unfinished.items()):
                     try:
                         # A pass may set context variables, as in a greenlet of its own.
@@ -382,9 +380,6 @@ def run_repeated(
                         continue
                     del unfinished[index]
                     finished(index, out)
-            finally:
-                for hook in hooks:
-                    hook.remove()
             if met:
                 name = min(met.values(), key=order.__getitem__)
                 solve(name)

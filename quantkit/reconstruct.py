@@ -25,6 +25,7 @@ from quantkit.collector import SAMPLE_TOKENS
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.fisher import frozen
 from quantkit.numerics import QTensor
+from quantkit.paused import watched_inputs
 from quantkit.plan import PlannedLayer
 from quantkit.quantize import QuantizedLayer, Reconstruction, measured
 
@@ -264,7 +265,7 @@ class _Training:
 
         def forward(x: Tensor) -> Tensor:
             if spec is not None:
-                x = x + (numerics.fake_quantize_input(x.detach(), spec, scale) - x).detach()
+                x = numerics.fake_quantize_through(x, spec, scale)
             return F.linear(x, self.weights.get(name, module.weight), module.bias)
 
         return forward
@@ -287,18 +288,11 @@ def _layer_inputs(block: Block, x: Tensor) -> dict[str, Tensor]:
     """The first inputs ``[tokens, K]`` of each trained layer, for measuring its errors."""
     found: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[name] = inputs[0].reshape(-1, inputs[0].shape[-1])[:SAMPLE_TOKENS].clone()
+    def keep(name: str, inputs: Tensor) -> None:
+        found[name] = inputs.reshape(-1, inputs.shape[-1])[:SAMPLE_TOKENS].clone()
 
-        return hook
-
-    hooks = [block.linears[n].register_forward_pre_hook(keep(n)) for n in block.originals]
-    try:
+    with watched_inputs({name: block.linears[name] for name in block.originals}, keep):
         block.run(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
 
 

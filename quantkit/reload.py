@@ -86,7 +86,7 @@ def check_reload(folder: Path, runtime: Runtime, probe: Probe, device: str) -> N
     Raises:
         QuantkitError: they do not.
     """
-    reference = load_runtime(folder, kernels="reference", device=device)
+    reference = load_runtime(folder, kernels="reference", device=device, streamed=True)
     expected = probe.head_input.float().cpu()
     with torch.no_grad():
         got = head_input(reference.model, probe.ids).float().cpu()

@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import gc
-import resource
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from quantkit.job import Job, Prepared, prepare
 from quantkit.models.load import load_runtime
 from quantkit.outcomes import Outcomes, write_run
 from quantkit.parallel import ALONE, World
+from quantkit.peak import peak_resident
 from quantkit.progress import Progress, Reporter, silent, silent_reporter
 from quantkit.provenance import provenance
 from quantkit.reload import check_layers, check_reload
@@ -115,7 +114,7 @@ def _judge(
 ) -> Outcomes:
     job = prepared.job
     _drop_weights(prepared.source)
-    calibration_peak = _peak_rss()
+    calibration_peak = peak_resident()
     candidate_runtime = load_runtime(staging, kernels=job.kernels, device=job.device)
     check_layers(candidate_runtime, prepared.plan)
     check_reload(staging, candidate_runtime, calibrated.probe, job.device)
@@ -161,8 +160,3 @@ def _drop_weights(source: models.SourceModel) -> None:
     for parameter in source.model.parameters():
         parameter.data = torch.empty(0, dtype=parameter.dtype)
     gc.collect()
-
-
-def _peak_rss() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

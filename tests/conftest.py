@@ -12,6 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from quantkit.plan import Plan, make_plan
+from quantkit.recipe import parse_recipe
 from tests.run_helpers import RECIPE
 
 
@@ -87,6 +89,11 @@ def tiny_llama(*, tied: bool = True, dtype: torch.dtype = torch.bfloat16) -> Lla
             if parameter.ndim == 2:
                 parameter.mul_(2.0)
     return model.to(dtype).eval()
+
+
+def plan_for_tiny(recipe: str) -> Plan:
+    """What a recipe's text comes to on `tiny_llama`."""
+    return make_plan(parse_recipe(recipe), tiny_llama(), samples=4, seq_len=16)
 
 
 def save_model(model: LlamaForCausalLM, folder: Path) -> Path:

@@ -191,6 +191,22 @@ def test_data_free_recipe_runs_without_data(tiny: Path, tmp_path: Path) -> None:
     assert all(layer.output_error is None for layer in layers.values())
 
 
+def test_without_data_a_block_is_released_too(tiny_untied: Path, tmp_path: Path) -> None:
+    """Otherwise a model that is rounded to nearest would lie dequantized in memory as a whole."""
+    how = recipe("w8a8", "rtn", keep=())
+    held, _, layers = run(tiny_untied, tmp_path / "a", how, ids=None)
+    reports: list[tuple[int, int]] = []
+    released, plan, again = run(
+        tiny_untied, tmp_path / "b", how, ids=None, release=True,
+        progress=lambda done, total, _: reports.append((done, total)),
+    )  # fmt: skip
+    assert same(layers, again)
+    assert reports[-1] == (plan.blocks + 1, plan.blocks + 1)
+    for name in plan.in_block(1):
+        assert released.model.get_submodule(name).weight.numel() == 0
+        assert held.model.get_submodule(name).weight.numel() > 0
+
+
 def test_calibrating_recipe_needs_data(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no data; give --data FILE"):
         run(tiny, tmp_path / "w", recipe("w4a16-g64"), ids=None)

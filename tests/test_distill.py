@@ -16,10 +16,10 @@ from quantkit.calibrate import Calibrated, CalibrationData, calibrate
 from quantkit.distill import Distilled, Teacher
 from quantkit.errors import UsageError
 from quantkit.plan import make_plan
-from quantkit.recipe import Recipe, Rule, Step, parse_recipe
+from quantkit.recipe import Recipe, Rule, Step
 from quantkit.schemes import SCHEMES, DType, ScaleFormat, Scheme
 from quantkit.work import WorkFolder
-from tests.conftest import tiny_llama
+from tests.conftest import plan_for_tiny, tiny_llama
 
 IDS = torch.randint(0, 256, (16, 32), generator=torch.Generator().manual_seed(4))
 
@@ -254,9 +254,8 @@ def test_soft_capped_predictions_are_understood(tmp_path: Path) -> None:
     ],
 )
 def test_lists_that_cannot_run_are_refused(text: str, message: str) -> None:
-    recipe = parse_recipe(f"scheme: w4a16-g64\nkeep: [lm_head]\n{text}\n")
     with pytest.raises(UsageError, match=message):
-        make_plan(recipe, tiny_llama(), samples=4, seq_len=16)
+        plan_for_tiny(f"scheme: w4a16-g64\nkeep: [lm_head]\n{text}\n")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 import quantkit.ops
-from quantkit.checkpoint import write
+from quantkit.checkpoint import shards, write
 from quantkit.cli.main import run
 from quantkit.models import decoder
 from tests.run_helpers import RECIPE, arguments, contents, leftovers
@@ -29,14 +29,14 @@ def store_other_tensors(
     patch: pytest.MonkeyPatch, change: Callable[[dict[str, Tensor]], None]
 ) -> None:
     """The weights' file holds something else than what calibration made."""
-    save = write.save_file
+    save = shards.save_file
 
     def save_changed(tensors: dict[str, Tensor], path: Path, **options: object) -> None:
         changed = {name: tensor.clone() for name, tensor in tensors.items()}
         change(changed)
         save(changed, path, **options)
 
-    patch.setattr(write, "save_file", save_changed)
+    patch.setattr(shards, "save_file", save_changed)
 
 
 def other_scale(tensors: dict[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ DIES = """
 import os, signal, sys
 from pathlib import Path
 from quantkit import collector, work
-from quantkit.checkpoint import write
+from quantkit.checkpoint import shards
 from quantkit.cli.main import main
 
 what, _, number = sys.argv.pop(1).partition(" ")
@@ -43,7 +43,7 @@ if what == "solve":
 elif what == "write":
     work.save_file = half(work.save_file, lambda name: name.startswith(f"{int(number):04d}."))
 elif what == "export":
-    write.save_file = half(write.save_file, lambda name: True)
+    shards.save_file = half(shards.save_file, lambda name: True)
 else:
     rename, left = os.replace, [int(number)]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from quantkit import collector, numerics, quantize
 from quantkit.algorithms import SOLVERS, gptq
 from quantkit.algorithms.clip import mse_scales
-from quantkit.checkpoint import write
+from quantkit.checkpoint import shards, write
 from quantkit.cli.main import run
 from quantkit.errors import QuantkitError
 from quantkit.integrity import not_finite
@@ -300,16 +300,16 @@ def test_a_resumed_run_on_another_number_of_threads_is_refused(
 ) -> None:
     """Half of its blocks would be of one arithmetic and half of another."""
     out = tmp_path / "out"
-    save = write.save_file
+    save = shards.save_file
 
     def fail(*_: object, **__: object) -> None:
         raise QuantkitError("stopped here")
 
-    patch.setattr(write, "save_file", fail)
+    patch.setattr(shards, "save_file", fail)
     argv = arguments(tiny, recipe, traffic, out)
     before = torch.get_num_threads()
     assert run([*argv, "--threads", str(before)]) == 4
-    patch.setattr(write, "save_file", save)
+    patch.setattr(shards, "save_file", save)
     capfd.readouterr()
     try:
         assert run([*argv, "--threads", str(before + 1), "--resume"]) == 2

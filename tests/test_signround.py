@@ -22,10 +22,10 @@ from quantkit.errors import UsageError
 from quantkit.numerics import QTensor
 from quantkit.plan import PlannedLayer, make_plan
 from quantkit.quantize import QuantizedLayer
-from quantkit.recipe import Recipe, Rule, Step, parse_recipe
+from quantkit.recipe import Recipe, Rule, Step
 from quantkit.reconstruct import Block, Windows, reconstruct
 from quantkit.schemes import SCHEMES, DType, Granularity, QuantSpec, Scheme
-from tests.conftest import tiny_llama
+from tests.conftest import plan_for_tiny, tiny_llama
 from tests.run_helpers import arguments, contents
 
 IDS = torch.randint(0, 256, (6, 32), generator=torch.Generator().manual_seed(4))
@@ -393,9 +393,8 @@ def test_layers_under_a_rule_are_left_alone(tiny: Path, tmp_path: Path) -> None:
     ],
 )
 def test_lists_that_cannot_run_are_refused(text: str, message: str) -> None:
-    recipe = parse_recipe(f"scheme: w4a16-g64\nkeep: [lm_head]\n{text}\n")
     with pytest.raises(UsageError, match=message):
-        make_plan(recipe, tiny_llama(), samples=4, seq_len=16)
+        plan_for_tiny(f"scheme: w4a16-g64\nkeep: [lm_head]\n{text}\n")
 
 
 @pytest.mark.parametrize(

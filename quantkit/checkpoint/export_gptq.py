@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from quantkit.checkpoint.layer import StoredLayer
 from quantkit.checkpoint.opened import OpenCheckpoint
 from quantkit.checkpoint.options import BITS
 from quantkit.checkpoint.read import INDEX
-from quantkit.checkpoint.write import MANIFEST, write_tensors
+from quantkit.checkpoint.shards import write_tensors
+from quantkit.checkpoint.write import MANIFEST
 from quantkit.errors import UsageError
 from quantkit.schemes import DType, Granularity, QuantSpec, Scheme
 
@@ -46,22 +48,32 @@ def write_gptq(source: OpenCheckpoint, folder: Path) -> tuple[dict[str, int], Ro
     """
     for name, scheme in source.schemes.items():
         _check(name, scheme, source.shapes[name])
-    layers = {name: source.layer(name) for name in source.schemes}
-    version = 1 if all(_fits_version_1(layer) for layer in layers.values()) else 2
+    # Layers are read twice, so that one at a time is in memory.
+    version, ordered = 1, False
+    for name in source.schemes:
+        layer = source.layer(name)
+        version = version if _fits_version_1(layer) else 2
+        ordered |= layer.order is not None
     files = source.files
-    tensors = {files.stored_name(key): tensor.contiguous() for key, tensor in source.plain()}
-    counts = Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values())
+    counts: Counter[str] = Counter()
     rounding = Rounding()
-    for name, layer in layers.items():
-        packed, cost = to_gptq(layer, version, name)
-        stem = files.stored_module(name)
-        tensors |= {f"{stem}.{key}": tensor for key, tensor in packed.items()}
-        rounding += cost
-        counts[f"int{layer.weight.spec.bits}"] += 1
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        nonlocal rounding
+        for key, tensor in source.plain():
+            counts[str(tensor.dtype).removeprefix("torch.")] += 1
+            yield files.stored_name(key), tensor.contiguous()
+        for name in source.schemes:
+            layer = source.layer(name)
+            packed, cost = to_gptq(layer, version, name)
+            rounding += cost
+            counts[f"int{layer.weight.spec.bits}"] += 1
+            stem = files.stored_module(name)
+            yield from ((f"{stem}.{key}", tensor) for key, tensor in packed.items())
+
     folder.mkdir()
-    write_tensors(folder, tensors)
+    write_tensors(folder, tensors())
     config = read_object(source.folder / "config.json")
-    ordered = any(layer.order is not None for layer in layers.values())
     config["quantization_config"] = _config(source, version, ordered)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for file in models.hash_folder(source.folder):

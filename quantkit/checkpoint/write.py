@@ -7,18 +7,18 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from quantkit import __version__
+from quantkit import __version__, memory
 from quantkit import model as models
 from quantkit.checkpoint.config import build_config
+from quantkit.checkpoint.shards import write_tensors
 from quantkit.checkpoint.tensors import to_disk
 from quantkit.data.card import read_card, source_name
 from quantkit.errors import QuantkitError, UsageError
@@ -30,9 +30,6 @@ from quantkit.results import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-#: Largest safetensors file, bytes, before another shard is begun.
-SHARD_BYTES = 5 * 1000**3
 
 MANIFEST = "quantkit.json"
 
@@ -56,7 +53,8 @@ def write_checkpoint(
 ) -> dict[str, Any]:
     """Write weights, config, tokenizer and manifest into a new folder.
 
-    The bytes depend on the inputs alone: no dates, host names or paths of this machine.
+    The bytes depend on the inputs alone: no dates, host names or paths of this machine. Layers are
+    packed one after another as files are filled (`quantkit.checkpoint.shards`).
 
     Args:
         folder: the staging folder; must not exist.
@@ -82,17 +80,11 @@ def write_checkpoint(
         raise QuantkitError(
             f"{len(caches)} key-value caches have scales, {len(plan.caches)} planned"
         )
-    tensors = _state(source.model, plan, layers)
-    for name, found in caches.items():
-        scales = found.scales(source.model.dtype)
-        stem = models.disk_module(source.model, name)
-        tensors.update({f"{stem}.{side}": scale for side, scale in scales.items()})
-    check_tensors(tensors)
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
-    _check_size(size, plan, len(tensors))
+    sizes: dict[str, int] = {}
     with guarded_disk(folder):
         folder.mkdir(parents=True)
-        write_tensors(folder, tensors)
+        size = write_tensors(folder, _checked(_parts(source.model, plan, layers, caches), sizes))
+        _check_size(size, plan)
         config = source.model.config.to_dict()
         config["quantization_config"] = build_config(
             {layer.name: layer.scheme for layer in plan.layers},
@@ -136,18 +128,7 @@ def write_checkpoint(
                     "solver": layer.solver,
                     "steps": layer.steps,
                     "shape": list(layer.shape),
-                    "bits": round(
-                        sum(
-                            8 * t.numel() * t.element_size()
-                            for t in to_disk(
-                                layers[layer.name].qtensor,
-                                layer.scheme,
-                                layers[layer.name].input_scale,
-                            ).values()
-                        )
-                        / math.prod(layer.shape),
-                        6,
-                    ),
+                    "bits": round(8 * sizes[layer.name] / math.prod(layer.shape), 6),
                     "weight_error": layers[layer.name].weight_error,
                     "output_error": layers[layer.name].output_error,
                     **_range_facts(layers[layer.name]),
@@ -303,59 +284,53 @@ def guarded_disk(folder: Path) -> Iterator[None]:
         raise
 
 
-def _state(
-    model: PreTrainedModel, plan: Plan, layers: Mapping[str, QuantizedLayer]
-) -> dict[str, Tensor]:
-    """Every tensor of the export by its name on disk, in the model's order; tied weights once."""
+def _parts(
+    model: PreTrainedModel,
+    plan: Plan,
+    layers: Mapping[str, QuantizedLayer],
+    caches: Mapping[str, CacheRange],
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every tensor of the export by its name on disk, in the model's order; tied weights once.
+
+    A quantized layer's come together, with its name; all others without one.
+    """
     planned = {layer.name: layer for layer in plan.layers}
-    tensors: dict[str, Tensor] = {}
     for key, value in models.stored_tensors(model).items():
         module, _, leaf = key.rpartition(".")
         if module in planned and leaf == "weight":
             layer = layers[module]
             on_disk = to_disk(layer.qtensor, planned[module].scheme, layer.input_scale)
             stem = models.disk_module(model, module)
-            tensors.update({f"{stem}.{name}": t for name, t in on_disk.items()})
+            yield module, {f"{stem}.{name}": t for name, t in on_disk.items()}
+            memory.forget_pages(layer.qtensor.codes)
+            memory.trim_heap()  # what packing took lies between packed layers
         else:
             # One matrix of fused experts is a view, and would be stored with all of them.
             whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
-            tensors[models.disk_name(model, key)] = value.contiguous() if whole else value.clone()
-    return tensors
+            kept = value.contiguous() if whole else value.clone()
+            yield "", {models.disk_name(model, key): kept}
+    for name, found in caches.items():
+        scales = found.scales(model.dtype)
+        stem = models.disk_module(model, name)
+        yield "", {f"{stem}.{side}": scale for side, scale in scales.items()}
 
 
-def _check_size(size: int, plan: Plan, count: int) -> None:
+def _checked(
+    parts: Iterable[tuple[str, dict[str, Tensor]]], sizes: dict[str, int]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of all parts, each looked through for NaN; bytes of quantized layers by name."""
+    for layer, tensors in parts:
+        check_tensors(tensors)
+        if layer:
+            sizes[layer] = sum(t.numel() * t.element_size() for t in tensors.values())
+        yield from tensors.items()
+
+
+def _check_size(size: int, plan: Plan) -> None:
     # weight_shape tensors (16 bytes each) are bookkeeping that the theory leaves out.
-    slack = 0.01 * plan.size_bytes + 16 * count
+    slack = 0.01 * plan.size_bytes + 16 * len(plan.layers)
     if abs(size - plan.size_bytes) > slack:
         raise QuantkitError(
             f"the export holds {size:,} bytes where theory says {plan.size_bytes:,}",
             remedy="this is a defect in quantkit; please report it with the recipe",
         )
-
-
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Safetensors files of at most `SHARD_BYTES`, and their index where they are several."""
-    shards: list[dict[str, Tensor]] = [{}]
-    room = SHARD_BYTES
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if size > room and shards[-1]:
-            shards.append({})
-            room = SHARD_BYTES
-        shards[-1][name] = tensor
-        room -= size
-    index = {}
-    for i, shard in enumerate(shards):
-        file = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        )
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        index[file] = list(shard)
-    if len(index) > 1:
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
-        listing = {name: file for file, names in index.items() for name in names}
-        document = {"metadata": {"total_size": size}, "weight_map": listing}
-        text = json.dumps(document, indent=2, sort_keys=True) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text)

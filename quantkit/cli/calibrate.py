@@ -16,6 +16,7 @@ from quantkit.cli.kernels import Kernels, KernelsOption
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from quantkit.peak import Peak
     from quantkit.recipe import Recipe
     from quantkit.run import Outcomes, Prepared
 
@@ -158,7 +159,10 @@ def command(
             _show_plan(prepared, together.size)
         if dry_run:
             if as_json:
-                typer.echo(json.dumps(prepared.plan.to_json(), indent=1))
+                document = prepared.plan.to_json()
+                if device == "cpu":
+                    document["peak"] = _peak(prepared).to_json()
+                typer.echo(json.dumps(document, indent=1))
             return
         outcomes = execute(prepared, reporter, together)
     if as_json:
@@ -258,6 +262,10 @@ def _show_plan(prepared: Prepared, processes: int) -> None:
         console.print("                   hidden states go to disk, passes are repeated")
     if plan.needs_fisher:
         console.print(f"Fisher pass        {pass_bytes(plan) / 1e6:.0f} MB beside the whole model")
+    if prepared.job.device == "cpu":
+        peak = _peak(prepared)
+        phases = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in peak.phases.items())
+        console.print(f"peak memory        {peak.bytes / 1e9:.2f} GB ({phases})")
     if prepared.tokens is not None:
         console.print(
             f"calibration        {plan.samples} × {plan.seq_len} tokens"
@@ -277,6 +285,15 @@ def _show_plan(prepared: Prepared, processes: int) -> None:
         for check in prepared.preflight:
             if check.message:
                 console.print(Text.assemble(caution, f": {check.message}"))
+
+
+def _peak(prepared: Prepared) -> Peak:
+    from quantkit.footprint import spills
+    from quantkit.peak import peak_memory
+
+    spilled = spills(prepared.plan, prepared.job.activation_memory)
+    data = prepared.tokens is not None
+    return peak_memory(prepared.plan, prepared.source.model, data=data, spilled=spilled)
 
 
 def _kept(names: Sequence[str]) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -13,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from quantkit import memory, ops
 from quantkit import model as models
-from quantkit import ops
 from quantkit.checkpoint.formats import Reader, open_format
 from quantkit.checkpoint.read import (
     TensorFiles,
@@ -28,8 +30,9 @@ from quantkit.kv_cache import SIDES, CacheEntry, find_attentions, install_entry
 from quantkit.layers import QuantLinear
 from quantkit.models.decoder import build_decoder, why_not
 from quantkit.models.runtime import Runtime
+from quantkit.models.streamed import StreamedLinear
 from quantkit.ops.decoder import CacheScales
-from quantkit.schemes import DType, QuantSpec
+from quantkit.schemes import DType, QuantSpec, Scheme
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,12 +51,17 @@ KERNELS: Mapping[str, str] = MappingProxyType(
 )
 
 
+#: Bytes from which it pays to look up a tensor's mapping, a few milliseconds, to drop its pages.
+_FORGOTTEN = 1 << 20
+
+
 def load_runtime(
     source: str | Path,
     *,
     kernels: str = "native",
     device: str = "cpu",
     dtype: torch.dtype | str = "auto",
+    streamed: bool = False,
 ) -> Runtime:
     """Load a quantized checkpoint, or an original model as the reference.
 
@@ -64,6 +72,8 @@ def load_runtime(
         kernels: a key of `KERNELS`.
         device: ``cpu`` or ``cuda``.
         dtype: of activations and of what is not quantized; the checkpoint's by default.
+        streamed: quantized layers stay on disk and are read whenever they run
+            (`quantkit.models.streamed`); they compute in the reference kernels only.
 
     Raises:
         UsageError: no such model, or a format quantkit does not run.
@@ -80,7 +90,9 @@ def load_runtime(
     if raw is None:
         runtime = _load_original(str(source), device, dtype)
     else:
-        runtime = _load_quantized(path, str(source), open_format(raw), layers, device, dtype)
+        runtime = _load_quantized(
+            path, str(source), open_format(raw), layers, device, dtype, streamed=streamed
+        )
     if kernels in ("modules", "reference"):
         return _in_modules(runtime, f"--kernels {kernels} was asked for")
     family = models.family_of(runtime.model.config)
@@ -149,6 +161,8 @@ def _load_quantized(
     kernels: str,
     device: str,
     dtype: torch.dtype | str,
+    *,
+    streamed: bool,
 ) -> Runtime:
     config = models.load_config(folder, str(folder))
     wanted = config.dtype if dtype == "auto" else dtype
@@ -156,9 +170,14 @@ def _load_quantized(
     model = build_empty(config, wanted)
     cache_spec = reader.cache_spec()
     attentions = find_attentions(model, models.find_blocks(model)[0]) if cache_spec else {}
-    with TensorFiles(folder) as files:
+    with ExitStack() as opened:
+        files = TensorFiles(folder)
+        if not streamed:  # else its layers keep it open
+            opened.enter_context(files)
         files.rename(models.memory_names(model, files.names))
-        size, bits, scales = _fill(model, files, reader, attentions, kernels, wanted)
+        size, bits, scales = _fill(
+            model, files, reader, attentions, kernels, wanted, streamed=streamed
+        )
     caches = {}
     for name, found in scales.items():
         assert cache_spec is not None
@@ -234,6 +253,8 @@ def _fill(
     attentions: Mapping[str, nn.Module],
     kernels: str,
     dtype: torch.dtype,
+    *,
+    streamed: bool,
 ) -> tuple[int, float, dict[str, dict[str, Tensor]]]:
     """Replace layers and fill parameters.
 
@@ -271,23 +292,15 @@ def _fill(
     stored = 0
     for name, scheme in schemes.items():
         linear = linears[name]
-        parts = files.layer(name)
-        stored += sum(t.numel() * t.element_size() for t in parts.values())
-        bias = parts.pop("bias", None)
-        if bias is None and linear.bias is not None:
+        shape = (linear.out_features, linear.in_features)
+        stored += sum(t.numel() * t.element_size() for t in files.layer(name).values())
+        if linear.bias is not None and "bias" not in files.layer(name):
             raise QuantkitError(
                 f"{name}.bias: missing from the checkpoint",
                 remedy="the file is incomplete; copy it again",
             )
-        found = reader.layer(parts, scheme, (linear.out_features, linear.in_features), name)
-        layer = QuantLinear(
-            found.weight,
-            scheme,
-            None if bias is None else bias.to(dtype),
-            found.input_scale,
-            kernels=kernels,
-            order=found.order,
-        )
+        read = partial(_read_layer, files, reader, name, scheme, shape, kernels, dtype)
+        layer = StreamedLinear(read, shape) if streamed else read()
         models.set_submodule(model, name, layer)
     model.tie_weights()  # type: ignore[operator]
     empty = [n for n, p in model.named_parameters() if p.is_meta]
@@ -298,6 +311,34 @@ def _fill(
         )
     weights = sum(linears[n].out_features * linears[n].in_features for n in schemes)
     return size + stored, 8 * stored / weights, scales
+
+
+def _read_layer(
+    files: TensorFiles,
+    reader: Reader,
+    name: str,
+    scheme: Scheme,
+    shape: tuple[int, int],
+    kernels: str,
+    dtype: torch.dtype,
+) -> QuantLinear:
+    """One layer from the files, whose pages leave memory again."""
+    parts = files.layer(name)
+    stored = list(parts.values())
+    bias = parts.pop("bias", None)
+    found = reader.layer(parts, scheme, shape, name)
+    layer = QuantLinear(
+        found.weight,
+        scheme,
+        None if bias is None else bias.to(dtype),
+        found.input_scale,
+        kernels=kernels,
+        order=found.order,
+    )
+    for tensor in stored:
+        if tensor.numel() * tensor.element_size() >= _FORGOTTEN:
+            memory.forget_pages(tensor)
+    return layer
 
 
 def _cache_scale(key: str, tensor: Tensor) -> Tensor:

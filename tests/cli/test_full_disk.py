@@ -17,7 +17,7 @@ from tests.run_helpers import arguments, leftovers
     ("writer", "error", "message"),
     [
         (
-            "quantkit.checkpoint.write.save_file",
+            "quantkit.checkpoint.shards.save_file",
             OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
             "the disk is full",
         ),
