@@ -210,6 +210,7 @@ def command(
         )
         limits = EngineConfig(
             max_sequences=max_sequences,
+            max_queue=2**31,  # admission bounds each tier's; one for all would be one to fill
             max_context=max_context,
             prefill_chunk=prefill_chunk,
             kv_cache_dtype=kv_cache_dtype,

@@ -75,6 +75,7 @@ REFUSED = [
     ("1 huge n in a chat", CHAT, {"messages": HELLO, "n": 17}),
     ("1 huge best_of", COMPLETIONS, {"prompt": "a", "best_of": 10**9}),
     ("1 n times prompts", COMPLETIONS, {"prompt": ["a"] * 257, "n": 16}),
+    ("1 more answers than a queue holds", COMPLETIONS, {"prompt": ["a"] * 65, "n": 16}),
     ("2 deep JSON", COMPLETIONS, b'{"prompt":' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
     ("2 deep JSON objects", CHAT, b'{"a":' * 50_000 + b"1" + b"}" * 50_000),
     ("2 a number without end", COMPLETIONS, b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}"),

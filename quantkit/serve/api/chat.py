@@ -20,6 +20,7 @@ CHUNK_OBJECT = "chat.completion.chunk"
 async def create(service: Service, body: ChatRequest, http: HttpRequest) -> Response:
     """Answer one chat request."""
     service.check_model(body.model)
+    service.knock(http)
     prompt_ids = await service.encoder.chat(body.messages)
     fields = head(service, "chatcmpl")
     requests = [

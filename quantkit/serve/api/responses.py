@@ -35,6 +35,7 @@ from quantkit.serve.request import Request
 async def create(service: Service, body: ResponsesRequest, http: HttpRequest) -> Response:
     """Answer one request."""
     service.check_model(body.model)
+    service.knock(http)
     conversation = messages(body)
     prompt_ids = await service.encoder.chat(conversation)
     fields = head(service, "resp")
