@@ -179,7 +179,7 @@ def test_8_clients_bring_no_template_and_no_arguments(unharmed: Live, post) -> N
     for attack in (
         {"chat_template": "{{ 'x' * 400 }}"},
         {"chat_template_kwargs": {"messages": [], "tokenize": False, "chat_template": "x"}},
-        {"add_generation_prompt": False, "continue_final_message": True},
+        {"add_generation_prompt": False},
         {"documents": [{"text": "x" * 100}]},
     ):
         response = post(CHAT, {"messages": HELLO, "max_tokens": 1} | attack)
@@ -335,7 +335,6 @@ def test_20_a_reader_that_stalls_holds_up_nobody(unharmed: Live) -> None:
 
 def test_an_exception_in_the_engine_thread(unharmed: Live, post, monkeypatch) -> None:
     """Outside any sequence's work: all fail, once each, and the next request is well."""
-    schedule = unharmed.engine.scheduler.schedule
     with monkeypatch.context() as patch:
         patch.setattr(unharmed.engine.scheduler, "schedule", lambda *a: 1 / 0)
         with ThreadPoolExecutor(4) as pool:
@@ -343,7 +342,7 @@ def test_an_exception_in_the_engine_thread(unharmed: Live, post, monkeypatch) ->
             answers = list(pool.map(lambda _: post(COMPLETIONS, body), range(4)))
     assert {answer.status_code for answer in answers} == {500}
     assert "division" not in answers[0].text
-    assert unharmed.engine.scheduler.schedule == schedule
+    assert post(COMPLETIONS, body).status_code == 200
 
 
 def test_a_policy_that_raises(unharmed: Live, post, monkeypatch) -> None:

@@ -120,6 +120,24 @@ def test_a_failing_response_says_so(server, client: openai.OpenAI, monkeypatch) 
         ({"input": "a", "background": True}, None),
         ({"input": "a", "text": {"format": {"type": "json_schema"}}}, "text"),
         ({"input": "a", "n": 2}, "n"),
+        ({"input": "a", "max_tokens": 5}, None),
+        ({"input": "a", "max_completion_tokens": 5}, None),
+        (
+            {
+                "input": "a",
+                "text": {"format": {"type": "json_object"}},
+                "response_format": {"type": "json_object"},
+            },
+            "text",
+        ),
+        (
+            {
+                "input": "a",
+                "text": {"format": {"type": "text"}},
+                "structured_outputs": {"regex": "a"},
+            },
+            "text",
+        ),
     ],
 )
 def test_bad_responses(post, body: dict, param: str | None) -> None:

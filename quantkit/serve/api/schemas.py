@@ -1,7 +1,7 @@
 """The request bodies that the API accepts: our own bounded models of the OpenAI fields.
 
 Strict: ``"5"`` is not a number and 1 is not true. Fields that nobody knows are ignored, as the
-OpenAI API does; fields that it knows, that change the answer and that this server does not
+OpenAI API does; fields that it or vLLM knows, that change the answer and that this server does not
 implement are refused (`UNSUPPORTED`), because ignoring them would be a silent downgrade.
 """
 
@@ -28,13 +28,21 @@ MAX_MESSAGES = 2048
 #: Larger than any context: the engine refuses what does not fit with the real numbers.
 MAX_TOKENS = 2**31 - 1
 
-#: Known OpenAI fields that are not implemented → the values that mean "off".
+#: Known fields that are not implemented → the values that mean "off".
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": (None, []),
     "functions": (None, []),
     "suffix": (None, ""),
     "best_of": (None, 1),
     "audio": (None,),
+    "modalities": (None, ["text"]),
+    "reasoning_effort": (None,),
+    # Names that vLLM once had for what is `structured_outputs` now.
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "continue_final_message": (None, False),
 }
 
 Text = Annotated[str, Field(max_length=4 * 1024 * 1024)]
@@ -280,6 +288,8 @@ UNSUPPORTED_RESPONSES: dict[str, tuple[Any, ...]] = {
     "background": (None, False),
     "conversation": (None,),
     "include": (None, []),
+    "max_tokens": (None,),  # here it is max_output_tokens
+    "max_completion_tokens": (None,),
     "max_tool_calls": (None,),
     "previous_response_id": (None,),
     "prompt": (None,),
@@ -332,6 +342,12 @@ class ResponsesRequest(GenerationRequest):
         asked = self.text and self.text.format
         if not asked:
             return super()._structured()
+        if self.response_format is not None or self.structured_outputs is not None:
+            raise RequestError(
+                "'text.format' excludes 'response_format' and 'structured_outputs'",
+                param="text",
+                remedy="give one of them",
+            )
         if asked.body is not None:
             return StructuredOutputs(json=as_json(asked.body))
         return StructuredOutputs(json_object=True) if asked.type == "json_object" else None
