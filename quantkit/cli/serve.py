@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,10 +11,18 @@ import typer
 
 from quantkit.cli import engine as engines
 from quantkit.cli.kernels import Kernels, KernelsOption
+from quantkit.cli.options import refuse
 from quantkit.errors import UsageError
 
 if TYPE_CHECKING:
     from quantkit.serve.capture import CaptureConfig
+
+#: The parameters that no other engine reads.
+OWN = (
+    *("config", "capture", "capture_rate", "capture_patterns", "otlp_endpoint"),
+    *("prefill_chunk", "kv_cache_dtype", "prefix_caching", "speculative_tokens"),
+    *("threads", "kernels", "device"),
+)
 
 
 def command(
@@ -139,6 +148,11 @@ def command(
         raise UsageError(
             "--config and --api-keys were given both", remedy="list the keys in the configuration"
         )
+    if not math.isfinite(drain_seconds):
+        raise UsageError(
+            f"--drain-seconds {drain_seconds} is not a number of seconds",
+            remedy="give a large one to wait for long answers",
+        )
     closed = config is not None or api_keys is not None
     if not closed and not allow_unauthenticated and not is_loopback(host):
         raise UsageError(
@@ -147,22 +161,17 @@ def command(
         )
     if engine is engines.Engine.quantkit:
         engines.check_unused(context)
+    else:
+        refuse(context, OWN, f"is quantkit's own; {engine} has none", "leave it out")
+    if capture is None:
+        unused = ("capture_rate", "capture_patterns")
+        refuse(context, unused, "nothing is captured", "add --capture FILE")
     if key is not None:
         from quantkit.signature import check_signature
 
         check_signature(Path(checkpoint), key)
     asked = engines.Asked(engine_python, tensor_parallel, engine_arg or (), engine_timeout)
     if engine is not engines.Engine.quantkit:
-        if config is not None or capture is not None or otlp_endpoint is not None:
-            raise UsageError(
-                f"--config, --capture and --otlp-endpoint are quantkit's own; {engine} has none",
-                remedy="leave them out; it takes --api-keys",
-            )
-        if (kernels, device, threads) != (Kernels.native, "cpu", None):
-            raise UsageError(
-                f"--kernels, --device and --threads are quantkit's own; {engine} chooses its own",
-                remedy="leave them out",
-            )
         code = engines.serve(
             checkpoint,
             asked,
@@ -236,9 +245,11 @@ def command(
                 ready = {"url": address, "model": runtime.name, "max_context": context}
                 typer.echo(json.dumps(ready))
 
-        code = server.serve(app, loop, sock, drain_seconds=drain_seconds, on_ready=announce)
-        if captured is not None:
-            captured.close()
+        try:
+            code = server.serve(app, loop, sock, drain_seconds=drain_seconds, on_ready=announce)
+        finally:
+            if captured is not None:
+                captured.close()
     raise typer.Exit(code)
 
 
