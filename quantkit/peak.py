@@ -20,8 +20,7 @@ import torch
 from quantkit import memory
 from quantkit import model as models
 from quantkit.algorithms import SOLVERS
-from quantkit.batches import BATCH_TOKENS
-from quantkit.calibrate import PROBE_WINDOWS
+from quantkit.batches import BATCH_TOKENS, PROBE_WINDOWS
 from quantkit.checkpoint.shards import SHARD_BYTES
 from quantkit.importance import pass_bytes
 from quantkit.plan import Plan, PlannedLayer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from quantkit.cli import engine as engines
 from quantkit.cli.kernels import Kernels, KernelsOption
+from quantkit.cli.options import refuse
 from quantkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,6 +22,14 @@ PAGE = "Web page"
 
 #: Guesses a step and request where nothing else is said: beyond, few are right.
 SPECULATIVE_TOKENS = 4
+
+#: The parameters that no other engine reads.
+OWN = (
+    *("config", "capture", "capture_rate", "capture_patterns", "otlp_endpoint"),
+    *("prefill_chunk", "kv_cache_dtype", "prefix_caching", "speculative_tokens"),
+    *("threads", "kernels", "device", "draft", "tool_parser", "reasoning_parser"),
+    *("web", "compare_with", "compare_model", "compare_key"),
+)
 
 
 def command(
@@ -206,6 +216,11 @@ def command(
         raise UsageError(
             "--config and --api-keys were given both", remedy="list the keys in the configuration"
         )
+    if not math.isfinite(drain_seconds):
+        raise UsageError(
+            f"--drain-seconds {drain_seconds} is not a number of seconds",
+            remedy="give a large one to wait for long answers",
+        )
     closed = config is not None or api_keys is not None
     if not closed and not allow_unauthenticated and not is_loopback(host):
         raise UsageError(
@@ -214,6 +229,11 @@ def command(
         )
     if engine is engines.Engine.quantkit:
         engines.check_unused(context)
+    else:
+        refuse(context, OWN, f"is quantkit's own; {engine} has none", "leave it out")
+    if capture is None:
+        unused = ("capture_rate", "capture_patterns")
+        refuse(context, unused, "nothing is captured", "add --capture FILE")
     if key is not None:
         from quantkit.signature import check_signature
 
@@ -226,27 +246,6 @@ def command(
             remedy="leave one of them out",
         )
     if engine is not engines.Engine.quantkit:
-        if draft is not None:
-            raise UsageError(
-                f"--draft is quantkit's own; {engine} has its own",
-                remedy="leave it out; --engine-arg passes options on",
-            )
-        if any(own is not None for own in (config, capture, otlp_endpoint, compare_with)):
-            raise UsageError(
-                "--config, --capture, --otlp-endpoint and --compare-with are quantkit's own; "
-                f"{engine} has none",
-                remedy="leave them out; it takes --api-keys",
-            )
-        if (tool_parser, reasoning_parser) != ("auto", "auto"):
-            raise UsageError(
-                f"--tool-parser and --reasoning-parser are quantkit's own; {engine} has others",
-                remedy="give its own with --engine-arg",
-            )
-        if (kernels, device, threads) != (Kernels.native, "cpu", None):
-            raise UsageError(
-                f"--kernels, --device and --threads are quantkit's own; {engine} chooses its own",
-                remedy="leave them out",
-            )
         code = engines.serve(
             checkpoint,
             asked,
@@ -304,6 +303,7 @@ def command(
             drafting = load_runtime(draft, kernels=kernels.value, device=device)
         limits = EngineConfig(
             max_sequences=max_sequences,
+            max_queue=2**31,  # admission bounds each tier's; one for all would be one to fill
             max_context=max_context,
             prefill_chunk=prefill_chunk,
             kv_cache_dtype=kv_cache_dtype,
@@ -335,9 +335,11 @@ def command(
                 ready = {"url": address, "model": runtime.name, "max_context": context}
                 typer.echo(json.dumps(ready))
 
-        code = server.serve(app, loop, sock, drain_seconds=drain_seconds, on_ready=announce)
-        if captured is not None:
-            captured.close()
+        try:
+            code = server.serve(app, loop, sock, drain_seconds=drain_seconds, on_ready=announce)
+        finally:
+            if captured is not None:
+                captured.close()
     raise typer.Exit(code)
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.errors import UsageError
-from quantkit.serve.keys import HASHED, Key, digest
+from quantkit.serve.keys import HASHED, MAKE_A_KEY, Key, digest
 from quantkit.serve.policy.tiers import DEFAULT, Tenant, Tier
 from quantkit.strict_yaml import Node, compose, nearest
 
@@ -86,7 +86,10 @@ def read_config(path: Path) -> ServeConfig:
         fields = _fields(node)
         if "operator" in fields and fields["operator"].truth():
             operators.add(name)
-        for item in fields["keys"].items():
+        listed = fields["keys"]
+        if not listed.is_list or not listed.node.value:  # `items` would show what is there
+            listed.fail("keys: not a list of keys", "write [KEY]")
+        for item in listed.items():
             key = Key(_digest(item), name)
             if key.digest in keys:
                 item.fail(
@@ -94,8 +97,6 @@ def read_config(path: Path) -> ServeConfig:
                     "a key stands for one tenant",
                 )
             keys[key.digest] = key
-    if not keys:
-        sections["tenants"].fail("tenants: there is no key", "list keys under each tenant")
     if len(keys) > MAX_KEYS:
         sections["tenants"].fail(f"tenants: {len(keys)} keys; at most {MAX_KEYS}")
     return ServeConfig(tiers, tuple(tenants), tuple(keys.values()), frozenset(operators))
@@ -158,9 +159,11 @@ def _digest(item: Node) -> bytes:
         if not re.fullmatch(r"[0-9a-f]{64}", value.removeprefix(HASHED)):
             item.fail(f"keys: {HASHED} needs 64 hexadecimal digits, in small letters")
         return bytes.fromhex(value.removeprefix(HASHED))
+    if not value.isascii():
+        item.fail("keys: a key is not ASCII, which is all that a header carries", MAKE_A_KEY)
     if len(value) < MIN_KEY_LENGTH or value != value.strip():
         item.fail(
             f"keys: a key needs at least {MIN_KEY_LENGTH} characters and no blanks around it",
-            "make one with `openssl rand -hex 32`",
+            MAKE_A_KEY,
         )
     return digest(value)

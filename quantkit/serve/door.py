@@ -62,6 +62,21 @@ class Door:
         self.admission = Admission(config.tiers, config.tenants, clock())
         self.traffic = Traffic(engine.metrics.registry, config, self.admission.waiting, capture)
 
+    def knock(self, tenant: Tenant, *, charge: bool = False) -> None:
+        """Before a prompt is tokenized: turn away who is over a limit, whatever it asks.
+
+        Args:
+            tenant: who asks.
+            charge: count the request now, because it never comes to `open`.
+
+        Raises:
+            RefusedError: over a limit of the tenant.
+        """
+        refusal = self.admission.knock(tenant, self._clock(), charge=charge)
+        if refusal is not None:
+            self.traffic.ended(tenant, refusal.code, None)
+            raise RefusedError(refusal)
+
     async def open(
         self,
         tenant: Tenant,
@@ -138,11 +153,14 @@ class Door:
             ticket.last = now
             ticket.tokens += 1
         elif isinstance(event, Finished | Failed):
+            if ticket.first is None and isinstance(event, Finished) and event.reason != "cancelled":
+                # Scored without a token: its prompt was read, and counts as measured.
+                self.admission.started(ticket.request.id, now)
             self.admission.ended(ticket.request.id, ticket.tokens, now)
             prompt = event.prompt_tokens if isinstance(event, Finished) else 0
             self.traffic.computed(tenant, prompt, ticket.tokens)
             outcome = event.reason if isinstance(event, Finished) else "failed"
-            self.traffic.ended(tenant, outcome, self._in_time(ticket, event))
+            self.traffic.ended(tenant, outcome, self._in_time(ticket, event, now))
             self._keep(ticket, outcome)
             if ticket.trace is not None:
                 span = Span(
@@ -169,11 +187,12 @@ class Door:
             self._capture.offer(ticket.prompt | {"completion": text})
 
     @staticmethod
-    def _in_time(ticket: _Ticket, event: Finished | Failed) -> bool | None:
+    def _in_time(ticket: _Ticket, event: Finished | Failed, now: float) -> bool | None:
         deadline = ticket.request.deadline
         if isinstance(event, Failed):
             return None if event.invalid else False
         if ticket.first is None:
             # Scored without a token, or its client left: too early to say, unless it is late.
-            return None
+            late = deadline is not None and now > deadline and event.reason == "cancelled"
+            return False if late else None
         return deadline is None or ticket.first <= deadline

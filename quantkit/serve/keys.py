@@ -13,6 +13,7 @@ from quantkit.errors import UsageError
 #: How a configuration file marks the SHA-256 of a key. Plain, because keys are random: there is
 #: no dictionary to slow down, and a slow hash on each request would be a way to load the server.
 HASHED = "sha256:"
+MAKE_A_KEY = "make one with `openssl rand -hex 32`"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,11 @@ def find_tenant(keys: Sequence[Key], key: str) -> str | None:
 
 
 def read_api_keys(path: Path) -> tuple[str, ...]:
-    """One key a line; blank lines and lines that begin with ``#`` are skipped."""
+    """One key a line; blank lines and lines that begin with ``#`` are skipped.
+
+    Raises:
+        UsageError: it cannot be read, holds none, or one that no header can carry.
+    """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -47,4 +52,11 @@ def read_api_keys(path: Path) -> tuple[str, ...]:
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
         raise UsageError(f"API keys file {path} holds no key", remedy="write one key a line")
+    for number, line in enumerate(lines, 1):
+        if not line.isascii() and not line.startswith("#"):
+            raise UsageError(
+                f"API keys file {path}:{number} a key is not ASCII, which is all that a header "
+                "carries",
+                remedy=MAKE_A_KEY,
+            )
     return keys

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from quantkit import __version__
 from quantkit.errors import UsageError
@@ -95,8 +96,13 @@ def connect(endpoint: str, model: str) -> Tracing:
     """Send spans to an OTLP endpoint over HTTP.
 
     Raises:
-        UsageError: the exporter is not installed.
+        UsageError: the endpoint is no http address, or the exporter is not installed.
     """
+    if not _is_http(endpoint):
+        raise UsageError(
+            f"--otlp-endpoint {endpoint} is no http:// or https:// address",
+            remedy="write it as http://localhost:4318/v1/traces",
+        )
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
@@ -111,3 +117,11 @@ def connect(endpoint: str, model: str) -> Tracing:
     provider = TracerProvider(resource=resource)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
     return Tracing(provider.get_tracer("quantkit", __version__), model)
+
+
+def _is_http(address: str) -> bool:
+    try:
+        parts = urlsplit(address)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not close, a port that is none
+        return False

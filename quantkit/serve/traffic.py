@@ -76,7 +76,7 @@ class Traffic:
         attained = Gauge(
             "quantkit_tier_slo_attainment",
             f"Share of the last {ATTAINMENT_WINDOW} requests whose first token came in time; "
-            "refused and failed ones did not.",
+            "refused and failed ones did not, nor those whose client gave up when it was late.",
             ["tier"],
             registry=registry,
         )
@@ -118,7 +118,8 @@ class Traffic:
     def ended(self, tenant: Tenant, outcome: str, in_time: bool | None) -> None:
         """A request is over or was refused.
 
-        ``in_time`` is whether its first token was; None is neither: the client left before.
+        ``in_time`` is whether its first token was; None is neither: the client left before it
+        was due, or a limit of the tenant's own refused it.
         """
         self.requests.labels(tenant.tier, outcome).inc()
         self.tenant_requests.labels(self._label(tenant), outcome).inc()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quantkit.serve.policy.admission import MAX_RETRY_AFTER, Admission
+from quantkit.serve.policy.admission import MAX_QUEUE, MAX_RETRY_AFTER, Admission
 from quantkit.serve.policy.quota import Bucket
 from quantkit.serve.policy.throughput import Throughput
 from quantkit.serve.policy.tiers import Tenant, Tier
@@ -123,6 +123,26 @@ def test_concurrency() -> None:
     assert never.status == 400, "no waiting would help"
 
 
+def test_who_is_over_a_limit_need_not_come_in() -> None:
+    tenant = Tenant("t", "free", requests_per_second=1, tokens_per_second=10, concurrency=2)
+    found = admission(tenant)
+    assert found.knock(tenant, 0.0) is None
+    assert found.knock(tenant, 0.0, charge=True) is None, "the first one cost nothing"
+    refusal = found.knock(tenant, 0.0)
+    assert refusal is not None
+    assert (refusal.status, refusal.code, refusal.retry_after) == (429, "rate_limit", 1)
+    assert found.admit(tenant, {"a": 100}, 1.0) is None
+    assert found.admit(tenant, {"b": 0}, 2.0) is None
+    refusal = found.knock(tenant, 3.0)
+    assert refusal is not None
+    assert refusal.code == "concurrency"
+    found.ended("a", 100, 3.0)  # 20 have come in since, so 80 are owed
+    refusal = found.knock(tenant, 3.0)
+    assert refusal is not None
+    assert (refusal.code, refusal.retry_after) == ("rate_limit", 8)
+    assert found.knock(tenant, 11.1) is None
+
+
 def test_a_promise_that_cannot_be_kept_is_refused_at_once() -> None:
     found = measured()  # 0.01 s a token; paid promises 2 s
     assert found.admit(ACME, {"a": 150}, 10.0) is None
@@ -165,6 +185,37 @@ def test_a_full_queue_lets_in_who_has_nothing_there() -> None:
     assert (refusal.status, refusal.code) == (503, "queue_full")
     assert found.admit(OTHER, {"o": 1}, 0.0) is None
     assert found.admit(OTHER, {"p": 1}, 0.0) is not None
+
+
+def batch(name: str, count: int) -> dict[str, int]:
+    return {f"{name}{i}": 1 for i in range(count)}
+
+
+def test_a_tier_that_says_nothing_has_a_queue_of_its_own() -> None:
+    found = admission()
+    assert found.admit(GUEST, batch("g", MAX_QUEUE), 0.0) is None
+    refusal = found.admit(GUEST, batch("more", 1), 0.0)
+    assert refusal is not None
+    assert (refusal.status, refusal.code) == (503, "queue_full")
+    assert found.admit(ACME, batch("a", 8), 0.0) is None, "another tier's queue is another one"
+
+
+def test_a_batch_counts_as_what_it_is() -> None:
+    found = admission()
+    assert found.admit(ACME, batch("a", 6), 0.0) is None
+    refusal = found.admit(ACME, batch("b", 3), 0.0)
+    assert refusal is not None
+    assert (refusal.status, refusal.code) == (503, "queue_full")
+    assert found.admit(ACME, batch("c", 2), 0.0) is None
+
+
+def test_a_batch_that_no_queue_holds_is_never_let_in() -> None:
+    found = admission()
+    for tenant, limit in ((ACME, 8), (GUEST, MAX_QUEUE)):
+        refusal = found.admit(tenant, batch("x", limit + 1), 0.0)
+        assert refusal is not None
+        assert (refusal.status, refusal.code, refusal.retry_after) == (400, "queue_full", 0)
+    assert found.waiting("paid") == found.waiting("free") == 0
 
 
 @unhurried

@@ -75,6 +75,7 @@ REFUSED = [
     ("1 huge n in a chat", CHAT, {"messages": HELLO, "n": 17}),
     ("1 huge best_of", COMPLETIONS, {"prompt": "a", "best_of": 10**9}),
     ("1 n times prompts", COMPLETIONS, {"prompt": ["a"] * 257, "n": 16}),
+    ("1 more answers than a queue holds", COMPLETIONS, {"prompt": ["a"] * 65, "n": 16}),
     ("2 deep JSON", COMPLETIONS, b'{"prompt":' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
     ("2 deep JSON objects", CHAT, b'{"a":' * 50_000 + b"1" + b"}" * 50_000),
     ("2 a number without end", COMPLETIONS, b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}"),
@@ -178,7 +179,7 @@ def test_8_clients_bring_no_template_and_no_arguments(unharmed: Live, post) -> N
     for attack in (
         {"chat_template": "{{ 'x' * 400 }}"},
         {"chat_template_kwargs": {"messages": [], "tokenize": False, "chat_template": "x"}},
-        {"add_generation_prompt": False, "continue_final_message": True},
+        {"add_generation_prompt": False},
         {"documents": [{"text": "x" * 100}]},
     ):
         response = post(CHAT, {"messages": HELLO, "max_tokens": 1} | attack)
@@ -428,7 +429,6 @@ def test_20_a_reader_that_stalls_holds_up_nobody(unharmed: Live) -> None:
 
 def test_an_exception_in_the_engine_thread(unharmed: Live, post, monkeypatch) -> None:
     """Outside any sequence's work: all fail, once each, and the next request is well."""
-    schedule = unharmed.engine.scheduler.schedule
     with monkeypatch.context() as patch:
         patch.setattr(unharmed.engine.scheduler, "schedule", lambda *a: 1 / 0)
         with ThreadPoolExecutor(4) as pool:
@@ -436,7 +436,7 @@ def test_an_exception_in_the_engine_thread(unharmed: Live, post, monkeypatch) ->
             answers = list(pool.map(lambda _: post(COMPLETIONS, body), range(4)))
     assert {answer.status_code for answer in answers} == {500}
     assert "division" not in answers[0].text
-    assert unharmed.engine.scheduler.schedule == schedule
+    assert post(COMPLETIONS, body).status_code == 200
 
 
 def test_a_policy_that_raises(unharmed: Live, post, monkeypatch) -> None:

@@ -64,6 +64,11 @@ def test_a_whole_file(tmp_path: Path) -> None:
         (SECRET, "12345678901234567890", 7, "is not text"),
         (SECRET, "sha256:abc", 7, "64 hexadecimal digits"),
         (SECRET, "another-secret-of-theirs", 12, "also one of 'acme'"),
+        (SECRET, "ein-Schlüssel-von-hier", 7, "not ASCII"),
+        (SECRET, f'"\\ud800{SECRET}"', 7, "not ASCII"),
+        ("[another-secret-of-theirs]", "another-secret-of-theirs", 12, "not a list of keys"),
+        ("[another-secret-of-theirs]", "[]", 12, "not a list of keys"),
+        ("[another-secret-of-theirs]", "", 12, "not a list of keys"),
         ("acme:", "'a b':", 6, "is not a name"),
         ("tier: free, ", "", 12, "no tier"),
     ],
@@ -77,6 +82,7 @@ def test_mistakes_have_a_line(tmp_path: Path, old: str, new: str, line: int, mes
     assert str(error.value).startswith(f"{path}:{line} "), error.value
     assert SECRET not in str(error.value)
     assert "another-secret" not in str(error.value)
+    assert "Schlüssel" not in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["", "tiers: {}\ntenants: {}\n", "tiers: [a]\ntenants: {}\n"])

@@ -16,6 +16,7 @@ from serve_helpers import before_forward, oracle, wait_until
 
 from quantkit.models.runtime import Runtime
 from quantkit.serve.api import protocol
+from quantkit.serve.api.prompts import PromptEncoder
 from quantkit.serve.capture import Capture, CaptureConfig
 from quantkit.serve.config import ServeConfig, open_config
 from quantkit.serve.engine import EngineConfig
@@ -119,6 +120,24 @@ def test_a_failing_response_says_so(server, client: openai.OpenAI, monkeypatch) 
         ({"input": "a", "background": True}, None),
         ({"input": "a", "text": {"format": {"type": "json_schema"}}}, "text"),
         ({"input": "a", "n": 2}, "n"),
+        ({"input": "a", "max_tokens": 5}, None),
+        ({"input": "a", "max_completion_tokens": 5}, None),
+        (
+            {
+                "input": "a",
+                "text": {"format": {"type": "json_object"}},
+                "response_format": {"type": "json_object"},
+            },
+            "text",
+        ),
+        (
+            {
+                "input": "a",
+                "text": {"format": {"type": "text"}},
+                "structured_outputs": {"regex": "a"},
+            },
+            "text",
+        ),
     ],
 )
 def test_bad_responses(post, body: dict, param: str | None) -> None:
@@ -200,6 +219,48 @@ def test_a_promise_that_cannot_be_kept_is_503(live, monkeypatch) -> None:
     text = httpx.get(f"{server.url}/metrics", headers={"Authorization": "Bearer acme"}).text
     assert sample(text, "quantkit_tier_requests_total", tier="fast", outcome="too_slow") == 1
     assert sample(text, "quantkit_tier_slo_attainment", tier="fast") == 0, "1e-9 s is never met"
+
+
+def test_over_a_limit_nothing_is_tokenized(live, monkeypatch) -> None:
+    """One thread tokenizes for everybody, so nobody's refused requests may keep it busy."""
+    slow, narrow = (
+        Tenant("slow", "only", requests_per_second=0.001),
+        Tenant("narrow", "only", concurrency=1),
+    )
+    server = live(
+        EngineConfig(max_sequences=1), access=access(Tenant("boss", "only"), slow, narrow)
+    )
+
+    def send(key: str, path: str, body: dict) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx.post(server.url + path, json=body, headers=headers, timeout=30)
+
+    bodies = {
+        "/tokenize": {"prompt": "a"},
+        "/detokenize": {"tokens": [5]},
+        "/v1/completions": {"prompt": "a"},
+        "/v1/chat/completions": {"messages": HELLO},
+        "/v1/responses": {"input": "a"},
+    }
+    gate = threading.Event()
+    before_forward(monkeypatch, server.engine.runner, lambda token_ids: gate.wait(20))
+    running = threading.Thread(target=lambda: ask(server.url, "narrow"))
+    running.start()
+    wait_until(lambda: server.engine.live == 1)
+    assert send("slow", "/tokenize", bodies["/tokenize"]).status_code == 200, "its only request"
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptEncoder, "_run", lambda *a: 1 / 0)
+        for key, code in (("slow", "rate_limit"), ("narrow", "concurrency")):
+            for path, body in bodies.items():
+                refused = send(key, path, body)
+                assert refused.status_code == 429, refused.text
+                assert refused.json()["error"]["code"] == code
+                assert int(refused.headers["retry-after"]) >= 1
+        assert send("boss", "/tokenize", bodies["/tokenize"]).status_code == 500, "it got further"
+    gate.set()
+    running.join(20)
+    text = httpx.get(f"{server.url}/metrics", headers={"Authorization": "Bearer boss"}).text
+    assert sample(text, "quantkit_tenant_requests_total", tenant="slow", outcome="rate_limit") == 5
 
 
 def test_metrics_are_for_operators_and_name_no_stranger(live) -> None:

@@ -182,6 +182,10 @@ def test_bench_decode(cli: typer.Typer) -> None:
         (["--tool-parser", "klingon"], "--tool-parser 'klingon' is not known"),
         (["--reasoning-parser", "klingon"], "--reasoning-parser 'klingon' is not known"),
         (["--engine", "vllm", "--tool-parser", "hermes"], "quantkit's own"),
+        (["--capture-rate", "0.01"], "--capture-rate: nothing is captured"),
+        (["--capture-patterns", "patterns.yaml"], "--capture-patterns: nothing is captured"),
+        (["--drain-seconds", "inf"], "--drain-seconds inf is not a number"),
+        (["--otlp-endpoint", "localhost:4318"], "is no http:// or https:// address"),
         (["--host", "203.0.113.1", "--allow-unauthenticated"], "cannot listen"),
         (["--port", "0", "--max-context", "100000"], "not between 2 and the model's 512"),
     ],
@@ -190,6 +194,33 @@ def test_refusals(cli: typer.Typer, options: list[str], message: str) -> None:
     result = CliRunner().invoke(cli, ["serve", "tiny", *options])
     assert isinstance(result.exception, UsageError)
     assert message in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--config", "serve.yaml"],
+        ["--capture", "traffic.jsonl"],
+        ["--capture-rate", "0.01"],
+        ["--capture-patterns", "patterns.yaml"],
+        ["--otlp-endpoint", "http://localhost:4318/v1/traces"],
+        ["--prefill-chunk", "256"],
+        ["--kv-cache-dtype", "auto"],
+        ["--prefix-caching"],
+        ["--no-prefix-caching"],
+        ["--speculative-tokens", "0"],
+        ["--threads", "1"],
+        ["--kernels", "native"],
+        ["--device", "cpu"],
+    ],
+)
+def test_options_that_another_engine_lacks_are_refused(
+    cli: typer.Typer, options: list[str]
+) -> None:
+    """The defaults as well: whoever writes them down believes that they hold."""
+    result = CliRunner().invoke(cli, ["serve", "tiny", "--engine", "vllm", *options])
+    assert isinstance(result.exception, UsageError)
+    assert "is quantkit's own; vllm has none" in str(result.exception)
 
 
 def test_a_taken_port_is_a_usage_error(cli: typer.Typer) -> None:

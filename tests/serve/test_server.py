@@ -87,6 +87,10 @@ def test_api_keys(live, tmp_path) -> None:
         read_api_keys(path)
     with pytest.raises(UsageError, match="cannot be read"):
         read_api_keys(tmp_path / "missing")
+    path.write_text("# größer\nsecret-a\nein-Schlüssel\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=f"{path}:3 a key is not ASCII") as refused:
+        read_api_keys(path)
+    assert "Schlüssel" not in str(refused.value)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -10,7 +10,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 from serve_helpers import before_forward, wait_until
 
-from quantkit.serve.tracing import Tracing
+from quantkit.errors import UsageError
+from quantkit.serve.tracing import Tracing, connect
 
 
 @pytest.fixture
@@ -50,3 +51,11 @@ def test_a_failure_is_an_error(traced, exporter: InMemorySpanExporter, monkeypat
     [span] = exporter.get_finished_spans()
     assert span.name == "chat tiny"
     assert span.status.status_code is StatusCode.ERROR
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["localhost:4318", "grpc://localhost:4317", "http://", "http://[::1", "http://a:b"]
+)
+def test_an_endpoint_that_is_no_address_is_refused(endpoint: str) -> None:
+    with pytest.raises(UsageError, match="is no http:// or https:// address"):
+        connect(endpoint, "tiny")

@@ -116,12 +116,12 @@ def create_app(
         )
 
     @app.post("/tokenize", response_model=None, responses=answers(documents.TokenizeDocument))
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        return await tokens.tokenize(service, body)
+    async def tokenize(body: TokenizeRequest, http: Request) -> dict[str, Any]:
+        return await tokens.tokenize(service, body, http)
 
     @app.post("/detokenize", response_model=None, responses=answers(documents.DetokenizeDocument))
-    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
-        return await tokens.detokenize(service, body)
+    async def detokenize(body: DetokenizeRequest, http: Request) -> dict[str, Any]:
+        return await tokens.detokenize(service, body, http)
 
     @app.get("/v1/models", response_model=None, responses=answers(documents.ModelList))
     async def list_models() -> dict[str, Any]:

@@ -23,6 +23,7 @@ CHUNK_OBJECT = "chat.completion.chunk"
 async def create(service: Service, body: ChatRequest, http: HttpRequest) -> Response:
     """Answer one chat request."""
     service.check_model(body.model)
+    service.knock(http)
     conversation = await begin(service, body.messages, body.offered(), body.structured())
     prompt_ids = conversation.prompt_ids
     fields = head(service, "chatcmpl")

@@ -5,7 +5,7 @@ prompts with: the first token has no log-probability, every other one its own, a
 ``top_logprobs`` always holds the most likely token, so that "was it greedy" can be told.
 
 Several prompts and ``n`` answers become one engine request each, with choices numbered prompt by
-prompt; every one of them reads its prompt anew.
+prompt.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ DEFAULT_MAX_TOKENS = 16
 async def create(service: Service, body: CompletionRequest, http: HttpRequest) -> Response:
     """Answer one completion request."""
     service.check_model(body.model)
+    service.knock(http)
     prompts = _prompts(body.prompt)
     ids = [
         await service.encoder.text(prompt) if isinstance(prompt, str) else tuple(prompt)

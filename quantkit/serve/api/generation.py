@@ -69,6 +69,10 @@ class Service:
         self.names = {self.model, engine.runtime.name}
         self.created = int(time.time())
 
+    def knock(self, http: HttpRequest, *, charge: bool = False) -> None:
+        """Before a prompt is tokenized: as `door.Door.knock` does for the request's tenant."""
+        self.door.knock(http.state.tenant, charge=charge)
+
     async def open(
         self,
         http: HttpRequest,

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 from quantkit.serve.api.messages import MAX_MESSAGES, CalledFunction, Text
 from quantkit.serve.api.schemas import MAX_TOKENS, UNSUPPORTED, GenerationRequest, as_json
 from quantkit.serve.api.tools import CallId, FlatFunctionChoice, FlatOffer, Mode, Tools, offered
-from quantkit.serve.request import StructuredOutputs
+from quantkit.serve.request import RequestError, StructuredOutputs
 
 
 class InputText(BaseModel):
@@ -85,6 +85,8 @@ UNSUPPORTED_RESPONSES: dict[str, tuple[Any, ...]] = {
     "background": (None, False),
     "conversation": (None,),
     "include": (None, []),
+    "max_tokens": (None,),  # here it is max_output_tokens
+    "max_completion_tokens": (None,),
     "max_tool_calls": (None,),
     "previous_response_id": (None,),
     "prompt": (None,),
@@ -143,6 +145,12 @@ class ResponsesRequest(GenerationRequest):
         asked = self.text and self.text.format
         if not asked:
             return super().structured()
+        if self.response_format is not None or self.structured_outputs is not None:
+            raise RequestError(
+                "'text.format' excludes 'response_format' and 'structured_outputs'",
+                param="text",
+                remedy="give one of them",
+            )
         if asked.body is not None:
             return StructuredOutputs(json=as_json(asked.body))
         return StructuredOutputs(json_object=True) if asked.type == "json_object" else None

@@ -41,6 +41,7 @@ from quantkit.serve.request import Request, RequestError
 async def create(service: Service, body: ResponsesRequest, http: HttpRequest) -> Response:
     """Answer one request."""
     service.check_model(body.model)
+    service.knock(http)
     conversation = await begin(service, messages(body), body.offered(), body.structured())
     prompt_ids = conversation.prompt_ids
     fields = head(service, "resp")

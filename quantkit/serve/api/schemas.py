@@ -1,7 +1,7 @@
 """The request bodies that the API accepts: our own bounded models of the OpenAI fields.
 
 Strict: ``"5"`` is not a number and 1 is not true. Fields that nobody knows are ignored, as the
-OpenAI API does; fields that it knows, that change the answer and that this server does not
+OpenAI API does; fields that it or vLLM knows, that change the answer and that this server does not
 implement are refused (`UNSUPPORTED`), because ignoring them would be a silent downgrade.
 """
 
@@ -29,7 +29,7 @@ MAX_CHOICES = 16
 #: Larger than any context: the engine refuses what does not fit with the real numbers.
 MAX_TOKENS = 2**31 - 1
 
-#: Known OpenAI fields that are not implemented → the values that mean "off".
+#: Known fields that are not implemented → the values that mean "off".
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": (None, []),
     "function_call": (None, "none"),
@@ -39,6 +39,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "modalities": (None, ["text"]),
     "reasoning_effort": (None,),
     "web_search_options": (None,),
+    # Names that vLLM once had for what is `structured_outputs` now.
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "continue_final_message": (None, False),
 }
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKENS)]], Field(min_length=1)]

@@ -1,6 +1,11 @@
-"""``POST /tokenize`` and ``POST /detokenize``: what the model reads, as vLLM's endpoints say it."""
+"""``POST /tokenize`` and ``POST /detokenize``: what the model reads, as vLLM's endpoints say it.
+
+Both count against their tenant's requests a second: the thread that tokenizes is everybody's.
+"""
 
 from __future__ import annotations
+
+from fastapi import Request as HttpRequest
 
 from quantkit.serve.api.conversation import check_template
 from quantkit.serve.api.generation import Json, Service
@@ -8,9 +13,10 @@ from quantkit.serve.api.schemas import DetokenizeRequest, TokenizeRequest
 from quantkit.serve.request import RequestError
 
 
-async def tokenize(service: Service, body: TokenizeRequest) -> Json:
+async def tokenize(service: Service, body: TokenizeRequest, http: HttpRequest) -> Json:
     """The ids of a raw prompt, or of a conversation through the chat template."""
     service.check_model(body.model)
+    service.knock(http, charge=True)
     if body.prompt is not None:
         ids = await service.encoder.text(body.prompt, special=body.add_special_tokens)
     else:
@@ -28,9 +34,10 @@ async def tokenize(service: Service, body: TokenizeRequest) -> Json:
     return answer
 
 
-async def detokenize(service: Service, body: DetokenizeRequest) -> Json:
+async def detokenize(service: Service, body: DetokenizeRequest, http: HttpRequest) -> Json:
     """The text of ids."""
     service.check_model(body.model)
+    service.knock(http, charge=True)
     size = service.encoder.size
     for token in body.tokens:
         if token >= size:

@@ -24,6 +24,8 @@ from quantkit.serve.policy.tiers import Tenant, Tier
 
 #: Nobody is told to come back later than this: a longer estimate is no estimate.
 MAX_RETRY_AFTER = 60.0
+#: Requests that may wait in a tier that says nothing.
+MAX_QUEUE = 1024
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class _Admitted:
 class Admission:
     """The ledger of requests that are in. One thread calls it.
 
-    `admit` a batch or refuse it; for each request that is in, say when it `started` (first
-    token), if it did, and once when it `ended`.
+    `knock` before a prompt is read, `admit` a batch or refuse it; for each request that is in, say
+    when it `started` (first token), if it did, and once when it `ended`.
     """
 
     def __init__(self, tiers: Sequence[Tier], tenants: Sequence[Tenant], now: float) -> None:
@@ -76,6 +78,16 @@ class Admission:
         self._waiting: dict[str, _Admitted] = {}
         self._started: dict[str, _Admitted] = {}
 
+    def knock(self, tenant: Tenant, now: float, *, charge: bool = False) -> Refusal | None:
+        """Refuse a tenant that is over a limit already, whatever it asks.
+
+        ``charge`` takes a request from its rate, which is else `admit`'s to do.
+        """
+        refusal = self._over_concurrency(tenant, 1) or self._over_rate(tenant, 1, 0, now)
+        if charge and refusal is None:
+            self._take(self._requests, tenant, 1, now)
+        return refusal
+
     def admit(self, tenant: Tenant, prompts: Mapping[str, int], now: float) -> Refusal | None:
         """Let requests in, all or none.
 
@@ -88,7 +100,7 @@ class Admission:
         refusal = (
             self._over_concurrency(tenant, len(prompts))
             or self._over_rate(tenant, len(prompts), tokens, now)
-            or self._queue_full(tenant)
+            or self._queue_full(tenant, len(prompts))
             or self._too_slow(tenant, tokens)
         )
         if refusal is not None:
@@ -165,10 +177,16 @@ class Admission:
                 return Refusal(429, "rate_limit", message, max(1, math.ceil(wait)))
         return None
 
-    def _queue_full(self, tenant: Tenant) -> Refusal | None:
-        limit = self._tiers[tenant.tier].max_queue
+    def _queue_full(self, tenant: Tenant, count: int) -> Refusal | None:
+        limit = self._tiers[tenant.tier].max_queue or MAX_QUEUE
+        if count > limit:
+            message = (
+                f"{count} answers were asked for at once; the queue of tier {tenant.tier!r} "
+                f"holds {limit}"
+            )
+            return Refusal(400, "queue_full", message, 0)
         waiting = self.waiting(tenant.tier)
-        if limit is None or waiting < limit or not self._waits(tenant):
+        if waiting + count <= limit or not self._waits(tenant):
             return None
         message = f"{waiting} requests of tier {tenant.tier!r} wait already; it allows {limit}"
         return Refusal(503, "queue_full", message, _whole(self.wait(tenant, 0) or 1.0))

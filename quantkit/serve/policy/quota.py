@@ -27,7 +27,7 @@ class Bucket:
         return max(0.0, short / self.rate)
 
     def take(self, amount: float, now: float) -> None:
-        """Take units; a negative amount gives back."""
+        """Take units, more than there are if need be."""
         self._level = min(self.capacity, self._fill(now) - amount)
 
     def _fill(self, now: float) -> float:

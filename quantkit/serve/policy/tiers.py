@@ -16,7 +16,7 @@ class Tier:
         name: for messages and metrics.
         weight: its guaranteed share of the work, relative to the other tiers that have some.
         ttft: seconds from arrival to first token that are promised; None promises nothing.
-        max_queue: requests that may wait for their first token; None is the engine's limit.
+        max_queue: requests that may wait for their first token; None is 1024.
     """
 
     name: str
