@@ -63,7 +63,7 @@ def load_tasks(name: str) -> list[Suite]:
             check_supported(member.name, member.config)
     with quiet(), _lm_eval_seeds(), _named_datasets():
         try:
-            loaded = task_manager().load([name])
+            return _build(name)
         except QuantkitError:
             raise
         except Exception as e:
@@ -72,12 +72,16 @@ def load_tasks(name: str) -> list[Suite]:
                 f"({type(e).__name__}: {_first_line(e)})",
                 remedy="install what it names, or choose another suite",
             ) from e
-        for task in loaded["tasks"].values():
-            check_supported(task.config.task, vars(task.config))  # with what a group overrides
-        group = loaded.get("groups", {}).get(name)
-        if group is not None:
-            return _group_suites(group)
-        return [_suite(task, first_measure(task)) for task in loaded["tasks"].values()]
+
+
+def _build(name: str) -> list[Suite]:
+    loaded = task_manager().load([name])
+    for task in loaded["tasks"].values():
+        check_supported(task.config.task, vars(task.config))  # with what a group overrides
+    group = loaded.get("groups", {}).get(name)
+    if group is not None:
+        return _group_suites(group)
+    return [_suite(task, first_measure(task)) for task in loaded["tasks"].values()]
 
 
 def _version() -> str:

@@ -18,6 +18,7 @@ from lm_eval.api.metrics import mean
 from lm_eval.tasks import TaskManager
 from typer.testing import CliRunner
 
+from quantkit.cli import eval as eval_cli
 from quantkit.cli.main import app, run
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.evals import lm_eval_index
@@ -135,7 +136,9 @@ MMLU = [
     {"question": f"Where is {w}?", "choices": ["a", "b", "c", "d"], "answer": i % 4}
     for i, w in enumerate(WORDS)
 ]
-GSM = [{"question": f"How many {w}?", "answer": f"So many.\n#### {i}"} for i, w in enumerate(WORDS)]
+GSM = [
+    {"question": f"How many {w}?", "answer": f"So many.\n#### {i}"} for i, w in enumerate(WORDS[:6])
+]
 WINOGRANDE = [
     {
         "sentence": f"The {w} was late, so _ was sent back.",
@@ -243,14 +246,16 @@ def test_a_group_is_one_suite_of_slices(
     for row in ours.rows:
         sample = answer["samples"][row.slice][int(row.id.rpartition("/")[2])]
         assert (row.score, row.hash) == (sample["acc"], sample["doc_hash"])
-    whole = {row.id: row for row in ours.rows}
+    by_id = {row.id: row for row in ours.rows}
     part = run_suites(runtime, [suite], max_items=7, seed=1)["mmlu_stem"]
     assert len(part.rows) == 7
-    assert [row.id for row in part.rows] == [i for i in whole if i in {r.id for r in part.rows}]
+    assert [row.id for row in part.rows] == [i for i in by_id if i in {r.id for r in part.rows}]
     for row in part.rows:
-        twin = whole[row.id]
+        twin = by_id[row.id]
         assert (row.hash, row.prompt, row.slice) == (twin.hash, twin.prompt, twin.slice)
     assert ours.provenance["tasks"]["mmlu_astronomy"]["version"] == "1.0"
+    (whole,) = load_suites(["mmlu"])  # a group of groups of tags
+    assert (len(whole.parts), whole.n, whole.score_name) == (57, 3 * 57, "acc")
 
 
 # --- tasks in a folder ---------------------------------------------------------------------------
@@ -452,8 +457,18 @@ def test_names_are_listed(library: Callable[..., Path]) -> None:
     assert run(["eval", "--list", "--text", "a.txt"]) == 2
 
 
-def test_a_task_is_validated_and_scored_by_the_command(library: Callable[..., Path]) -> None:
+def test_the_commands_take_a_task(
+    library: Callable[..., Path], runtime: Runtime, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Validated, planned for, scored and gated like a suite in a file."""
     library({})
     result = CliRunner().invoke(app, ["eval", "--validate", "--suite", "tiny", "--json"])
     (row,) = json.loads(result.stdout)["suites"]
     assert (row["suite"], row["items"], row["metric"]) == ("tiny", 8, "acc")
+    assert "tiny.acc" in CliRunner().invoke(app, ["eval", "--plan", "--suite", "tiny"]).stdout
+    monkeypatch.setattr(eval_cli, "_load", lambda source, kernels, device: runtime)
+    out = str(tmp_path / "results.json")
+    assert run(["eval", "a-model", "--suite", "tiny", "-o", out]) == 0
+    scored = Results.load(out).tasks["tiny"]
+    assert (scored.n, scored.provenance["version"]) == (8, "3.0")
+    assert run(["gate", out, "--baseline", out]) == 3  # eight items decide nothing
