@@ -8,6 +8,7 @@ few, batches are smaller, and a moving average over batches is another one, too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -184,8 +185,10 @@ def _reaching_others() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as e:
+        # gloo names its source file in front, and advises in whole sentences behind.
+        words = re.sub(r"^\[[^]]*\] ", "", first_line(e)).split(". ")[0]
         raise QuantkitError(
-            f"another process ended or cannot be reached ({first_line(e)})",
+            f"another process ended or cannot be reached ({words})",
             remedy="see what that one said",
         ) from e
 
