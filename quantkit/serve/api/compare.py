@@ -26,7 +26,7 @@ def install(app: FastAPI, peer: Peer, check_operator: Callable[[HttpRequest, str
     @app.get(
         "/compare",
         response_model=None,
-        responses={200: {"model": PeerDocument, "description": "The answer."}} | relayed(),
+        responses=relayed() | {200: {"model": PeerDocument, "description": "The answer."}},
     )
     async def describe_peer(http: HttpRequest) -> dict[str, str]:
         """Who is asked: its address and its model."""
