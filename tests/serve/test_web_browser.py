@@ -119,14 +119,14 @@ def test_an_answer_comes_as_it_is_made(server: Live, visit, monkeypatch) -> None
 def test_the_next_turn_has_heard_the_first(server: Live, visit) -> None:
     page = visit(server)
     page.get_by_text("Settings").click()
-    page.get_by_label("Most tokens").fill("5")
+    page.get_by_label("Max tokens").fill("5")
     page.get_by_label("System prompt").fill("be brief")
     sent = []
     page.on("request", lambda request: sent.append(request))
     for i, prompt in enumerate(("one", "two")):
         page.get_by_label("Message").fill(prompt)
         page.get_by_role("button", name="Send").click()
-        expect(page.locator(".timing").nth(i)).to_contain_text("cut at the most tokens")
+        expect(page.locator(".timing").nth(i)).to_contain_text("cut at max tokens")
     body = [request for request in sent if request.method == "POST"][-1].post_data_json
     assert [message["role"] for message in body["messages"]] == [
         *("system", "user", "assistant", "user")
@@ -170,7 +170,7 @@ def test_two_servers_side_by_side(live, visit) -> None:
     assert right.text_content() == theirs
     assert page.locator(".name").all_text_contents() == ["tiny", "<b>other</b>"]
     assert left.locator("mark").count() == 0
-    assert right.locator("mark").all_text_contents() == ["CHANGED", *HOSTILE.split()]
+    assert right.locator("mark").all_text_contents() == ["CHANGED", HOSTILE]
     assert page.locator("#transcript img, #transcript script, #transcript a").count() == 0
     assert page.title() == "tiny · quantkit"
     expect(page.locator(".timing").last).to_contain_text("number of tokens not told")

@@ -119,7 +119,7 @@ function timing({ start, first, end, reason, usage }) {
   } else {
     parts.push("number of tokens not told");
   }
-  if (reason !== "stop") parts.push(reason === "length" ? "cut at the most tokens" : String(reason));
+  if (reason !== "stop") parts.push(reason === "length" ? "cut at max tokens" : String(reason));
   return parts.join(" · ");
 }
 
@@ -149,12 +149,19 @@ function compare(said, views) {
   return element("p", "difference", same ? "The same words." : `${left} and ${right} words differ.`);
 }
 
+// One mark around words that differ and follow each other.
 function mark(parent, text, differs) {
   let word = 0;
-  const parts = (text.match(/\S+|\s+/g) ?? []).map((part) =>
-    /\S/.test(part) && differs[word++] ? element("mark", "", part) : document.createTextNode(part),
+  const runs = [];
+  for (const part of text.match(/\S+\s*|\s+/g) ?? []) {
+    const marked = /\S/.test(part) && differs[word++];
+    if (runs.at(-1)?.marked === marked) runs.at(-1).text += part;
+    else runs.push({ marked, text: part });
+  }
+  const nodes = runs.flatMap(({ marked, text }) =>
+    marked ? [element("mark", "", text.trimEnd()), text.slice(text.trimEnd().length)] : [text],
   );
-  parent.replaceChildren(...parts);
+  parent.replaceChildren(...nodes);
 }
 
 const isAtEnd = () => transcript.scrollHeight - transcript.scrollTop - transcript.clientHeight < 40;

@@ -10,12 +10,13 @@ const SVG = "http://www.w3.org/2000/svg";
 const [WIDTH, HEIGHT] = [300, 100]; // of a plot's own coordinates, stretched to its box
 
 const count = (value) => String(Math.round(value));
-const rate = (value) => value.toPrecision(3);
+const rate = (value) => value.toFixed(value < 10 ? 1 : 0);
 const percent = (value) => `${(100 * value).toFixed(1)} %`;
 const seconds = (value) => (value < 1 ? `${Math.round(1000 * value)} ms` : `${value.toFixed(1)} s`);
 
 // `read` gives the value of each series by its name, from a sample and those before it; a sample
-// is {time, metrics}. `promise` gives lines to hold the series against, `top` the highest value.
+// is {time, metrics}. `limit` gives what a series is to be held against, `limited` says what that
+// is, and `top` is the highest value of the axis.
 const PLOTS = [
   {
     title: "Requests", format: count,
@@ -28,14 +29,14 @@ const PLOTS = [
   {
     title: `Time to first token, p90 of ${QUANTILE_S} s`, format: seconds,
     read: (now, before) => p90s(now, before, "tier_time_to_first_token_seconds"),
-    promise: (now, tier) => one(now, "tier_slo_ttft_seconds", { tier }),
+    limited: "promised", limit: (now, tier) => one(now, "tier_slo_ttft_seconds", { tier }),
   },
   {
     title: `Inter-token latency, p90 of ${QUANTILE_S} s`, format: seconds,
     read: (now, before) => p90s(now, before, "tier_inter_token_latency_seconds"),
   },
   {
-    title: "SLO attainment, last 1,000 requests", format: percent, top: () => 1,
+    title: "SLO attainment, last 1,000 requests", format: percent, top: 1,
     empty: "No tier promises a time to the first token.",
     read: (now) =>
       tiers(now)
@@ -43,8 +44,9 @@ const PLOTS = [
         .filter(([, value]) => !Number.isNaN(value)),
   },
   {
-    title: "KV cache, tokens in use", format: count, top: (now) => one(now, "kv_total_tokens"),
-    read: (now) => [["in use", one(now, "kv_reserved_tokens")]],
+    title: "KV cache", format: count,
+    read: (now) => [["tokens in use", one(now, "kv_reserved_tokens")]],
+    limited: "of", limit: (now) => one(now, "kv_total_tokens"),
   },
   {
     title: "Tokens a second", format: rate,
@@ -111,12 +113,12 @@ function quantile(share, buckets) {
 for (const plot of PLOTS) {
   const figure = $("charts").appendChild(document.createElement("figure"));
   figure.append(element("figcaption", "", plot.title));
-  const box = figure.appendChild(element("div", "plot"));
-  plot.svg = box.appendChild(document.createElementNS(SVG, "svg"));
+  plot.box = figure.appendChild(element("div", "plot"));
+  plot.svg = plot.box.appendChild(document.createElementNS(SVG, "svg"));
   plot.svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
   plot.svg.setAttribute("preserveAspectRatio", "none");
   plot.svg.setAttribute("role", "img");
-  plot.topLabel = box.appendChild(element("span", "top"));
+  plot.topLabel = plot.box.appendChild(element("span", "top"));
   plot.legend = figure.appendChild(element("div", "legend"));
 }
 
@@ -129,24 +131,25 @@ function draw(plot, samples) {
       return { time: sample.time, value: found ? found[1] : NaN };
     }),
   );
-  const promises = names.map((name) => plot.promise?.(now, name) ?? NaN);
+  const limits = names.map((name) => plot.limit?.(now, name) ?? NaN);
   const seen = lines.flat().map((point) => point.value).filter(Number.isFinite);
   const highest = Math.max(0, ...seen);
-  const top = plot.top?.(now) ?? ceiling(highest);
+  const top = plot.top ?? ceiling(highest);
 
   const paths = [];
   const texts = names.map((name, i) => {
     const style = `s${i % 6}` + (i >= 6 ? " dashed" : "");
     paths.push(path(style, line(lines[i], now.time, top)));
-    if (promises[i] <= top) paths.push(path(`${style} promise`, level(promises[i], top)));
+    if (limits[i] <= top) paths.push(path(`${style} limit`, level(limits[i], top)));
     const value = lines[i].at(-1).value;
-    const promised = Number.isNaN(promises[i]) ? "" : ` (promised ${plot.format(promises[i])})`;
-    return [style, `${name} ${Number.isNaN(value) ? "–" : plot.format(value)}${promised}`];
+    const limit = Number.isNaN(limits[i]) ? "" : ` (${plot.limited} ${plot.format(limits[i])})`;
+    return [style, `${name} ${Number.isNaN(value) ? "–" : plot.format(value)}${limit}`];
   });
   plot.svg.replaceChildren(...paths);
   plot.svg.setAttribute("aria-label", `${plot.title}, now: ${texts.map(([, text]) => text).join(", ")}`);
   plot.topLabel.textContent = names.length && seen.length ? plot.format(top) : "";
   plot.legend.replaceChildren(...texts.map(([style, text]) => entry(style, text)));
+  plot.box.hidden = names.length === 0;
   if (!names.length) plot.legend.textContent = plot.empty ?? "";
 }
 
