@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 from serve_helpers import Outcome, Scattered, always_guess, finish, request, stepped, submit
 
-from quantkit.models.load import load_runtime
 from quantkit.models.runtime import Runtime
+from quantkit.serve.counters import Counters
 from quantkit.serve.engine import Engine
 from quantkit.serve.request import Request
 from quantkit.serve.speculation import SpeculativeConfig
@@ -44,7 +44,8 @@ def together(engine: Engine, items: list[Request], dice: random.Random) -> list[
     return [outcome.tokens for outcome in outcomes]
 
 
-def check(runtime: Runtime, draft: Runtime, count: int, words: list[int], seed: int) -> None:
+def check(runtime: Runtime, draft: Runtime, count: int, words: list[int], seed: int) -> Counters:
+    """Compare, and return what the busy engine counted."""
     dice = random.Random(seed)
     items = list(prompts(count, words, 150, dice))
     lonely = stepped(runtime, enable_prefix_caching=False)
@@ -63,26 +64,22 @@ def check(runtime: Runtime, draft: Runtime, count: int, words: list[int], seed: 
     counters = busy.counters
     assert counters.preemptions > 0
     assert counters.prefix_hits > 0
-    assert 0 < counters.accepted_tokens < counters.draft_tokens
+    return counters
 
 
 def test_a_tiny_model_says_the_same_under_load(native: Runtime, monkeypatch) -> None:
     always_guess(monkeypatch)
-    check(native, native, 24, list(range(5, 300)), seed=1)
+    counters = check(native, native, 24, list(range(5, 300)), seed=1)
+    assert 0 < counters.accepted_tokens < counters.draft_tokens
 
 
 @pytest.mark.slow
-@pytest.mark.real_model
 @pytest.mark.parametrize("always", [True, False])
 def test_two_hundred_prompts_get_the_tokens_that_they_get_alone(
-    smollm2: str, monkeypatch, always: bool
+    native: Runtime, monkeypatch, always: bool
 ) -> None:
     """Guessing always, and where it pays: what is guessed then depends on the clock."""
     if always:
         always_guess(monkeypatch)
-    model = load_runtime(smollm2)
-    words = model.tokenizer.encode(
-        "Dear customer, your order of three blue lamps was sent on Monday and will reach you on "
-        "Thursday. If a lamp is broken, keep the parcel and write to us within 14 days."
-    )
-    check(model, model, 200, words, seed=2)
+    counters = check(native, native, 200, list(range(5, 300)), seed=2)
+    assert not always or 0 < counters.accepted_tokens < counters.draft_tokens
