@@ -105,7 +105,7 @@ def test_killed_again_and_again(
     assert (blocks / "0001.safetensors.tmp").exists()
     assert not (blocks / "0001.safetensors").exists()
     assert killed("export", [*argv, "--resume"])
-    assert (tmp_path / "out.staging" / "model.safetensors").exists()
+    assert (tmp_path / "out.staging" / "model-00001.safetensors").exists()
     assert not out.exists()
     assert run([*argv, "--resume"]) == 0
     assert contents(out) == undisturbed

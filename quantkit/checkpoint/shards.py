@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -56,12 +57,12 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
 
 def _name(folder: Path, written: list[tuple[Path, list[str]]], total: int) -> None:
     if len(written) == 1:
-        written[0][0].rename(folder / "model.safetensors")
+        os.replace(written[0][0], folder / "model.safetensors")
         return
     listing: dict[str, str] = {}
     for i, (path, names) in enumerate(written):
         file = f"model-{i + 1:05d}-of-{len(written):05d}.safetensors"
-        path.rename(folder / file)
+        os.replace(path, folder / file)
         listing |= dict.fromkeys(names, file)
     document = {"metadata": {"total_size": total}, "weight_map": listing}
     text = json.dumps(document, indent=2, sort_keys=True) + "\n"
