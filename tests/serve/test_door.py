@@ -15,6 +15,7 @@ from quantkit.serve.config import ServeConfig
 from quantkit.serve.door import Door
 from quantkit.serve.events import Event, Failed, Finished, FinishReason, TokenEvent
 from quantkit.serve.metrics import Metrics
+from quantkit.serve.outbox import Outbox
 from quantkit.serve.policy.tiers import Tenant, Tier
 from quantkit.serve.request import Request, Sink
 
@@ -27,10 +28,15 @@ class Commanded:
 
     def __init__(self) -> None:
         self.metrics = Metrics()
+        self.grammars = self
+        self.outbox = Outbox()
         self.sinks: dict[str, Sink] = {}
 
     def check(self, request: Request) -> None:
         pass
+
+    async def attach_soon(self, request: Request) -> Request:
+        return request
 
     def submit(self, request: Request, sink: Sink) -> None:
         self.sinks[request.id] = sink
@@ -56,6 +62,7 @@ class Case:
         self.now = now
         for event in events:
             self.engine.sinks[name](event)
+        self.engine.outbox.flush()
         await asyncio.sleep(0)  # the event loop takes them
 
 
