@@ -74,7 +74,8 @@ def make_draft_model(
             f"the draft {draft.name} reads {longest} tokens, the context holds {max_context}",
             remedy=f"lower --max-context to {longest}",
         )
-    return DraftModel(draft.decoder, kv_tokens, kv_dtype, read_tokens=read_tokens)
+    share = draft.decoder.native.weight_nbytes / runtime.decoder.native.weight_nbytes
+    return DraftModel(draft.decoder, kv_tokens, kv_dtype, share=share, read_tokens=read_tokens)
 
 
 @dataclass
@@ -93,6 +94,8 @@ class DraftModel:
         decoder: of the draft checkpoint.
         kv_tokens: tokens that there is room for; who was guessed for least lately makes room.
         kv_dtype: of keys and values.
+        share: bytes of its weights over those of the model: what a pass of few rows is expected to
+            cost beside one of the model's.
         read_tokens: of texts it has yet to read, what it reads in one pass at most.
         clock: seconds.
 
@@ -106,10 +109,12 @@ class DraftModel:
         kv_tokens: int,
         kv_dtype: str = "auto",
         *,
+        share: float = 1.0,
         read_tokens: int = 256,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.cost = PassCost()
+        self.share = share
         self.read_tokens = read_tokens
         self._paged = PagedRunner(decoder, pages_for(kv_tokens), kv_dtype)
         self.clock = clock

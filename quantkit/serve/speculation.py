@@ -265,10 +265,10 @@ class Speculator:
         return counts
 
     def _draft_cost(self, rows: int) -> float:
-        """Seconds of a draft model's pass; before the first one, those of the model's."""
+        """Seconds of a draft model's pass; before the first one, by the bytes that it reads."""
         assert self.model is not None
         cost = self.model.cost
-        return cost(rows) if cost.known else self.cost(rows)
+        return cost(rows) if cost.known else self.model.share * self.cost(rows)
 
     def _make(self, chosen: list[tuple[_Candidate, int]]) -> list[tuple[_Candidate, list[int]]]:
         """Each answer's guesses, as many as were allotted."""

@@ -15,9 +15,11 @@ from transformers import LlamaForCausalLM
 from quantkit.errors import UsageError
 from quantkit.models.decoder import build_decoder
 from quantkit.models.runtime import Runtime
+from quantkit.serve.counters import Counters
 from quantkit.serve.draft_model import DraftModel
+from quantkit.serve.lookup import PromptLookup
 from quantkit.serve.request import Sequence
-from quantkit.serve.speculation import SpeculativeConfig
+from quantkit.serve.speculation import Draft, SpeculativeConfig, Speculator
 
 PAGE = 64
 
@@ -148,6 +150,21 @@ def test_a_draft_that_fails_costs_nobody_his_answer(native: Runtime, monkeypatch
     finish(engine)
     assert outcome.events == alone.events
     assert caplog.text.count("the draft model failed") == 1
+
+
+def test_a_small_draft_is_tried_and_one_as_large_as_the_model_is_not(native: Runtime) -> None:
+    """Before anything is known of it but its size."""
+    for share, tried in ((0.05, True), (1.0, False)):
+        model = DraftModel(native.decoder, 8 * PAGE, share=share, clock=lambda: 0.0)
+        speculator = Speculator(SpeculativeConfig(), Counters(), model, clock=lambda: 0.0)
+        item = text(list(range(5, 45)))
+        item.draft = Draft(PromptLookup(2, 4))
+        for _ in range(600):
+            speculator.propose([item])
+            speculator.observe(1, 1, 1.0)
+            if model.used_pages:
+                break
+        assert (model.used_pages > 0) is tried
 
 
 def test_both_caches_are_inside_the_budget(native: Runtime, monkeypatch) -> None:
