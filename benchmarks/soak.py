@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import psutil
 
 from benchmarks.soak_faults import BREAKING, FAULTS
@@ -203,8 +204,8 @@ def main() -> None:
             seed=options.seed,
             told=lambda line: print(line, flush=True),
         )
-    except BrokenError as error:
-        sys.exit(f"broken: {error}")
+    except (BrokenError, httpx.HTTPError) as error:
+        sys.exit(f"broken: {type(error).__name__}: {error}")
     print(f"all held: {dict(answers)}")
 
 

@@ -82,7 +82,10 @@ class Soak:
     answers: Counter[str] = field(default_factory=Counter)
 
     def client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, timeout=120, trust_env=False)
+        """Each request has a connection of its own: one that is used again just when the server
+        closes it breaks, and nobody is to blame."""
+        limits = httpx.Limits(max_keepalive_connections=0)
+        return httpx.AsyncClient(base_url=self.url, timeout=120, trust_env=False, limits=limits)
 
     @property
     def address(self) -> tuple[str, int]:

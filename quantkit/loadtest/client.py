@@ -18,6 +18,10 @@ from quantkit.loadtest.ask import Ask
 #: Statuses of a server that refuses because of load.
 SHED = (429, 503)
 
+#: Servers close idle connections after 5 s or more. One that is used at that moment breaks, which
+#: would count as a failure of the server's.
+KEEP_ALIVE_SECONDS = 2.0
+
 #: Of what a refusal says, so much is kept.
 SHOWN_CHARACTERS = 200
 
@@ -46,7 +50,11 @@ class Client:
             base_url=base,
             timeout=timeout,
             # How many are under way is the test's business; a pool would queue them unseen.
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            limits=httpx.Limits(
+                max_connections=None,
+                max_keepalive_connections=None,
+                keepalive_expiry=KEEP_ALIVE_SECONDS,
+            ),
             trust_env=False,
             follow_redirects=False,
         )
