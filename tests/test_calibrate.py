@@ -11,7 +11,8 @@ import torch
 from quantkit import model as models
 from quantkit import numerics
 from quantkit.algorithms import Stats, gptq
-from quantkit.calibrate import CalibrationData, calibrate, cut_batches
+from quantkit.batches import cut_batches
+from quantkit.calibrate import CalibrationData, calibrate
 from quantkit.collector import Collector
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.plan import Plan, make_plan

@@ -5,12 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from quantkit.serve.api.schemas import (
-    ChatRequest,
-    CompletionRequest,
-    GenerationRequest,
-    ResponsesRequest,
-)
+from quantkit.serve.api.response_schemas import ResponsesRequest
+from quantkit.serve.api.schemas import ChatRequest, CompletionRequest, GenerationRequest
 
 BODIES: list[tuple[type[GenerationRequest], dict]] = [
     (CompletionRequest, {"prompt": "a"}),
