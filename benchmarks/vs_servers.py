@@ -15,6 +15,7 @@ All servers stand in memory, started with equal numbers of threads and slots; on
 turn it is runs, the others are stopped (SIGSTOP). In a round each of them is asked the same prompts
 at each concurrency (a closed loop), one server right after the other, and every other round runs
 backwards. Each figure is the median over rounds, a ratio the median of the ratios within rounds.
+Nobody guesses tokens unless told to: greedy answers that go past the end of text repeat themselves.
 Two phases, each with servers of its own:
 
     off   prompts have nothing in common, and prefix caches are switched off
@@ -126,6 +127,7 @@ def start_all(args: argparse.Namespace, phase: str) -> Iterator[list[Peer]]:
 
         if args.ckpt:
             given = ["--threads", str(args.threads), "--max-sequences", str(slots)]
+            given += ["--speculative-tokens", str(args.speculative_tokens)]
             given += [] if cached else ["--no-prefix-caching"]
             add("quantkit", stack.enter_context(serving(str(args.ckpt), given)))
         if args.llama_server:
@@ -136,7 +138,7 @@ def start_all(args: argparse.Namespace, phase: str) -> Iterator[list[Peer]]:
         for peer in peers:
             peer.wake(True)
             found = connect(EndpointConfig(peer.url))
-            peer.model, peer.version = found.model, found.server
+            peer.model, peer.version = Path(found.model).name, found.server
             peer.wake(False)
         yield peers
 
@@ -292,6 +294,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="folder of the original: its tokenizer")
     parser.add_argument("--text", type=Path, required=True, help="prompts are cut from it")
     parser.add_argument("--ckpt", type=Path, help="served by quantkit")
+    parser.add_argument(
+        "--speculative-tokens", type=int, default=0, help="that quantkit may guess a step"
+    )
     parser.add_argument("--llama-server", type=Path, metavar="PATH")
     parser.add_argument("--gguf", type=Path, help="served by llama-server")
     parser.add_argument("--vllm-python", metavar="PATH", help="of the environment with vLLM")

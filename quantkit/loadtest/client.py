@@ -18,8 +18,10 @@ from quantkit.loadtest.ask import Ask
 #: Statuses of a server that refuses because of load.
 SHED = (429, 503)
 
-#: Servers close idle connections after 5 s or more. One that is used at that moment breaks, which
-#: would count as a failure of the server's.
+#: Servers close connections that were idle for seconds, or that carried some number of requests.
+#: One that is used at that moment breaks, which would count as a failure of the server's. So plain
+#: connections are new for each request; encrypted ones, whose start costs a round trip more and a
+#: handshake, are kept while they are in use.
 KEEP_ALIVE_SECONDS = 2.0
 
 #: Of what a refusal says, so much is kept.
@@ -52,7 +54,7 @@ class Client:
             # How many are under way is the test's business; a pool would queue them unseen.
             limits=httpx.Limits(
                 max_connections=None,
-                max_keepalive_connections=None,
+                max_keepalive_connections=None if base.startswith("https:") else 0,
                 keepalive_expiry=KEEP_ALIVE_SECONDS,
             ),
             trust_env=False,
