@@ -88,12 +88,13 @@ def peak_memory(plan: Plan, model: PreTrainedModel, *, data: bool, spilled: bool
     if head:
         phases["head"] = fixed + element * head[0].weights + _solver_bytes(head, element)
     largest = max(layer.weights for layer in plan.layers)
-    # A file, and a layer's codes as `packing` widens them.
-    phases["export"] = base + min(plan.size_bytes, SHARD_BYTES) + 8 * largest
-    # Packed for the kernels, a head that was kept packed beside its file's pages; and one layer
-    # read again, dequantized.
-    kept_head = 0 if head else element * vocabulary * hidden
-    phases["reload"] = base + plan.size_bytes + kept_head + 8 * largest
+    table = element * vocabulary * hidden
+    # A file, the pages of the embedding that goes into it, and a layer's codes as `packing` widens
+    # them.
+    phases["export"] = base + min(plan.size_bytes, SHARD_BYTES) + table + 8 * largest
+    # Packed for the kernels; the file's pages, mapped once by the kernels' loader and once by the
+    # reference's; a kept head packed beside them, and twice more while it is; one layer read again.
+    phases["reload"] = base + 3 * plan.size_bytes + (0 if head else 3 * table) + 8 * largest
     return Peak(phases)
 
 
