@@ -324,7 +324,9 @@ def table(document: dict[str, Any]) -> str:
             cells = [f"no: {shown}", "", ""]
         lines.append(f"| {name} | {engine} | " + " | ".join(cells) + " |")
     unmeasured = [
-        name for name in SCHEMES if not any(k.split()[0] == name for k in document["rows"])
+        f"{name} ({', '.join(left)})"
+        for name in SCHEMES
+        if (left := [e for e in ENGINES if f"{name} {e}" not in document["rows"]])
     ]
     if unmeasured:
         lines += ["", f"Not measured yet: {', '.join(unmeasured)}."]

@@ -69,7 +69,7 @@ def test_the_page_keeps_everything_but_its_table() -> None:
     assert "old" not in written
     assert "| w4a16-g64 | transformers | yes | 50% (80%) | 0.01000 (0.00100) |" in written
     assert "no: a \\| bx" in written
-    assert "Not measured yet: w8a16-g32" in written
+    assert "Not measured yet: w8a16 (transformers), w8a16-g32 (transformers, vllm)," in written
     with pytest.raises(SystemExit, match="measured: begin"):
         interop.replace_table("nothing", "x")
 
