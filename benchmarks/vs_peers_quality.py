@@ -156,11 +156,13 @@ _WEIGHT_ONLY = {
     "quantkit GPTQ, Fisher": _FISHER,
     "quantkit GPTQ, Fisher, distill": f"[{_FISHER}, distill]",
 }
+_SMOOTH = "{smoothquant: {alpha: auto, pairs: all}}"
 _WITH_ACTIVATIONS = {
     "quantkit RTN": "rtn",
     "quantkit GPTQ": "gptq",
+    "quantkit SmoothQuant, RTN": f"[{_SMOOTH}, rtn]",
+    "quantkit SmoothQuant, GPTQ": f"[{_SMOOTH}, gptq]",
     "quantkit rotate, GPTQ": "[rotate, gptq]",
-    "quantkit rotate, GPTQ, Fisher": f"[rotate, {_FISHER}]",
 }
 
 #: Scheme → name → the recipe's ``algorithm``.
