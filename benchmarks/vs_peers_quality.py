@@ -132,7 +132,9 @@ PEERS: dict[str, dict[str, Callable[[Scheme], str]]] = {
     "w3a16-g64": {**_GPTQ, "AutoRound": _auto_round},
     # What its documentation recommends for int8 and for fp8.
     "w8a8": {**_RTN, "llm-compressor SmoothQuant, GPTQ": _llm_compressor(_SMOOTH_GPTQ)},
+    "w8a8-static": {**_RTN, "llm-compressor SmoothQuant, GPTQ": _llm_compressor(_SMOOTH_GPTQ)},
     "fp8": _RTN,
+    "fp8-static": _RTN,
 }
 
 #: What the peer's interpreter is asked for.
@@ -164,13 +166,21 @@ _WITH_ACTIVATIONS = {
     "quantkit SmoothQuant, GPTQ": f"[{_SMOOTH}, gptq]",
     "quantkit rotate, GPTQ": "[rotate, gptq]",
 }
+_STATIC = {
+    "quantkit RTN": "rtn",
+    "quantkit SmoothQuant, RTN": f"[{_SMOOTH}, rtn]",
+    "quantkit outliers, RTN": "[outliers, rtn]",
+    "quantkit outliers, RTN, distill": "[outliers, rtn, distill]",
+}
 
 #: Scheme → name → the recipe's ``algorithm``.
 RECIPES: dict[str, dict[str, str]] = {
     "w4a16-g64": _WEIGHT_ONLY,
     "w3a16-g64": _WEIGHT_ONLY,
     "w8a8": _WITH_ACTIVATIONS,
+    "w8a8-static": _STATIC,
     "fp8": _WITH_ACTIVATIONS,
+    "fp8-static": _STATIC,
 }
 
 

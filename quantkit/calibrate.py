@@ -348,6 +348,7 @@ class _Loop:
                 runs,
                 lambda: self.steps.advance(label),
                 self.together,
+                self.blocks.importance,
             )
             self._on_disk(WorkFolder.save_scales, index, scales)
         else:

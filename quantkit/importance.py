@@ -12,6 +12,7 @@ from quantkit.errors import QuantkitError
 from quantkit.fisher import measure_gradients, output_parts, token_weights
 from quantkit.parallel import ALONE, World
 from quantkit.plan import Plan
+from quantkit.steps import weighs_costs
 from quantkit.work import WorkFolder
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Importance:
-    """Weights of tokens, and which outputs' errors belong together, for the layers that ask.
+    """What tokens weigh, what errors cost, which outputs' errors belong together: for who asks.
 
     One pass through the unquantized model and back, or what an earlier run's left in the work
     folder. Matrices of outputs are all in memory during the pass (`pass_bytes`) and on disk behind
@@ -48,12 +49,12 @@ class Importance:
     ) -> None:
         self._work = work
         self._coupled = {layer.name: layer.fisher for layer in plan.layers if layer.coupled}
-        asking = {layer.name: layer.fisher for layer in plan.layers if layer.fisher}
+        asking = [layer for layer in plan.layers if layer.needs_gradients]
         squares = together.first(lambda: _kept(work))
         if squares is None:
             found = measure_gradients(
                 model,
-                list(asking),
+                [layer.name for layer in asking],
                 ids,
                 coupled=self._coupled,
                 advance=advance,
@@ -79,7 +80,16 @@ class Importance:
         #: What each token of this process counts in the Hessian of a layer, fp32 ``[tokens]`` by
         #: name.
         self.weights: Mapping[str, Tensor] = {
-            name: token_weights(squares[name], exponent)[own] for name, exponent in asking.items()
+            layer.name: token_weights(squares[layer.name], layer.fisher)[own]
+            for layer in asking
+            if layer.fisher
+        }
+        #: What a squared error of a layer's output costs at each of these tokens, fp32
+        #: ``[tokens]`` by name, for the layers whose rescalers ask: ‖g‖² / N, twice the nats.
+        self.costs: Mapping[str, Tensor] = {
+            layer.name: squares[layer.name][own] / layer.shape[0]
+            for layer in asking
+            if weighs_costs(layer.rescalers)
         }
 
     def outputs(self, name: str) -> list[Tensor]:
@@ -103,7 +113,7 @@ class Importance:
 def pass_bytes(plan: Plan) -> int:
     """What the pass back holds of all layers at once, beside the model and one window's
     activations: a float for every token, and fp32 sums of the outputs that are coupled."""
-    asking = [layer for layer in plan.layers if layer.fisher]
+    asking = [layer for layer in plan.layers if layer.needs_gradients]
     parts = (part for x in asking if x.coupled for part in output_parts(x.shape[0]))
     tokens = len(asking) * plan.samples * plan.seq_len
     return 4 * (tokens + sum(len(part) ** 2 for part in parts))

@@ -78,7 +78,7 @@ def peak_memory(plan: Plan, model: PreTrainedModel, *, data: bool, spilled: bool
         logits = 4 * element * plan.seq_len * vocabulary
         phases["fisher"] = fixed + pass_bytes(plan) + logits + _graph_bytes(plan, element, hidden)
         # Every token's weight in every layer, and the squares on disk that it is made of.
-        asking = sum(bool(layer.fisher) for layer in plan.layers)
+        asking = sum(layer.needs_gradients for layer in plan.layers)
         fixed += 2 * 4 * asking * plan.samples * plan.seq_len
     inside = max((_solver_bytes(group, element) for group in _groups(plan)), default=0)
     weights = plan.block_bytes * (2 if plan.needs_reference else 1)

@@ -27,6 +27,7 @@ from quantkit.steps import (
     check_trainable,
     layer_steps,
     one_trainer,
+    weighs_costs,
 )
 from quantkit.support import check_family
 
@@ -79,6 +80,11 @@ class PlannedLayer:
     def fisher(self) -> float:
         """Exponent of its tokens' Fisher weights; 0 for a layer to which all tokens are alike."""
         return float(self.options.get("fisher", 0.0))
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether its solver or one of its rescalers asks what errors of its output cost."""
+        return bool(self.fisher) or weighs_costs(self.rescalers)
 
     @property
     def coupled(self) -> bool:
@@ -170,7 +176,7 @@ class Plan:
     @property
     def needs_fisher(self) -> bool:
         """Whether calibration goes back through the unquantized model first."""
-        return any(layer.fisher for layer in self.layers)
+        return any(layer.needs_gradients for layer in self.layers)
 
     def in_block(self, block: int | None) -> dict[str, PlannedLayer]:
         """The planned layers of one block (None: outside of all blocks), by name."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,15 @@ from quantkit.observers import ChannelMagnitudes, HessianAccumulator
 from quantkit.parallel import ALONE, World
 from quantkit.plan import PlannedFold, PlannedLayer
 
+if TYPE_CHECKING:
+    from quantkit.importance import Importance
+
 #: Tokens of the sample on which output errors are measured where activations are quantized.
 SAMPLE_TOKENS = 512
+
+#: The same where tokens have costs, which are unlike each other: half of the sample are those whose
+#: errors cost most.
+COSTED_TOKENS = 2048
 
 
 def choose_scales(
@@ -31,6 +39,7 @@ def choose_scales(
     runs: Sequence[Callable[[], Tensor]],
     advance: Callable[[], None] = lambda: None,
     together: World = ALONE,
+    importance: Importance | None = None,
 ) -> dict[str, Tensor]:
     """What to divide each producer of a block by.
 
@@ -43,6 +52,7 @@ def choose_scales(
         runs: a forward pass through the block for each batch.
         advance: called after each pass.
         together: the processes that run the other batches.
+        importance: what errors cost, for the rescalers that ask.
 
     Returns:
         fp32 ``[P]`` by producer, for `quantkit.folding.apply_scales`.
@@ -51,7 +61,8 @@ def choose_scales(
         QuantkitError: NaN in an input or weight; names the fold.
     """
     batches = sum(together.agree(len(runs)))
-    seen = {fold.producer: _Input(fold, linears, batches) for fold in folds}
+    costs = {} if importance is None else importance.costs
+    seen = {fold.producer: _Input(fold, linears, batches, costs) for fold in folds}
     hooks = [
         linears[fold.consumers[0]].register_forward_pre_hook(
             lambda _, inputs, fold=fold: seen[fold.producer].update(inputs[0])
@@ -94,15 +105,26 @@ def _choose(
 class _Input:
     """Statistics of the input that one fold scales."""
 
-    def __init__(self, fold: PlannedFold, linears: Mapping[str, nn.Linear], batches: int) -> None:
+    def __init__(
+        self,
+        fold: PlannedFold,
+        linears: Mapping[str, nn.Linear],
+        batches: int,
+        costs: Mapping[str, Tensor],
+    ) -> None:
         self.fold = fold
         weight = linears[fold.consumers[0]].weight
         self.device, self.columns = weight.device, weight.shape[1]
         self.magnitudes = ChannelMagnitudes(self.columns)
         needed = any(RESCALERS[step.name].needs_hessian for step in fold.steps)
         self.hessian = HessianAccumulator(self.columns, self.device) if needed else None
-        self.share = -(-SAMPLE_TOKENS // max(batches, 1))
+        #: Consumer → what an error costs at each of this process's tokens.
+        self.costs = {name: costs[name] for name in fold.consumers if name in costs}
+        tokens = COSTED_TOKENS if self.costs else SAMPLE_TOKENS
+        self.share = -(-tokens // max(batches, 1))
+        self.seen = 0
         self.sample: list[Tensor] = []
+        self.sampled_costs: dict[str, list[Tensor]] = {name: [] for name in self.costs}
 
     def update(self, x: Tensor) -> None:
         """Take in one batch ``[..., K]``."""
@@ -110,8 +132,16 @@ class _Input:
         self.magnitudes.update(x)
         if self.hessian is not None:
             self.hessian.update(x)
-        every = max(len(x) // self.share, 1)
-        self.sample.append(x[::every][: self.share].clone())
+        if self.costs:
+            here = slice(self.seen, self.seen + len(x))
+            rows, counts = spread(torch.stack([c[here] for c in self.costs.values()]), self.share)
+            for name, costs in self.costs.items():
+                self.sampled_costs[name].append(costs[here][rows] * counts)
+        else:
+            every = max(len(x) // self.share, 1)
+            rows = torch.arange(len(x))[::every][: self.share]
+        self.seen += len(x)
+        self.sample.append(x[rows.to(x.device)])
 
     def pool(self, together: World) -> None:
         """Bring what all processes saw together on the first."""
@@ -121,6 +151,8 @@ class _Input:
         seen = together.gather(self.magnitudes)
         self.magnitudes = reduce(ChannelMagnitudes.merge, seen, ChannelMagnitudes(self.columns))
         self.sample = [x for sample in together.gather(self.sample) for x in sample]
+        for name, own in self.sampled_costs.items():
+            self.sampled_costs[name] = [x for costs in together.gather(own) for x in costs]
 
     def scaling(
         self, layers: Mapping[str, PlannedLayer], linears: Mapping[str, nn.Linear]
@@ -128,11 +160,13 @@ class _Input:
         consumers = []
         for name in self.fold.consumers:
             scheme = layers[name].scheme if name in layers else None
+            costs = self.sampled_costs.get(name)
             consumers.append(
                 Consumer(
                     linears[name].weight,
                     scheme.weight if scheme else None,
                     scheme.input if scheme else None,
+                    torch.cat(costs).to(self.device) if costs else None,
                 )
             )
         return Scaling(
@@ -143,3 +177,31 @@ class _Input:
             torch.cat(self.sample),
             None if self.hessian is None else self.hessian.value(),
         )
+
+
+def spread(costs: Tensor, share: int) -> tuple[Tensor, Tensor]:
+    """Tokens to measure a batch's errors on, and how many tokens each of them stands for.
+
+    A few tokens carry most of the cost, and to miss one is to miss its share: half of the sample
+    are the dearest, each for itself; the other half, spread evenly, stand for all others.
+
+    Args:
+        costs: fp32 ``[layers, tokens]``, each layer's in its own units.
+        share: how many tokens, at most.
+
+    Returns:
+        rows int64 ``[S]`` and counts fp32 ``[S]``, S = min(share, tokens).
+    """
+    tokens = costs.shape[1]
+    if tokens <= share:
+        return torch.arange(tokens), torch.ones(tokens)
+    order = (
+        (costs / costs.sum(1, keepdim=True).clamp(min=1e-30))
+        .sum(0)
+        .argsort(descending=True, stable=True)
+    )
+    dearest, others = order[: share // 2], order[share // 2 :].sort().values
+    few = share - len(dearest)
+    others = others[torch.arange(few) * len(others) // few]
+    counts = torch.full((few,), (tokens - len(dearest)) / few)
+    return torch.cat((dearest, others)), torch.cat((torch.ones(len(dearest)), counts))

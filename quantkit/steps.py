@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,14 @@ def one_trainer(asking: Mapping[str, Step], scope: str) -> Step | None:
     return steps[0][1] if steps else None
 
 
+def weighs_costs(rescalers: Sequence[Step]) -> bool:
+    """Whether one of these, options filled in, searches by what errors cost the model."""
+    return any(
+        step.options.get("cost") == "fisher" and "auto" in step.options.values()
+        for step in rescalers
+    )
+
+
 def _filled_in(step: Step, name: str) -> Step:
     known: dict[str, Solver | Rescaler | Reconstructor | Refiner] = {
         **RESCALERS,
@@ -157,6 +165,7 @@ _WORDS = {
     "actorder": ("static", "none"),
     "error": ("diagonal", "blocks"),
     "pairs": ("norms", "all"),
+    "cost": ("output", "fisher"),
     "outputs": ("independent", "coupled"),
 }
 
@@ -172,6 +181,8 @@ def _check_option(algorithm: str, key: str, value: Any) -> None:
         refuse("is a number from 0 to 10")
     if key == "alpha" and value != "auto" and not _is_number(value, 0, 1):
         refuse("is auto or a number from 0 to 1")
+    if key == "threshold" and value != "auto" and not _is_number(value, 0.1, 1e6):
+        refuse("is auto or a number from 0.1")
     if key == "grid" and not (isinstance(value, int) and _is_number(value, 1, 1000)):
         refuse("is a whole number from 1 to 1000")
     if key in ("steps", "windows") and not (type(value) is int and _is_number(value, 1, 100_000)):

@@ -59,7 +59,7 @@ def check_family(model: PreTrainedModel, layers: Sequence[PlannedLayer]) -> None
         if experts and layer.name.startswith(experts):
             reasons = _NO_ROUTER
         wanted = {
-            "fisher": bool(layer.fisher),
+            "fisher": layer.needs_gradients,
             "distill": layer.distilled,
             "feedback": layer.needs_drift,
             "signround": layer.reconstructed,

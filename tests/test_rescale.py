@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from quantkit import model as models
 from quantkit import numerics
 from quantkit.algorithms import RESCALERS, awq, smoothquant
+from quantkit.algorithms.outliers import THRESHOLDS
 from quantkit.algorithms.scaling import Consumer, Scaling, output_errors
 from quantkit.calibrate import CalibrationData, calibrate
 from quantkit.cli.main import run as run_cli
 from quantkit.errors import UsageError
+from quantkit.fisher import measure_gradients
 from quantkit.plan import Plan, make_plan
 from quantkit.quantize import QuantizedLayer
 from quantkit.recipe import Recipe, Rule, Step
+from quantkit.rescale import spread
 from quantkit.schemes import SCHEMES
 from tests.conftest import save_model, tiny_llama
 from tests.run_helpers import arguments, contents
+
+OUTLIERS = RESCALERS["outliers"]
 
 IDS = torch.randint(0, 256, (5, 48), generator=torch.Generator().manual_seed(4))
 
@@ -55,13 +63,13 @@ def output_error(problem: Scaling, scales: Tensor) -> float:
 
 
 def literal_error(problem: Scaling, scales: Tensor) -> float:
-    """‖Q(W diag(s)) (diag(s)⁻¹ X) − W X‖² token by token, fp64."""
+    """‖Q(W diag(s)) (diag(s)⁻¹ X) − W X‖² token by token, fp64: their mean, or what they cost."""
     total = 0.0
     s = scales[problem.channels]
     for consumer in problem.consumers:
         q = numerics.quantize_weight(consumer.weight * s, consumer.spec)  # type: ignore[arg-type]
         restored = numerics.dequantize(q, torch.float64)
-        for x in problem.sample:
+        for t, x in enumerate(problem.sample):
             scaled = x / s
             if consumer.inputs is not None:
                 scale = None
@@ -70,14 +78,32 @@ def literal_error(problem: Scaling, scales: Tensor) -> float:
                     scale = numerics.compute_scales(-high, high, consumer.inputs)[0].reshape(1)
                 scaled = numerics.fake_quantize_input(scaled[None], consumer.inputs, scale)[0]
             error = restored @ scaled.double() - consumer.weight.double() @ x.double()
-            total += float(error.square().sum()) / len(problem.sample)
+            costs = consumer.costs
+            weight = 1 / len(problem.sample) if costs is None else float(costs[t])
+            total += float(error.square().sum()) * weight
     return total
+
+
+def with_costs(problem: Scaling, seed: int = 2) -> Scaling:
+    """The same, with costs of tokens as unlike as those of a real model."""
+    gen = torch.Generator().manual_seed(seed)
+    return dataclasses.replace(
+        problem,
+        consumers=tuple(
+            dataclasses.replace(
+                c, costs=torch.exp(3 * torch.randn(len(problem.sample), generator=gen))
+            )
+            for c in problem.consumers
+        ),
+    )
 
 
 @pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a16-asym-g32", "w8a8", "w8a8-static", "fp8"])
 def test_output_error_is_the_literal_one(scheme: str) -> None:
     problem = scaling(scheme)
     scales = torch.rand(96, generator=torch.Generator().manual_seed(1)) + 0.5
+    assert output_error(problem, scales) == pytest.approx(literal_error(problem, scales), rel=1e-3)
+    problem = with_costs(problem)
     assert output_error(problem, scales) == pytest.approx(literal_error(problem, scales), rel=1e-3)
 
 
@@ -104,6 +130,61 @@ def test_smoothquant_leaves_channels_without_traffic_alone() -> None:
     problem = scaling("w8a8")
     problem.maxima[7] = 0
     assert float(smoothquant.scales(problem, {"alpha": 0.5})[7]) == 1.0
+
+
+@pytest.mark.parametrize("repeats", [1, 4])
+@pytest.mark.parametrize("threshold", [1.0, 3.0, 8.0])
+def test_outliers_equal_their_rule(threshold: float, repeats: int) -> None:
+    problem = scaling("w8a8-static", repeats=repeats)
+    found = OUTLIERS.scales(problem, {"threshold": threshold})
+    tops = problem.sample.abs().amax(0).reshape(-1, repeats).amax(1)
+    limit = threshold * float(sorted(tops.tolist())[(len(tops) - 1) // 2])
+    for channel, top in enumerate(tops.tolist()):
+        assert float(found[channel]) == pytest.approx(max(1.0, top / limit), rel=1e-5)
+    assert problem.scaled(found).maxima.max() <= limit * (1 + 1e-5)
+
+
+def test_outliers_are_found_among_channels_with_traffic() -> None:
+    problem = scaling("w8a8-static")
+    problem.maxima[20:] = 0
+    assert OUTLIERS.scales(problem, {"threshold": 2.0})[3] > 1
+    problem.maxima[:] = 0
+    torch.testing.assert_close(OUTLIERS.scales(problem, OUTLIERS.options), torch.ones(96))
+
+
+@pytest.mark.parametrize("costs", [False, True])
+def test_outliers_auto_takes_the_least_error(costs: bool) -> None:
+    problem = with_costs(scaling("w8a8-static")) if costs else scaling("w8a8-static")
+    found = output_error(problem, OUTLIERS.scales(problem, OUTLIERS.options))
+    assert found < 0.5 * output_error(problem, torch.ones(96))
+    for threshold in THRESHOLDS:
+        one = OUTLIERS.scales(problem, {"threshold": threshold})
+        assert found <= output_error(problem, one)
+
+
+def test_costs_decide() -> None:
+    """What the dearest tokens ask for is chosen, and other tokens ask for other thresholds."""
+    problem = scaling("w8a8-static")
+    chosen = [
+        OUTLIERS.scales(with_costs(problem, seed), OUTLIERS.options).tolist() for seed in range(12)
+    ]
+    assert len({tuple(each) for each in chosen}) > 1
+
+
+@given(
+    tokens=st.integers(1, 300), share=st.integers(2, 64), layers=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_a_sample_stands_for_every_token(tokens: int, share: int, layers: int, seed: int) -> None:
+    gen = torch.Generator().manual_seed(seed)
+    costs = torch.exp(3 * torch.randn(layers, tokens, generator=gen))
+    rows, counts = spread(costs, share)
+    assert len(set(rows.tolist())) == len(rows) == len(counts) == min(share, tokens)
+    assert float(counts.sum()) == pytest.approx(tokens)
+    assert bool((counts >= 1).all())
+    if layers == 1:
+        dearest = costs[0].topk(min(share // 2, tokens)).indices
+        assert set(dearest.tolist()) <= set(rows.tolist())
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static"])
@@ -172,6 +253,7 @@ def run(
 
 
 SMOOTH_GPTQ = (Step("smoothquant", {"pairs": "all"}), Step("gptq"))
+OUTLIERS_RTN = (Step("outliers"), Step("rtn"))
 AWQ_RTN = (Step("awq"), Step("rtn"))
 
 
@@ -197,6 +279,7 @@ def logits(model: torch.nn.Module) -> Tensor:
         ("w8a8", (Step("smoothquant"), Step("rtn"))),
         ("w8a8", (Step("smoothquant", {"alpha": "auto", "pairs": "all"}), Step("rtn"))),
         ("w4a16-g64", AWQ_RTN),
+        ("w8a8-static", OUTLIERS_RTN),
     ],
 )
 def test_rescaling_lowers_the_error_of_every_output(
@@ -218,6 +301,7 @@ def test_rescaling_lowers_the_error_of_every_output(
     [
         ("w4a16-g64", AWQ_RTN, ("lm_head",)),
         ("w8a8-static", SMOOTH_GPTQ, ("lm_head", "*.k_proj")),
+        ("w8a8-static", (Step("outliers"), Step("gptq", {"fisher": 0.5})), ("lm_head",)),
         ("w4a16-asym-g64", (Step("smoothquant"), Step("awq"), Step("gptq")), ()),
     ],
 )
@@ -252,6 +336,27 @@ def test_resume_gives_the_same_bytes(
     for key in state:
         if "k_proj.weight" in key and "*.k_proj" in keep:
             assert not torch.equal(state[key], original[key])  # kept, and scaled all the same
+
+
+def test_costs_are_those_of_the_tokens_in_the_sample(
+    outliers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Scaling] = []
+
+    def watch(problem: Scaling, options: Mapping[str, object]) -> Tensor:
+        seen.append(problem)
+        return torch.ones(problem.count)
+
+    monkeypatch.setitem(RESCALERS, "outliers", dataclasses.replace(OUTLIERS, scales=watch))
+    run(outliers, tmp_path / "w", recipe("w8a8-static", *OUTLIERS_RTN))
+    original = models.load_source(str(outliers)).model
+    names = [f"model.layers.0.self_attn.{x}_proj" for x in "qkv"]
+    squares = measure_gradients(original, names, IDS).squares
+    first = seen[0]
+    assert len(first.sample) == IDS.numel()  # few enough to take them all
+    for consumer, name in zip(first.consumers, names, strict=True):
+        assert consumer.costs is not None
+        torch.testing.assert_close(consumer.costs, squares[name] / len(consumer.weight))
 
 
 def test_scalings_leave_the_function_alone(outliers: Path, tmp_path: Path) -> None:
@@ -291,6 +396,19 @@ def test_a_checkpoint_holds_the_folded_weights(
 # Plans
 
 
+def test_only_a_search_by_cost_goes_back_through_the_model(tiny: Path) -> None:
+    model = models.load_source(str(tiny)).model
+    for options, wanted in (
+        ({}, True),
+        ({"cost": "output"}, False),
+        ({"threshold": 4}, False),
+    ):
+        how = recipe("w8a8-static", Step("outliers", options), Step("rtn"))
+        assert make_plan(how, model, samples=1, seq_len=8).needs_fisher is wanted
+    how = recipe("w8a8", Step("smoothquant", {"alpha": "auto", "cost": "fisher"}), Step("rtn"))
+    assert make_plan(how, model, samples=1, seq_len=8).needs_fisher
+
+
 def test_a_plan_names_its_scalings(tiny: Path) -> None:
     model = models.load_source(str(tiny)).model
     plan = make_plan(recipe("w8a8", Step("smoothquant"), Step("rtn")), model, samples=1, seq_len=8)
@@ -299,7 +417,8 @@ def test_a_plan_names_its_scalings(tiny: Path) -> None:
     ]  # fmt: skip
     assert plan.needs_data
     facts = plan.to_json()["folds"]["model.layers.0.input_layernorm → q_proj, k_proj, v_proj"]
-    assert facts == [{"name": "smoothquant", "options": {"alpha": 0.5, "pairs": "norms"}}]
+    options = {"alpha": 0.5, "pairs": "norms", "cost": "output"}
+    assert facts == [{"name": "smoothquant", "options": options}]
     both = recipe("w4a16-g64", Step("smoothquant"), Step("awq"), Step("gptq"), keep=())
     plan = make_plan(both, model, samples=1, seq_len=8)
     steps = {f.producer: [s.name for s in f.steps] for f in plan.folds_in(0)}

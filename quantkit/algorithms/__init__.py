@@ -25,6 +25,7 @@ from quantkit.algorithms import (
     gptq,
     hqq,
     imatrix,
+    outliers,
     rotate,
     rtn,
     signround,
@@ -89,6 +90,7 @@ class Rescaler:
 RESCALERS: dict[str, Rescaler] = {
     "smoothquant": Rescaler(smoothquant.scales, smoothquant.OPTIONS, needs_hessian=False),
     "awq": Rescaler(awq.scales, awq.OPTIONS, needs_hessian=True),
+    "outliers": Rescaler(outliers.scales, outliers.OPTIONS, needs_hessian=False),
 }
 
 

@@ -20,11 +20,14 @@ class Consumer:
         weight: ``[N, K]``, the model's dtype.
         spec: how it will be quantized; None when it is kept.
         inputs: how its input will be quantized, or None.
+        costs: fp32 ``[tokens]`` of the sample, what a squared error of its output costs at each,
+            summed over the tokens that one stands for; None where all tokens are alike.
     """
 
     weight: Tensor
     spec: QuantSpec | None
     inputs: QuantSpec | None = None
+    costs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ def output_errors(scaling: Scaling, candidates: Sequence[Tensor]) -> list[float]
         candidates: fp32 ``[P]`` each.
 
     Returns:
-        the squared error of an output vector, mean over tokens, summed over all consumers.
+        the squared error of an output vector, mean over tokens, summed over all consumers; of
+        those that have costs, the sum over tokens of what it costs.
     """
     exact = [
         scaling.sample.float() @ c.weight.float().t() if _is_sampled(scaling, c) else None
@@ -115,8 +119,9 @@ def output_errors(scaling: Scaling, candidates: Sequence[Tensor]) -> list[float]
             if consumer.inputs is not None:
                 scale = _static_scale(after, consumer)
                 x = numerics.fake_quantize_input(x, consumer.inputs, scale)
-            error = x.float() @ restored.t() - wanted
-            total += float(error.square().sum()) / max(len(error), 1)
+            errors = (x.float() @ restored.t() - wanted).square().sum(1)
+            costs = 1 / max(len(errors), 1) if consumer.costs is None else consumer.costs
+            total += float((errors * costs).sum())
         totals.append(total)
     return totals
 
@@ -129,7 +134,8 @@ def least_error(scaling: Scaling, candidates: Sequence[Tensor]) -> Tensor:
 
 def _is_sampled(scaling: Scaling, consumer: Consumer) -> bool:
     """Whether the consumer's error is measured on the sample."""
-    linear = consumer.inputs is None and scaling.hessian is not None
+    exact = consumer.inputs is None and consumer.costs is None
+    linear = exact and scaling.hessian is not None
     return consumer.spec is not None and not linear
 
 

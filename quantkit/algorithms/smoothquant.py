@@ -23,7 +23,9 @@ from quantkit.algorithms.scaling import Scaling, least_error
 #:     with the least measured output error of the quantized layers, or leaves a pair unscaled.
 #: pairs: ``norms`` scales what a norm makes, as the paper does; ``all`` what v_proj and up_proj
 #:     make, too.
-OPTIONS: dict[str, Any] = {"alpha": 0.5, "pairs": "norms"}
+#: cost: what ``auto`` takes for an error: ``output`` of the layers, all tokens alike; ``fisher``,
+#:     what it costs the model's prediction, by one pass back through the original.
+OPTIONS: dict[str, Any] = {"alpha": 0.5, "pairs": "norms", "cost": "output"}
 
 #: What ``alpha: auto`` tries.
 ALPHAS = tuple(i / 10 for i in range(11))
