@@ -199,13 +199,13 @@ class Credit:
         self.seconds -= seconds
 
 
-def winnings(plain: float, taken: float, sequences: int, accepted: int) -> float:
+def winnings(plain: float, taken: float, sequences: int, tokens: int) -> float:
     """Seconds that the guesses of a pass won; below zero, what they lost.
 
     Args:
         plain: seconds that it would take without guesses.
         taken: seconds that it took, with the making of the guesses.
         sequences: answers in it, each of which got a token in any case.
-        accepted: right guesses: tokens beyond those.
+        tokens: that came out of it beyond those.
     """
-    return accepted * plain / sequences - (taken - plain)
+    return tokens * plain / sequences - (taken - plain)

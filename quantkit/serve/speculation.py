@@ -162,16 +162,16 @@ class Speculator:
         self.reading = Credit(READ_CREDIT)
         self._rates: dict[int, Rate] = defaultdict(Rate)
         self.clock = clock
-        # Of the step that runs: what its guesses took to make, and how many were right.
+        # Of the step that runs: what its guesses took to make, and how many tokens they won.
         self._making = 0.0
         self._drafted = False
-        self._accepted = 0
+        self._won = 0
 
     # For the scheduler -----------------------------------------------------------------------
 
     def propose(self, sequences: Items[Sequence]) -> list[list[int]]:
         """Guesses at the tokens that each of a step's decoding sequences will generate next."""
-        self._making, self._accepted, self._drafted = 0.0, 0, False
+        self._making, self._won, self._drafted = 0.0, 0, False
         guesses: list[list[int]] = [[] for _ in sequences]
         # Now and then without any, so that it stays known how long that takes.
         if not self.credit.open or self.cost.stale(len(sequences)):
@@ -194,12 +194,20 @@ class Speculator:
 
     # For the worker --------------------------------------------------------------------------
 
-    def verified(self, sequence: Sequence, proposed: int, accepted: int) -> None:
-        """The model was asked about guesses, and so many were right."""
+    def verified(self, sequence: Sequence, proposed: int, accepted: int, won: int) -> None:
+        """The model was asked about guesses, and so many were right.
+
+        Args:
+            sequence: whose they are.
+            proposed: guesses.
+            accepted: of those, right ones.
+            won: tokens beyond the one that comes without guesses: one less than ``accepted``
+                where a right guess ended the answer.
+        """
         self.counters.drafts += 1
         self.counters.draft_tokens += proposed
         self.counters.accepted_tokens += accepted
-        self._accepted += accepted
+        self._won += won
         draft = sequence.draft
         assert draft is not None, "guesses were made for it"
         draft.rates[draft.kind == DRAFTED].observe(proposed, accepted)
@@ -215,7 +223,7 @@ class Speculator:
             return
         # What another process took from this pass is not the guesses' fault.
         taken = min(seconds, OUTLIER * expected) + self._making
-        won = winnings(plain, taken, sequences, self._accepted)
+        won = winnings(plain, taken, sequences, self._won)
         self.credit.book(plain, won)
         self.reading.book(plain, won if self._drafted else 0.0)
 

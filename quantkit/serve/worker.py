@@ -166,7 +166,7 @@ class Worker:
         """
         sequence = chunk.sequence
         answer = sequence.answer or self._begin(sequence)
-        accepted = 0
+        accepted, before = 0, len(sequence.tokens)
         for guess, row in zip((*chunk.guesses, None), rows, strict=True):
             event = answer.choose(row)
             sequence.tokens.append(event.token_id)
@@ -178,7 +178,8 @@ class Worker:
         sequence.computed, sequence.barren = chunk.end + accepted, 0
         self.memory.settle(sequence)
         if self.speculator is not None and chunk.guesses:
-            self.speculator.verified(sequence, len(chunk.guesses), accepted)
+            won = len(sequence.tokens) - before - 1  # one comes out of any pass
+            self.speculator.verified(sequence, len(chunk.guesses), accepted, won)
         if answer.finish_reason:
             self.owner.finish(sequence, answer.finish_reason)
 

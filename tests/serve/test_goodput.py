@@ -146,9 +146,9 @@ def test_credit_is_earned_slowly_and_kept_within_bounds() -> None:
     assert not credit.open
 
 
-def test_a_right_guess_wins_a_token_of_a_pass_without() -> None:
-    assert winnings(plain=1.0, taken=1.5, sequences=1, accepted=3) == 2.5
-    assert winnings(plain=1.0, taken=1.5, sequences=4, accepted=1) == -0.25
+def test_a_token_more_wins_one_of_a_pass_without() -> None:
+    assert winnings(plain=1.0, taken=1.5, sequences=1, tokens=3) == 2.5
+    assert winnings(plain=1.0, taken=1.5, sequences=4, tokens=1) == -0.25
 
 
 def simulate(
@@ -170,7 +170,7 @@ def simulate(
         for i, (item, guesses) in enumerate(zip(items, proposals, strict=True)):
             kept = min(len(guesses), right[(step + i) % len(right)])
             if guesses:
-                speculator.verified(item, len(guesses), kept)
+                speculator.verified(item, len(guesses), kept, kept)
             accepted += kept
             for _ in range(1 + kept):
                 item.tokens.append(5 + len(item.tokens) % 2)
@@ -225,6 +225,27 @@ def test_wrong_guesses_are_given_up_and_tried_again() -> None:
     assert 3 < before < 100
     simulate(speculator, lambda rows: 1 + 0.2 * (rows - 1), [0], 1, 2000)
     assert counters.drafts > before
+
+
+def test_right_guesses_that_end_their_answers_win_nothing() -> None:
+    """Answers of two tokens, the last of which is always guessed, and always right."""
+    counters = Counters()
+    speculator = Speculator(SpeculativeConfig(), counters, clock=lambda: 0.0)
+    took = plain = 0.0
+    for _ in range(2000):
+        item = Sequence(request("a", [5, 6, 7, 8, 5], max_tokens=50), lambda event: None)
+        item.answer = Anything()  # type: ignore[assignment]
+        item.tokens.append(6)
+        [guesses] = speculator.propose([item])
+        rows = 1 + len(guesses)
+        if guesses:
+            assert guesses[0] == 7
+            speculator.verified(item, len(guesses), accepted=1, won=0)
+        speculator.observe(1, rows, 1 + 0.2 * (rows - 1))
+        took += 1 + 0.2 * (rows - 1)
+        plain += 1
+    assert counters.accepted_tokens == counters.drafts > 3
+    assert took < (1 + 1.5 * LOSS_SHARE) * plain
 
 
 def test_making_guesses_is_a_cost_too() -> None:
