@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from quantkit.errors import UsageError
 from quantkit.serve.counters import Counters
 from quantkit.serve.draft_model import DraftModel, make_draft_model
-from quantkit.serve.goodput import OUTLIER, Credit, PassCost, Rate, allot, winnings
+from quantkit.serve.goodput import LOSS_SHARE, OUTLIER, Credit, PassCost, Rate, allot, winnings
 from quantkit.serve.lookup import PromptLookup, follow
 
 if TYPE_CHECKING:
@@ -158,8 +158,9 @@ class Speculator:
         self.counters = counters
         self.model = model
         self.cost = PassCost()
-        self.credit = Credit(GUESS_CREDIT)
-        self.reading = Credit(READ_CREDIT)
+        share = LOSS_SHARE / (1 if model is None else 2)  # guesses and reading share it
+        self.credit = Credit(GUESS_CREDIT, share)
+        self.reading = Credit(READ_CREDIT, share)
         self._rates: dict[int, Rate] = defaultdict(Rate)
         self.clock = clock
         # Of the step that runs: what its guesses took to make, and how many tokens they won.
@@ -187,8 +188,10 @@ class Speculator:
         self._read(sequences)
         return guesses
 
+    # For the engine --------------------------------------------------------------------------
+
     def forget(self, sequence: Sequence) -> None:
-        """A request is over, or waits again."""
+        """A request is over; one that waits again keeps what was read of it."""
         if self.model is not None:
             self.model.forget(sequence)
 
@@ -223,9 +226,9 @@ class Speculator:
             return
         # What another process took from this pass is not the guesses' fault.
         taken = min(seconds, OUTLIER * expected) + self._making
-        won = winnings(plain, taken, sequences, self._won)
-        self.credit.book(plain, won)
-        self.reading.book(plain, won if self._drafted else 0.0)
+        rest = self.credit.book(plain, winnings(plain, taken, sequences, self._won))
+        # What both were given could be lost twice: reading gets what guesses need no more.
+        self.reading.book(plain, rest if self._drafted else 0.0)
 
     # Inside ----------------------------------------------------------------------------------
 
