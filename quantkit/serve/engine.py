@@ -200,7 +200,10 @@ class Engine:
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request. ``sink`` gets its events on the engine thread and must not block."""
         self.check(request)
-        request = self.grammars.attach(request)
+        self.enqueue(self.grammars.attach(request), sink)
+
+    def enqueue(self, request: Request, sink: Sink) -> None:
+        """`submit` for a request that passed `check` and has its grammar: takes no time."""
         with self._wake:
             if not self._accepting:
                 raise StoppedError("the server is shutting down")
@@ -219,7 +222,9 @@ class Engine:
 
     def stream(self, *requests: Request) -> EventStream:
         """Queue requests and return their events as an async iterator of (index, event)."""
-        return EventStream(self, requests)
+        for request in requests:
+            self.check(request)
+        return EventStream(self, [self.grammars.attach(request) for request in requests])
 
     def cancel(self, request_id: str) -> None:
         """Stop a request soon; one that is unknown or over is ignored."""
