@@ -90,6 +90,8 @@ class Worker:
         Returns:
             False if there was nothing to do.
         """
+        if self.speculator is not None and self.speculator.model is not None:
+            self.owner.flush()  # a draft model's passes leave the interpreter first
         step = self.scheduler.schedule(now)
         chunks = [chunk for chunk in step.chunks if self.owner.wanted(chunk.sequence)]
         if not chunks:
