@@ -84,7 +84,12 @@ class Answer:
         return TokenEvent(token, text, logprob)
 
     def possible(self, guesses: list[int]) -> list[int]:
-        """The first of these tokens, as many as may be chosen one after the other."""
+        """The first of these tokens, as many as may be chosen one after the other.
+
+        None from one on that ends the answer: the pass that checks those before it gives it anyway.
+        """
+        ends = (i for i, token in enumerate(guesses) if token in self._end_ids)
+        guesses = guesses[: next(ends, len(guesses))]
         if self._constraint is None:
             return guesses
         return guesses[: self._constraint.prefix(guesses)]

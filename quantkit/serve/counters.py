@@ -14,7 +14,7 @@ class Counters:
         prefix_hits: of those, tokens whose keys and values were there.
         preemptions: running requests that were stopped for others.
         drafts: how often an answer went through a pass with guesses; each time, one token more
-            came out than were accepted.
+            came out than were accepted, or as many, where a right guess ended the answer.
         draft_tokens: tokens proposed by speculation.
         accepted_tokens: of those, tokens that the model chose, too.
     """

@@ -72,7 +72,7 @@ def make_draft_model(
     if longest < max_context:
         raise UsageError(
             f"the draft {draft.name} reads {longest} tokens, the context holds {max_context}",
-            remedy=f"lower --max-context to {longest}",
+            remedy=f"give --max-context {longest}",
         )
     share = draft.decoder.native.weight_nbytes / runtime.decoder.native.weight_nbytes
     return DraftModel(draft.decoder, kv_tokens, kv_dtype, share=share, read_tokens=read_tokens)

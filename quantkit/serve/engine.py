@@ -11,6 +11,7 @@ locks around it. Invariants, which the tests hold:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -124,13 +125,9 @@ class Engine:
         self.memory = make_memory(
             self.runner, kv_tokens, self.counters, prefix_caching=config.enable_prefix_caching
         )
+        capacity = Capacity(self.capacity.max_context, kv_tokens)
         self.speculator = make_speculator(
-            config.speculative_config,
-            runtime,
-            draft,
-            Capacity(self.capacity.max_context, kv_tokens),
-            dtype,
-            self.counters,
+            config.speculative_config, runtime, draft, capacity, dtype, self.counters
         )
         self.scheduler = Scheduler(
             max_sequences=config.max_sequences,
@@ -203,7 +200,10 @@ class Engine:
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request. ``sink`` gets its events on the engine thread and must not block."""
         self.check(request)
-        request = self.grammars.attach(request)
+        self.enqueue(self.grammars.attach(request), sink)
+
+    def enqueue(self, request: Request, sink: Sink) -> None:
+        """`submit` for a request that passed `check` and has its grammar: takes no time."""
         with self._wake:
             if not self._accepting:
                 raise StoppedError("the server is shutting down")
@@ -222,7 +222,9 @@ class Engine:
 
     def stream(self, *requests: Request) -> EventStream:
         """Queue requests and return their events as an async iterator of (index, event)."""
-        return EventStream(self, requests)
+        for request in requests:
+            self.check(request)
+        return EventStream(self, [self.grammars.attach(request) for request in requests])
 
     def cancel(self, request_id: str) -> None:
         """Stop a request soon; one that is unknown or over is ignored."""
@@ -352,8 +354,10 @@ class Engine:
         self._end(sequence, event, "error")
 
     def _fail_all(self, event: Failed) -> None:
-        for sequence in list(self._live.values()):
-            self._end(sequence, event, "aborted" if event.shutdown else "error")
+        outcome = "aborted" if event.shutdown else "error"
+        with contextlib.ExitStack() as ends:  # each of them, whatever another one raises
+            for sequence in reversed(list(self._live.values())):
+                ends.callback(self._end, sequence, event, outcome)
 
     def _end(self, sequence: Sequence, event: Finished | Failed, outcome: str) -> None:
         """The only place where a sequence ends: free everything, then say so, once."""
@@ -381,18 +385,12 @@ class Engine:
         try:
             sequence.sink(event)
         except Exception:
-            # The reader is gone (its event loop has closed): nobody is left to tell.
-            logger.warning("request %s: nobody reads its events", sequence.request.id)
+            # It gets its end and no more. Loops that have closed show in the outbox.
+            logger.warning("request %s: nobody takes its events", sequence.request.id)
             self.cancel(sequence.request.id)
 
     def _begin(self, sequence: Sequence) -> Answer:
-        request = sequence.request
+        request, runtime = sequence.request, self.runtime
         end_ids, grammar = request.sampling.end_ids(self._eos), request.grammar
-        return Answer(
-            request,
-            self.runtime.tokenizer,
-            end_ids,
-            self._vocab,
-            self.runtime.device,
-            None if grammar is None else grammar.constraint(end_ids),
-        )
+        constraint = None if grammar is None else grammar.constraint(end_ids)
+        return Answer(request, runtime.tokenizer, end_ids, self._vocab, runtime.device, constraint)

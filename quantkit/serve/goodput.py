@@ -22,7 +22,7 @@ RECENT, STALE = 9, 128
 UNKNOWN_SHARE = 0.25
 #: A pass that took longer than so many usual ones was held up by something else.
 OUTLIER = 2.0
-#: Of the time without guesses, what may be lost to them.
+#: Of the time without guesses, what may be lost to them, a draft model's reading included.
 LOSS_SHARE = 0.01
 #: Guesses that `allot` weighs against each other in one pass.
 MAX_WEIGHED = 64
@@ -162,17 +162,19 @@ class Rate:
 class Credit:
     """Seconds that guesses may lose before there are none for a while.
 
-    Each pass brings `LOSS_SHARE` of what it would take without guesses, and what its guesses won
+    Each pass brings a share of what it would take without guesses, and what its guesses won
     or lost. So over any time, what is bought on credit loses no more than that share, the most that
     is kept, and what the last purchase cost beyond it, however wrong every expectation was.
 
     Args:
         passes: how many passes' worth is kept at most: what a change for the worse can cost.
+        share: of a pass without guesses.
     """
 
-    def __init__(self, passes: float) -> None:
+    def __init__(self, passes: float, share: float = LOSS_SHARE) -> None:
         self.seconds = 0.0
         self._passes = passes
+        self._share = share
         self._most = 0.0
 
     @property
@@ -189,23 +191,29 @@ class Credit:
         """So much may be spent at once."""
         return self.seconds >= seconds
 
-    def book(self, plain: float, won: float) -> None:
-        """A pass is over that would have taken ``plain`` seconds, and guesses won so many."""
+    def book(self, plain: float, won: float) -> float:
+        """A pass is over that would have taken ``plain`` seconds, and guesses won ``won``.
+
+        Returns:
+            Seconds beyond the most that is kept.
+        """
         self._most = self._passes * plain
-        self.seconds = min(self.seconds + LOSS_SHARE * plain + won, self._most)
+        seconds = self.seconds + self._share * plain + won
+        self.seconds = min(seconds, self._most)
+        return seconds - self.seconds
 
     def spend(self, seconds: float) -> None:
         """Something was bought between two passes."""
         self.seconds -= seconds
 
 
-def winnings(plain: float, taken: float, sequences: int, accepted: int) -> float:
+def winnings(plain: float, taken: float, sequences: int, tokens: int) -> float:
     """Seconds that the guesses of a pass won; below zero, what they lost.
 
     Args:
         plain: seconds that it would take without guesses.
         taken: seconds that it took, with the making of the guesses.
         sequences: answers in it, each of which got a token in any case.
-        accepted: right guesses: tokens beyond those.
+        tokens: that came out of it beyond those.
     """
-    return accepted * plain / sequences - (taken - plain)
+    return tokens * plain / sequences - (taken - plain)

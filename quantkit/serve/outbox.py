@@ -1,7 +1,7 @@
 """Events on their way to event loops, a step's worth in one hand-over.
 
 Each hand-over wakes the loop's thread, which then takes the interpreter away from the engine's. So
-events wait until the engine is about to leave the interpreter for the native call: answers are
+events wait until the engine is about to leave the interpreter for a native call: answers are
 written while the next tokens are computed.
 """
 

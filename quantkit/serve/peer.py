@@ -81,10 +81,14 @@ class Peer:
         Raises:
             PeerError: it does not answer, refuses, sends no events, or falls silent among them.
         """
+        # In ASCII, as half a surrogate has no other form; httpx would write UTF-8 and fail.
+        content, headers = json.dumps(body), {"Content-Type": "application/json"}
         try:
             async with (
                 self._client() as client,
-                client.stream("POST", "/v1/chat/completions", json=body) as response,
+                client.stream(
+                    "POST", "/v1/chat/completions", content=content, headers=headers
+                ) as response,
             ):
                 refusal = b"" if response.status_code == 200 else await _read(response)
                 self._expect(response, "text/event-stream", refusal)

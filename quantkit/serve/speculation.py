@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from quantkit.errors import UsageError
 from quantkit.serve.counters import Counters
 from quantkit.serve.draft_model import DraftModel, make_draft_model
-from quantkit.serve.goodput import OUTLIER, Credit, PassCost, Rate, allot, winnings
+from quantkit.serve.goodput import LOSS_SHARE, OUTLIER, Credit, PassCost, Rate, allot, winnings
 from quantkit.serve.lookup import PromptLookup, follow
 
 if TYPE_CHECKING:
@@ -158,20 +158,21 @@ class Speculator:
         self.counters = counters
         self.model = model
         self.cost = PassCost()
-        self.credit = Credit(GUESS_CREDIT)
-        self.reading = Credit(READ_CREDIT)
+        share = LOSS_SHARE / (1 if model is None else 2)  # guesses and reading share it
+        self.credit = Credit(GUESS_CREDIT, share)
+        self.reading = Credit(READ_CREDIT, share)
         self._rates: dict[int, Rate] = defaultdict(Rate)
         self.clock = clock
-        # Of the step that runs: what its guesses took to make, and how many were right.
+        # Of the step that runs: what its guesses took to make, and how many tokens they won.
         self._making = 0.0
         self._drafted = False
-        self._accepted = 0
+        self._won = 0
 
     # For the scheduler -----------------------------------------------------------------------
 
     def propose(self, sequences: Items[Sequence]) -> list[list[int]]:
         """Guesses at the tokens that each of a step's decoding sequences will generate next."""
-        self._making, self._accepted, self._drafted = 0.0, 0, False
+        self._making, self._won, self._drafted = 0.0, 0, False
         guesses: list[list[int]] = [[] for _ in sequences]
         # Now and then without any, so that it stays known how long that takes.
         if not self.credit.open or self.cost.stale(len(sequences)):
@@ -187,19 +188,29 @@ class Speculator:
         self._read(sequences)
         return guesses
 
+    # For the engine --------------------------------------------------------------------------
+
     def forget(self, sequence: Sequence) -> None:
-        """A request is over, or waits again."""
+        """A request is over; one that waits again keeps what was read of it."""
         if self.model is not None:
             self.model.forget(sequence)
 
     # For the worker --------------------------------------------------------------------------
 
-    def verified(self, sequence: Sequence, proposed: int, accepted: int) -> None:
-        """The model was asked about guesses, and so many were right."""
+    def verified(self, sequence: Sequence, proposed: int, accepted: int, won: int) -> None:
+        """The model was asked about guesses, and so many were right.
+
+        Args:
+            sequence: whose they are.
+            proposed: guesses.
+            accepted: of those, right ones.
+            won: tokens beyond the one that comes without guesses: one less than ``accepted``
+                where a right guess ended the answer.
+        """
         self.counters.drafts += 1
         self.counters.draft_tokens += proposed
         self.counters.accepted_tokens += accepted
-        self._accepted += accepted
+        self._won += won
         draft = sequence.draft
         assert draft is not None, "guesses were made for it"
         draft.rates[draft.kind == DRAFTED].observe(proposed, accepted)
@@ -215,9 +226,9 @@ class Speculator:
             return
         # What another process took from this pass is not the guesses' fault.
         taken = min(seconds, OUTLIER * expected) + self._making
-        won = winnings(plain, taken, sequences, self._accepted)
-        self.credit.book(plain, won)
-        self.reading.book(plain, won if self._drafted else 0.0)
+        rest = self.credit.book(plain, winnings(plain, taken, sequences, self._won))
+        # What both were given could be lost twice: reading gets what guesses need no more.
+        self.reading.book(plain, rest if self._drafted else 0.0)
 
     # Inside ----------------------------------------------------------------------------------
 

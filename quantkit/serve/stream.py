@@ -20,8 +20,8 @@ class EventStream:
     Ends after the terminal event of the last request. Whoever stops reading early must call
     `close`, which cancels what still runs; calling it at the end does nothing.
 
-    ``observe`` sees each event when the event loop gets it, read or not, the terminal ones of
-    closed streams included.
+    ``requests`` have passed `Engine.check` and have their grammars. ``observe`` sees each event
+    when the event loop gets it, read or not, the terminal ones of closed streams included.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class EventStream:
         self._open: dict[int, str] = {}
         try:
             for index, request in enumerate(requests):
-                engine.submit(request, partial(self._post, index))
+                engine.enqueue(request, partial(self._post, index))
                 self._open[index] = request.id
         except BaseException:
             self.close()  # all or none: a half-submitted batch would run for nobody

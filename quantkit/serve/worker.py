@@ -90,6 +90,8 @@ class Worker:
         Returns:
             False if there was nothing to do.
         """
+        if self.speculator is not None and self.speculator.model is not None:
+            self.owner.flush()  # a draft model's passes leave the interpreter first
         step = self.scheduler.schedule(now)
         chunks = [chunk for chunk in step.chunks if self.owner.wanted(chunk.sequence)]
         if not chunks:
@@ -166,7 +168,7 @@ class Worker:
         """
         sequence = chunk.sequence
         answer = sequence.answer or self._begin(sequence)
-        accepted = 0
+        accepted, before = 0, len(sequence.tokens)
         for guess, row in zip((*chunk.guesses, None), rows, strict=True):
             event = answer.choose(row)
             sequence.tokens.append(event.token_id)
@@ -178,7 +180,8 @@ class Worker:
         sequence.computed, sequence.barren = chunk.end + accepted, 0
         self.memory.settle(sequence)
         if self.speculator is not None and chunk.guesses:
-            self.speculator.verified(sequence, len(chunk.guesses), accepted)
+            won = len(sequence.tokens) - before - 1  # one comes out of any pass
+            self.speculator.verified(sequence, len(chunk.guesses), accepted, won)
         if answer.finish_reason:
             self.owner.finish(sequence, answer.finish_reason)
 

@@ -70,6 +70,21 @@ def test_only_operators_may_and_keys_stay_where_they_belong(live) -> None:
     assert json.loads(read) == BODY
 
 
+def test_half_a_surrogate_that_nobody_here_reads_is_passed_on(live) -> None:
+    body = json.dumps(BODY | {"odd": "\ud800"})
+    with answering() as stub:
+        server = live(peer=Peer(stub.url))
+        answer = httpx.post(
+            server.url + "/compare",
+            content=body,
+            headers={"content-type": "application/json"},
+            timeout=30,
+        )
+        assert answer.status_code == 200
+    [(_, _, read)] = stub.requests
+    assert json.loads(read)["odd"] == "\ud800"
+
+
 def test_without_a_peer_there_is_no_route(server: Live) -> None:
     assert ask(server).status_code == 404
     assert "/compare" not in httpx.get(server.url + "/openapi.json").json()["paths"]

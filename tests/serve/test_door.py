@@ -38,7 +38,7 @@ class Commanded:
     async def attach_soon(self, request: Request) -> Request:
         return request
 
-    def submit(self, request: Request, sink: Sink) -> None:
+    def enqueue(self, request: Request, sink: Sink) -> None:
         self.sinks[request.id] = sink
 
     def cancel(self, request_id: str) -> None:

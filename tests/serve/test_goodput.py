@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence as Items
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ from quantkit.serve.goodput import (
     winnings,
 )
 from quantkit.serve.request import Sequence
-from quantkit.serve.speculation import GUESS_CREDIT, SpeculativeConfig, Speculator
+from quantkit.serve.speculation import DRAFTED, GUESS_CREDIT, SpeculativeConfig, Speculator
 
 shares = st.floats(0, 1)
 
@@ -137,7 +138,7 @@ def test_credit_is_earned_slowly_and_kept_within_bounds() -> None:
     credit.book(1.0, 0.0)
     assert credit.open
     assert credit.seconds == LOSS_SHARE
-    credit.book(1.0, 50.0)
+    assert credit.book(1.0, 50.0) == pytest.approx(48 + 2 * LOSS_SHARE)
     assert credit.full
     assert credit.seconds == 2.0
     assert credit.affords(2.0)
@@ -146,9 +147,9 @@ def test_credit_is_earned_slowly_and_kept_within_bounds() -> None:
     assert not credit.open
 
 
-def test_a_right_guess_wins_a_token_of_a_pass_without() -> None:
-    assert winnings(plain=1.0, taken=1.5, sequences=1, accepted=3) == 2.5
-    assert winnings(plain=1.0, taken=1.5, sequences=4, accepted=1) == -0.25
+def test_a_token_more_wins_one_of_a_pass_without() -> None:
+    assert winnings(plain=1.0, taken=1.5, sequences=1, tokens=3) == 2.5
+    assert winnings(plain=1.0, taken=1.5, sequences=4, tokens=1) == -0.25
 
 
 def simulate(
@@ -170,7 +171,7 @@ def simulate(
         for i, (item, guesses) in enumerate(zip(items, proposals, strict=True)):
             kept = min(len(guesses), right[(step + i) % len(right)])
             if guesses:
-                speculator.verified(item, len(guesses), kept)
+                speculator.verified(item, len(guesses), kept, kept)
             accepted += kept
             for _ in range(1 + kept):
                 item.tokens.append(5 + len(item.tokens) % 2)
@@ -225,6 +226,100 @@ def test_wrong_guesses_are_given_up_and_tried_again() -> None:
     assert 3 < before < 100
     simulate(speculator, lambda rows: 1 + 0.2 * (rows - 1), [0], 1, 2000)
     assert counters.drafts > before
+
+
+def test_right_guesses_that_end_their_answers_win_nothing() -> None:
+    """Answers of two tokens, the last of which is always guessed, and always right."""
+    counters = Counters()
+    speculator = Speculator(SpeculativeConfig(), counters, clock=lambda: 0.0)
+    took = plain = 0.0
+    for _ in range(2000):
+        item = Sequence(request("a", [5, 6, 7, 8, 5], max_tokens=50), lambda event: None)
+        item.answer = Anything()  # type: ignore[assignment]
+        item.tokens.append(6)
+        [guesses] = speculator.propose([item])
+        rows = 1 + len(guesses)
+        if guesses:
+            assert guesses[0] == 7
+            speculator.verified(item, len(guesses), accepted=1, won=0)
+        speculator.observe(1, rows, 1 + 0.2 * (rows - 1))
+        took += 1 + 0.2 * (rows - 1)
+        plain += 1
+    assert counters.accepted_tokens == counters.drafts > 3
+    assert took < (1 + 1.5 * LOSS_SHARE) * plain
+
+
+class Drafting:
+    """A draft model that moves a clock: a pass of it takes 0.1 s, and to read a text ``price``."""
+
+    share, read_tokens = 0.1, 256
+
+    def __init__(self, price: float) -> None:
+        self.now, self.price = 0.0, price
+        self.cost = PassCost()
+        self.known: dict[Sequence, int] = {}
+
+    def behind(self, item: Sequence) -> int:
+        return len(item.tokens) - self.known.get(item, 0)
+
+    def read(self, item: Sequence) -> int:
+        read = self.behind(item) - 1
+        self.now += self.price
+        self.cost.observe(read, self.price)
+        self.known[item] = len(item.tokens) - 1
+        return read
+
+    def guess(self, items: Items[Sequence], counts: Items[int]) -> list[list[int]]:
+        self.now += 0.1 * max(counts)
+        self.cost.observe(len(items), 0.1)
+        self.known |= {item: len(item.tokens) for item in items}
+        return [[7] * count for count in counts]
+
+
+@pytest.mark.parametrize(
+    ("price", "texts"),
+    [
+        # Answers that end when their texts have been read; what is looked up is wrong, too.
+        (2.0, [(2, 400, 0)]),
+        # What a draft wins is lost by reading a text in vain, and again by guesses looked up.
+        (0.7, [(10**6, 2, 2), (2, 1, 0)]),
+    ],
+)
+def test_the_bound_holds_with_a_draft_that_reads(
+    price: float, texts: list[tuple[int, int, int]]
+) -> None:
+    """Texts one after the other: after how many tokens they repeat themselves, their steps, and how
+    many drafted guesses are right."""
+    model = Drafting(price)
+    speculator = Speculator(
+        SpeculativeConfig(),
+        Counters(),
+        model,  # type: ignore[arg-type]
+        clock=lambda: model.now,
+    )
+    plain = 0
+    for period, steps, right in itertools.cycle(texts):
+        prompt = [5 + i % period for i in range(100)]
+        item = Sequence(request("a", prompt, max_tokens=10**6), lambda event: None)
+        item.answer = Anything()  # type: ignore[assignment]
+        for _ in range(steps):
+            [guesses] = speculator.propose([item])
+            rows, kept = 1 + len(guesses), 0
+            if guesses:
+                drafted = item.draft is not None and item.draft.kind == DRAFTED
+                kept = min(len(guesses), right) if drafted else 0
+                speculator.verified(item, len(guesses), kept, kept)
+            seconds = 1 + 0.1 * (rows - 1)
+            model.now += seconds
+            speculator.observe(1, rows, seconds)
+            plain += 1 + kept
+            item.tokens += [5 + (len(item.tokens) + i) % period for i in range(1 + kept)]
+            if item in model.known and not right:
+                break
+        if plain > 3000:
+            break
+    assert model.known, "nothing was read"
+    assert model.now <= (1 + LOSS_SHARE) * plain + (GUESS_CREDIT + 2 * OUTLIER) * 1.4 + price
 
 
 def test_making_guesses_is_a_cost_too() -> None:

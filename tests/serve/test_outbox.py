@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from serve_helpers import request, stepped
+from serve_helpers import always_guess, request, stepped
 
 from quantkit.models.runtime import Runtime
 from quantkit.serve.events import Event, Finished, TokenEvent
@@ -60,6 +60,30 @@ def test_a_step_is_one_hand_over(native: Runtime, monkeypatch) -> None:
     for index in range(3):
         mine = [event for i, event in events if i == index]
         assert [type(event) for event in mine] == [TokenEvent] * 4 + [Finished]
+
+
+def test_nothing_waits_for_a_draft_model(native: Runtime, monkeypatch) -> None:
+    """Its passes come before the model's, and take their time."""
+    always_guess(monkeypatch)
+
+    async def serve() -> list[int]:
+        engine = stepped(native, draft=native)
+        guess, waiting = engine.speculator.model.guess, []  # type: ignore[union-attr]
+
+        def watched(*arguments: list) -> list[list[int]]:
+            waiting.append(len(engine.outbox._waiting))
+            return guess(*arguments)
+
+        monkeypatch.setattr(engine.speculator.model, "guess", watched)  # type: ignore[union-attr]
+        engine.stream(request("a", [5, 6], max_tokens=9, ignore_eos=True))
+        while engine.live:
+            engine._take_orders()
+            engine.step()
+        return waiting
+
+    waiting = asyncio.run(serve())
+    assert waiting
+    assert not any(waiting)
 
 
 def test_one_who_cannot_read_disturbs_nobody(caplog) -> None:

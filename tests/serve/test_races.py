@@ -47,13 +47,14 @@ def test_an_end_is_told_even_where_memory_is_unsound(native: Runtime, monkeypatc
         raise RuntimeError("no such page")
 
     engine = stepped(native)
-    outcome = submit(engine, request("a", [5, 6], max_tokens=50))
+    outcomes = [submit(engine, request(name, [5, 6], max_tokens=50)) for name in "ab"]
     engine._take_orders()
     engine.step()
     monkeypatch.setattr(engine.memory, "release", broken)
     with pytest.raises(RuntimeError, match="no such page"):
         engine._fail_all(Failed("a step failed"))
-    assert outcome.terminal.message == "a step failed"  # type: ignore[union-attr]
+    for outcome in outcomes:
+        assert outcome.terminal.message == "a step failed"  # type: ignore[union-attr]
     assert engine.live == 0
 
 

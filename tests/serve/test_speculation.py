@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve_helpers import always_guess, generate, request, running
+from serve_helpers import always_guess, finish, generate, request, running, stepped, submit
 
 from quantkit.errors import UsageError
 from quantkit.models.runtime import Runtime
+from quantkit.serve.answer import Answer
 from quantkit.serve.counters import Counters
 from quantkit.serve.lookup import PromptLookup, follow
 from quantkit.serve.request import Sequence
@@ -104,6 +105,33 @@ def test_guesses_are_never_too_many(monkeypatch) -> None:
         sequence = Sequence(request("a", [5, 6] * 8, max_tokens=asked), lambda event: None)
         sequence.answer = Possible(99)  # type: ignore[assignment]
         assert [len(guesses) for guesses in speculator.propose([sequence])] == [expected]
+
+
+def test_what_ends_an_answer_is_not_guessed(runtime: Runtime) -> None:
+    answer = Answer(request("a", [5]), runtime.tokenizer, {9}, 384, "cpu")
+    assert answer.possible([5, 6, 9, 7]) == [5, 6]
+    assert answer.possible([9]) == []
+    assert answer.possible([5, 6]) == [5, 6]
+
+
+def test_a_right_guess_that_ends_an_answer_wins_no_token(native: Runtime, monkeypatch) -> None:
+    """A stop string is seen only once its last token is chosen."""
+    always_guess(monkeypatch)
+    engine = stepped(native, speculative_config=SpeculativeConfig())
+    booked, verified = [], engine.speculator.verified  # type: ignore[union-attr]
+
+    def book(sequence: Sequence, *counts: int) -> None:
+        booked.append(counts)
+        verified(sequence, *counts)
+
+    monkeypatch.setattr(engine.speculator, "verified", book)
+    stop = native.tokenizer.decode([9] * 12)
+    outcome = submit(engine, request("a", [5], max_tokens=41, logit_bias={9: 100}, stop=(stop,)))
+    finish(engine)
+    assert outcome.finished.reason == "stop"
+    # Three tokens until a pair was seen before, five, and four of the five that the pass foresaw.
+    assert outcome.tokens == [9] * 12
+    assert booked == [(4, 4, 4), (4, 4, 3)]
 
 
 class Possible:
