@@ -37,7 +37,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.vs_llamacpp import hardware
+from benchmarks.machine import hardware
 from quantkit.engines.artifact import read_artifact
 from quantkit.engines.process import EngineProcess, free_port, start
 from quantkit.engines.vllm import VllmOptions, find_vllm
