@@ -11,8 +11,9 @@ log-probability a token. The floor beside it is the same number between two path
 differ only in where they round (``native-float`` and ``reference``), in both columns. An engine
 that does not take a scheme gives its reason in its own words.
 
-A row is written when it is done; a second call measures only rows that are missing. The page is
-written from the rows and says what they were measured with.
+A row is written when it is done; a second call measures only rows that are missing, and must be
+of the same model, prompts, machine and versions. The page is written from the rows and says what
+they were measured with.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def main() -> None:
     args = parser.parse_args()
 
     document = json.loads(args.output.read_text()) if args.output.exists() else {"rows": {}}
-    document["facts"] = describe(args)
+    document["facts"] = join_facts(document.get("facts"), describe(args))
     prompts = read_prompts(args.prompts)
     for name in wanted(args.only):
         missing = [
@@ -176,10 +177,21 @@ def reason_of(error: Exception) -> str:
     than word of another process's end."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, QuantkitError):
-        found = [match[0] for line in lines if (match := _RAISED.search(line)) is not None]
+        found = [text for place in range(len(lines)) if (text := _raised(lines, place))]
         telling = [line for line in found if not any(word in line for word in _AFTERMATH)]
         return (telling or found or lines)[-1]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _raised(lines: Sequence[str], place: int) -> str:
+    """The exception in a line, or "". One that ends in a colon goes on in the next line."""
+    match = _RAISED.search(lines[place])
+    if match is None:
+        return ""
+    if not match[0].endswith(":") or place + 1 == len(lines):
+        return match[0]
+    # One record of a log has the same words in front of each of its lines.
+    return f"{match[0]} {lines[place + 1].removeprefix(lines[place][: match.start()]).strip()}"
 
 
 #: An exception as a traceback ends with it, behind whatever the engine's log puts in front.
@@ -297,6 +309,28 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         found = find_vllm(args.vllm_python)
         facts["versions"]["vllm"] = f"{found.version} ({found.host.device})"
     return facts
+
+
+def join_facts(known: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]:
+    """Facts that hold for the rows of earlier calls and of this one.
+
+    Args:
+        known: of the rows that are there; None without any.
+        now: of this call. It may lack versions, or add some.
+
+    SystemExit where the two differ.
+    """
+    if known is None:
+        return now
+    before, after = known | known["versions"], now | now["versions"]
+    differ = [
+        f"{name} {before[name]!r}, now {value!r}"
+        for name, value in after.items()
+        if name != "versions" and before.get(name, value) != value
+    ]
+    if differ:
+        raise SystemExit(f"the rows so far have {'; '.join(differ)}; give another --output")
+    return now | {"versions": known["versions"] | now["versions"]}
 
 
 def table(document: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-// llama.cpp's logits of given token ids, for vs_llamacpp.py, which compiles and runs this file.
+// llama.cpp's logits of given token ids, for vs_llamacpp.py; llamacpp_build.py compiles this file.
 //
 //   llamacpp_logits MODEL.gguf IDS LENGTH THREADS > LOGITS
 //   llamacpp_logits        what the library says that it was built for

@@ -1,6 +1,6 @@
 """quantkit beside llama.cpp on one CPU: speed, size and distance from one original.
 
-    python benchmarks/vs_llamacpp.py MODEL --llama BUILD \\
+    python -m benchmarks.vs_llamacpp MODEL --llama BUILD \\
         --gguf bf16=m-bf16.gguf --gguf Q4_0=m-Q4_0.gguf --gguf Q8_0=m-Q8_0.gguf \\
         --ckpt w4a16-head8=ckpt-w4 --ckpt w8a16-g32=ckpt-w8 \\
         --pair bf16=bf16 --pair w4a16-head8=Q4_0 --pair w8a16-g32=Q8_0 \\
@@ -48,89 +48,36 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
-import struct
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+
+from benchmarks.command import run
+from benchmarks.llamacpp_build import SOURCE, build_facts, compile_logits
+from benchmarks.logit_distance import (
+    Distance,
+    compare,
+    cut_windows,
+    llamacpp_logits,
+    original_logits,
+    quantkit_logits,
+)
+from benchmarks.machine import hardware, read_bandwidth
+from benchmarks.systems import System, count_parameters, list_systems, named
+from benchmarks.workloads import WORKLOADS, Workload, run_llamacpp, run_quantkit
 
 #: A GGUF file in the original's precision must be this near to it, in nats.
 SAME = 1e-3
-#: Read by the bandwidth probe: many times a last-level cache.
-PROBE_BYTES = 512 * 2**20
-#: Of the peer's build, kept with the results.
-BUILD_OPTIONS = (
-    "CMAKE_BUILD_TYPE", "CMAKE_CXX_FLAGS", "CMAKE_CXX_FLAGS_RELEASE", "GGML_NATIVE", "GGML_OPENMP",
-    "GGML_CPU_REPACK", "GGML_LLAMAFILE", "GGML_BLAS",
-)  # fmt: skip
 
 #: Of what llama-bench says about itself.
 PEER_FACTS = ("build_commit", "build_number", "flash_attn", "type_k", "n_ubatch", "poll", "repack")
-#: Where that build says its sources are.
-SOURCE = "llama.cpp_SOURCE_DIR"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is timed: ``batch`` prompts of ``prompt`` tokens, then ``new`` tokens of each.
-
-    Attributes:
-        decodes: the figure is of the new tokens, otherwise of the prompt's.
-    """
-
-    name: str
-    prompt: int
-    new: int
-    batch: int
-    decodes: bool
-
-
-WORKLOADS = (
-    Workload("tg128", prompt=0, new=128, batch=1, decodes=True),
-    Workload("pp512", prompt=512, new=0, batch=1, decodes=False),
-    Workload("x16", prompt=32, new=32, batch=16, decodes=True),
-)
-
-
-@dataclass(frozen=True)
-class Size:
-    """Bytes of weights: in the file, and read to decode a token."""
-
-    stored: int
-    read: int
-
-
-@dataclass(frozen=True)
-class Distance:
-    """From the original, over all positions: nats a token, and the share of equal argmaxes.
-
-    ``kl_error`` is the standard error of ``kl`` over windows.
-    """
-
-    kl: float
-    kl_error: float | None
-    kl_p99: float
-    top1: float
-
-
-@dataclass(frozen=True)
-class System:
-    """A row: a name, the engine that runs it, its file or folder."""
-
-    engine: str
-    name: str
-    path: Path
-    size: Size
 
 
 @dataclass
@@ -145,141 +92,7 @@ class Row:
         return statistics.median(self.speeds.get(workload) or [math.nan])
 
 
-# --- the systems and their sizes
-
-
-def named(text: str) -> tuple[str, str]:
-    """``NAME=VALUE``."""
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    return name, value
-
-
-def list_systems(args: argparse.Namespace) -> list[System]:
-    """Peers first; quantkit's rows begin with the original."""
-    peers = [System("llama.cpp", n, Path(p), gguf_size(Path(p))) for n, p in args.gguf]
-    checkpoints = [("bf16", args.model), *args.ckpt]
-    ours = [System("quantkit", n, Path(p), folder_size(Path(p))) for n, p in checkpoints]
-    for kind in (peers, ours):
-        names = [s.name for s in kind]
-        if len(set(names)) < len(names):
-            raise SystemExit(f"two systems of {kind[0].engine} have one name: {names}")
-    for name, peer in args.pair:
-        if name not in {s.name for s in ours} or peer not in {s.name for s in peers}:
-            raise SystemExit(f"--pair {name}={peer}: name a checkpoint and a GGUF file given here")
-    return peers + ours
-
-
-def folder_size(folder: Path) -> Size:
-    """Of the safetensors files of a folder."""
-    sizes: dict[str, int] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        header.pop("__metadata__", None)
-        sizes |= {k: v["data_offsets"][1] - v["data_offsets"][0] for k, v in header.items()}
-    if not sizes:
-        raise SystemExit(f"{folder}: no safetensors file")
-    return count(sizes, embedding="embed_tokens.weight", head="lm_head.")
-
-
-def gguf_size(path: Path) -> Size:
-    from gguf import GGUFReader
-
-    sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(path).tensors}
-    return count(sizes, embedding="token_embd.weight", head="output.")
-
-
-def count(sizes: dict[str, int], *, embedding: str, head: str) -> Size:
-    """The input embedding is read only where the head has no tensors of its own."""
-    stored = sum(sizes.values())
-    untied = any(name.startswith(head) for name in sizes)
-    skipped = sum(n for name, n in sizes.items() if untied and name.endswith(embedding))
-    return Size(stored, stored - skipped)
-
-
-def count_parameters(model: Path) -> int:
-    """Of the original, a tied embedding counted once."""
-    total = 0
-    for path in sorted(model.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        total += sum(math.prod(v["shape"]) for k, v in header.items() if k != "__metadata__")
-    return total
-
-
 # --- distance
-
-
-def cut_windows(model: Path, text: Path, windows: int, length: int) -> Tensor:
-    """Token ids ``[windows, length]`` of the start of a text, by the original's tokenizer."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    ids = tokenizer.encode(text.read_text(encoding="utf-8"), verbose=False)
-    if len(ids) < windows * length:
-        raise SystemExit(f"{text}: {len(ids)} tokens are fewer than {windows} x {length}")
-    return torch.tensor(ids[: windows * length]).view(windows, length)
-
-
-@torch.inference_mode()
-def original_logits(model: Path, ids: Tensor) -> Iterator[Tensor]:
-    """fp32 logits ``[length, vocabulary]`` of each window, in fp32 arithmetic."""
-    from transformers import AutoModelForCausalLM
-
-    original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    for window in ids:
-        yield original(window[None], use_cache=False).logits[0]
-
-
-@torch.inference_mode()
-def quantkit_logits(checkpoint: Path, ids: Tensor) -> Iterator[Tensor]:
-    """fp32 logits ``[length, vocabulary]`` of each window, in the kernels that serve."""
-    from quantkit.models.load import load_runtime
-
-    runtime = load_runtime(checkpoint)
-    for window in ids:
-        yield runtime.logits(window.tolist())
-
-
-def llamacpp_logits(tool: Path, gguf: Path, ids: Tensor, threads: int) -> Iterator[Tensor]:
-    """fp32 logits ``[length, vocabulary]`` of each window, from llama.cpp's library."""
-    length = ids.shape[1]
-    with tempfile.NamedTemporaryFile(suffix=".ids") as file, tempfile.TemporaryFile() as errors:
-        file.write(ids.numpy().astype("<i4").tobytes())
-        file.flush()
-        command = [str(tool), str(gguf), file.name, str(length), str(threads)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process:
-            assert process.stdout is not None
-            try:
-                vocabulary = int.from_bytes(process.stdout.read(4), "little")
-                for _ in ids:
-                    data = process.stdout.read(4 * length * vocabulary)
-                    if not data or len(data) != 4 * length * vocabulary:
-                        errors.seek(0)
-                        raise SystemExit(f"{gguf}: {errors.read().decode(errors='replace')}")
-                    yield torch.frombuffer(bytearray(data), dtype=torch.float32).view(length, -1)
-            finally:
-                process.kill()
-
-
-def compare(reference: Iterable[Tensor], logits: Iterable[Tensor]) -> Distance:
-    """Distance of some logits from others, both ``[length, vocabulary]`` window by window."""
-    by_window, agree, positions = [], 0, 0
-    for p, q in zip(reference, logits, strict=True):
-        if p.shape != q.shape:
-            raise SystemExit(f"logits {list(q.shape)} beside the original's {list(p.shape)}")
-        if not torch.isfinite(q).all():
-            raise SystemExit("the logits hold NaN or infinity")
-        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-        by_window.append((log_p.exp() * (log_p - log_q)).sum(-1).double())
-        agree += int((p.argmax(-1) == q.argmax(-1)).sum())
-        positions += len(p)
-    kl = torch.stack(by_window)
-    means = kl.mean(1)
-    error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else None
-    return Distance(float(kl.mean()), error, float(kl.flatten().quantile(0.99)), agree / positions)
 
 
 def measure_distances(args: argparse.Namespace, rows: Sequence[Row], tool: Path) -> None:
@@ -308,80 +121,6 @@ def measure_distances(args: argparse.Namespace, rows: Sequence[Row], tool: Path)
 
 
 # --- speed
-
-
-def read_bandwidth(threads: int, rounds: int = 8) -> float:
-    """Bytes a second of adding up a buffer that no cache holds."""
-    torch.set_num_threads(threads)
-    data = torch.ones(PROBE_BYTES // 4)
-    times = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        data.sum()
-        times.append(time.perf_counter() - begin)
-    return data.nbytes / min(times)
-
-
-def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\nexit code {done.returncode}\n{done.stderr[-2000:]}")
-    return done.stdout
-
-
-def run_quantkit(system: System, work: Workload, threads: int, repeats: int) -> float:
-    asked = {
-        "prompt_tokens": max(work.prompt, 1), "new_tokens": max(work.new, 1), "batch": work.batch,
-        "threads": threads, "repeats": repeats,
-    }  # fmt: skip
-    command = [sys.executable, "-m", "quantkit.cli.main", "bench", "decode", str(system.path)]
-    for name, value in asked.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    document = json.loads(run([*command, "--json"]))
-    check(asked, document, system)
-    return float(document["decode_tok_s" if work.decodes else "prefill_tok_s"])
-
-
-def run_llamacpp(
-    tools: Path, system: System, work: Workload, threads: int, repeats: int
-) -> tuple[float, dict[str, Any]]:
-    """Tokens a second, and what the tool says about itself."""
-    shared = ["-m", str(system.path), "-t", str(threads)]
-    if work.batch > 1:
-        context = work.batch * (work.prompt + work.new)
-        command = [
-            str(tools / "llama-batched-bench"), *shared, "-tb", str(threads), "-c", str(context),
-            "-npp", str(work.prompt), "-ntg", str(work.new),
-            "-npl", ",".join([str(work.batch)] * repeats), "--output-format", "jsonl",
-        ]  # fmt: skip
-        lines = [json.loads(s) for s in run(command).splitlines() if s.startswith("{")]
-        asked = {
-            "pp": work.prompt, "tg": work.new, "pl": work.batch, "is_pp_shared": 0,
-            "n_threads": threads, "n_threads_batch": threads,
-        }  # fmt: skip
-        for line in lines:
-            check(asked, line, system)
-        samples = [line["speed_tg"] for line in lines]
-        about = {}
-    else:
-        command = [
-            str(tools / "llama-bench"), *shared, "-p", str(work.prompt), "-n", str(work.new),
-            "-r", str(repeats), "-o", "json",
-        ]  # fmt: skip
-        (about,) = json.loads(run(command))
-        asked = {"n_prompt": work.prompt, "n_gen": work.new, "n_depth": 0, "n_threads": threads}
-        check(asked, about, system)
-        samples = about["samples_ts"]
-    if len(samples) != repeats:
-        raise SystemExit(f"{system.name}: {len(samples)} repeats where {repeats} were asked for")
-    return statistics.median(samples), about
-
-
-def check(asked: dict[str, int], said: dict[str, Any], system: System) -> None:
-    """What a tool says that it measured is what it was asked to."""
-    wrong = {key: said.get(key) for key, value in asked.items() if said.get(key) != value}
-    if wrong:
-        raise SystemExit(f"{system.engine} {system.name}: asked for {asked}, measured {wrong}")
 
 
 def in_turn(
@@ -445,48 +184,6 @@ def number(value: float) -> str:
 
 def times(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2f}x"
-
-
-# --- facts about the machine and the peer
-
-
-def hardware(threads: int) -> dict[str, Any]:
-    """From Linux's /proc and /sys; what is missing is left out."""
-    facts: dict[str, Any] = {"machine": platform.machine(), "threads": threads}
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [s.partition(":") for s in cpuinfo.read_text().splitlines()]
-        core = {k.strip(): v.strip() for k, _, v in reversed(lines)}
-        facts["cores"] = sum(k.strip() == "processor" for k, _, _ in lines)
-        facts["cpu"] = core.get("model name", "")
-        facts["family"], facts["model"] = core.get("cpu family"), core.get("model")
-        wanted = ("avx", "amx", "fma", "f16c")
-        facts["flags"] = [f for f in core.get("flags", "").split() if f.startswith(wanted)]
-    cache = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-    if cache.exists():
-        facts["l3"] = cache.read_text().strip()
-    return facts
-
-
-def build_facts(build: Path) -> dict[str, str]:
-    """Options of a CMake build that decide about its speed, and where its sources are."""
-    found = {}
-    for line in (build / "CMakeCache.txt").read_text().splitlines():
-        key, _, value = line.partition("=")
-        found[key.partition(":")[0]] = value
-    return {k: found.get(k, "") for k in (*BUILD_OPTIONS, SOURCE)}
-
-
-def compile_logits(build: Path, source: Path, folder: Path) -> Path:
-    """llamacpp_logits, linked to the library that is timed."""
-    tool, libraries = folder / "llamacpp_logits", (build / "bin").resolve()
-    command = [
-        "g++", "-O2", "-std=c++17", f"-I{source / 'include'}", f"-I{source / 'ggml/include'}",
-        str(Path(__file__).with_name("llamacpp_logits.cpp")), "-o", str(tool), f"-L{libraries}",
-        "-lllama", "-lggml", "-lggml-base", f"-Wl,-rpath,{libraries}",
-    ]  # fmt: skip
-    run(command)
-    return tool
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -148,7 +148,7 @@ print(json.dumps({"python": platform.python_version(), **{name: version(name) fo
 #: Held-out text that all are scored on.
 WINDOWS, WINDOW_TOKENS = 24, 1024
 
-#: 16-bit activations for all: a peer's dequantized weights would run with those in any kernel.
+#: Activations as the scheme says, never int8 on top: the same for every system.
 KERNELS = "native-float"
 
 _FISHER = "{gptq: {fisher: 0.5, outputs: coupled}}"

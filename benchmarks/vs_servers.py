@@ -31,14 +31,16 @@ import json
 import os
 import signal
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.vs_llamacpp import hardware
-from quantkit.engines.artifact import read_artifact
+from benchmarks.machine import hardware
+from benchmarks.systems import named
+from quantkit.engines.artifact import Artifact, read_artifact
 from quantkit.engines.process import EngineProcess, free_port, start
 from quantkit.engines.vllm import VllmOptions, find_vllm
 from quantkit.engines.vllm import running as running_vllm
@@ -66,12 +68,16 @@ COLUMNS: dict[str, Callable[[Row], float]] = {
 
 @dataclass
 class Peer:
-    """A server under test; ``rows`` by phase and concurrency, one a round."""
+    """A server under test; ``rows`` by phase and concurrency, one a round.
+
+    ``schemes`` are those of its weights, "" where nobody can tell.
+    """
 
     name: str
     url: str
     process: EngineProcess | None
     model: str = ""
+    schemes: str = ""
     version: str = ""
     rows: dict[tuple[str, int], list[Row]] = field(default_factory=dict)
 
@@ -118,9 +124,9 @@ def start_all(args: argparse.Namespace, phase: str) -> Iterator[list[Peer]]:
     with contextlib.ExitStack() as stack:
         peers: list[Peer] = []
 
-        def add(name: str, process: EngineProcess) -> None:
+        def add(name: str, process: EngineProcess, **about: str) -> None:
             print(f"{name} is ready", file=sys.stderr, flush=True)
-            peers.append(Peer(name, process.url, process))
+            peers.append(Peer(name, process.url, process, **about))
             peers[-1].wake(False)
             # Stopped, it would not hear that it has to end.
             stack.callback(peers[-1].wake, True)
@@ -129,18 +135,34 @@ def start_all(args: argparse.Namespace, phase: str) -> Iterator[list[Peer]]:
             given = ["--threads", str(args.threads), "--max-sequences", str(slots)]
             given += ["--speculative-tokens", str(args.speculative_tokens)]
             given += [] if cached else ["--no-prefix-caching"]
-            add("quantkit", stack.enter_context(serving(str(args.ckpt), given)))
+            process = stack.enter_context(serving(str(args.ckpt), given))
+            add("quantkit", process, schemes=schemes_of(read_artifact(str(args.ckpt))))
         if args.llama_server:
-            add("llama-server", stack.enter_context(start_llama(args, cached, slots, context)))
+            process = stack.enter_context(start_llama(args, cached, slots, context))
+            add("llama-server", process, version=llama_version(args.llama_server))
         if args.vllm_python:
-            add("vllm", stack.enter_context(start_vllm(args, cached, slots)))
+            artifact = read_artifact(str(args.vllm_model or args.ckpt))
+            process = stack.enter_context(start_vllm(args, artifact, cached, slots))
+            add("vllm", process, schemes=schemes_of(artifact))
         peers += [Peer(name, url, None) for name, url in args.server]
         for peer in peers:
             peer.wake(True)
             found = connect(EndpointConfig(peer.url))
-            peer.model, peer.version = Path(found.model).name, found.server
+            peer.model, peer.version = Path(found.model).name, peer.version or found.server
             peer.wake(False)
         yield peers
+
+
+def schemes_of(artifact: Artifact) -> str:
+    """Names of its schemes, or the dtype of an original."""
+    return ", ".join(scheme.name for scheme in artifact.schemes) or artifact.dtype or ""
+
+
+def llama_version(server: Path) -> str:
+    """What ``llama-server --version`` says: its number, commit and compiler."""
+    command = [str(server), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return " ".join((done.stdout + done.stderr).split())
 
 
 @contextlib.contextmanager
@@ -161,7 +183,9 @@ def start_llama(
 
 
 @contextlib.contextmanager
-def start_vllm(args: argparse.Namespace, cached: bool, slots: int) -> Iterator[EngineProcess]:
+def start_vllm(
+    args: argparse.Namespace, artifact: Artifact, cached: bool, slots: int
+) -> Iterator[EngineProcess]:
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -170,7 +194,6 @@ def start_vllm(args: argparse.Namespace, cached: bool, slots: int) -> Iterator[E
     }
     flag = "--enable-prefix-caching" if cached else "--no-enable-prefix-caching"
     options = VllmOptions(max_sequences=slots, arguments=(flag, *args.vllm_arg))
-    artifact = read_artifact(str(args.vllm_model or args.ckpt))
     with running_vllm(
         find_vllm(args.vllm_python),
         artifact,
@@ -264,6 +287,7 @@ def document(args: argparse.Namespace, phases: dict[str, list[Peer]]) -> dict[st
                 {
                     "name": peer.name,
                     "model": peer.model,
+                    "schemes": peer.schemes,
                     "version": peer.version,
                     "rows": [
                         {"concurrency": n, "rounds": [asdict(row) for row in rows]}
@@ -279,14 +303,6 @@ def document(args: argparse.Namespace, phases: dict[str, list[Peer]]) -> dict[st
             for phase, peers in phases.items()
         },
     }
-
-
-def named(text: str) -> tuple[str, str]:
-    """``NAME=URL``."""
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=URL")
-    return name, value
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -342,7 +358,9 @@ def main() -> None:
     )
     for phase, peers in phases.items():
         for peer in peers:
-            print(f"{peer.name}: {peer.model} on {peer.version}")
+            print(
+                f"{peer.name}: {peer.model} ({peer.schemes or 'schemes unknown'}), {peer.version}"
+            )
         print("\n".join(table(peers, phase, args.concurrency)))
 
 

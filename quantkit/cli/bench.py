@@ -12,6 +12,7 @@ import typer
 
 from quantkit.cli import bench_serve
 from quantkit.cli.kernels import Kernels, KernelsOption
+from quantkit.cli.options import refuse
 from quantkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def bench() -> None:
 
 @app.command()
 def decode(
+    context: typer.Context,
     checkpoint: Annotated[
         str, typer.Argument(metavar="CKPT", help="A checkpoint folder, a hub id or a .gguf file.")
     ],
@@ -80,10 +82,9 @@ def decode(
 
     from quantkit.serve.measure import measure_decode
 
-    if reference is None and (timings is not None or data is not None):
-        raise UsageError(
-            "--timings and --data compare two models", remedy="give --reference MODEL, or drop them"
-        )
+    if reference is None:
+        pair = ("timings", "data", "prompts")
+        refuse(context, pair, "belongs to a comparison of two models", "give --reference MODEL")
     if threads:
         torch.set_num_threads(threads)
     load = partial(_load, kernels=kernels.value, device=device)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantkit.cli import endpoint as elsewhere
-from quantkit.cli.options import refuse
+from quantkit.cli.options import check_finite, refuse
 from quantkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 LOAD, WORK, GOAL = "What is sent when", "What is asked", "What is promised"
 
 CLIENTS = "1,2,4,8,16"
-REQUESTS = 32
 
 
 def command(
@@ -78,6 +77,7 @@ def command(
         typer.Option(
             "--sweep",
             min=1e-6,
+            max=1e6,
             metavar="R",
             help="Open loop at rising rates from R on, until promises break.",
             rich_help_panel=LOAD,
@@ -86,7 +86,11 @@ def command(
     growth: Annotated[
         float,
         typer.Option(
-            "--growth", min=1.01, help="From a rate of the sweep to the next.", rich_help_panel=LOAD
+            "--growth",
+            min=1.01,
+            max=100.0,
+            help="From a rate of the sweep to the next.",
+            rich_help_panel=LOAD,
         ),
     ] = 1.5,
     attainment: Annotated[
@@ -113,6 +117,7 @@ def command(
         typer.Option(
             "--length-scale",
             min=1e-6,
+            max=1000.0,
             help="Multiply the trace's lengths by it.",
             rich_help_panel=LOAD,
         ),
@@ -128,7 +133,7 @@ def command(
         typer.Option(
             "--requests",
             min=1,
-            help="Requests of a row. Default: 32, or the whole trace.",
+            help="Requests of a row. Default: 32, and two a client at least, or the whole trace.",
             rich_help_panel=WORK,
         ),
     ] = None,
@@ -197,9 +202,10 @@ def command(
     from quantkit.evals.endpoint import EndpointConfig, connect
     from quantkit.loadtest.client import Client
     from quantkit.loadtest.draw import Shape
-    from quantkit.loadtest.session import Session
+    from quantkit.loadtest.session import REQUESTS, Session
     from quantkit.results import check_writable
 
+    check_finite(context)
     ways = {"--concurrency": concurrency, "--rate": rate, "--sweep": sweep, "--trace": trace}
     given = [name for name, value in ways.items() if value is not None]
     if len(given) > 1:
@@ -221,8 +227,15 @@ def command(
     if output is not None:
         check_writable(output)
     classes = _tiers(tiers, slo_ttft, slo_tpot, slo_e2e, endpoint_key_file)
-    clients = [int(n) for n in _numbers(concurrency or CLIENTS, "--concurrency", whole=True)]
-    rates = _numbers(rate or "1", "--rate")
+    if sweep is not None and not any(tier.slo.promises for tier in classes):
+        raise UsageError(
+            "a sweep rises until promises are broken, and there are none",
+            remedy="give --slo-ttft or --slo-tpot, or --tiers with them",
+        )
+    clients = [int(n) for n in _numbers(concurrency, "--concurrency", CLIENTS, whole=True)]
+    if not given or concurrency is not None:
+        _check_clients(requests, clients)
+    rates = _numbers(rate, "--rate", "1")
     if checkpoint is None and endpoint is None:
         raise UsageError(
             "there is nothing to measure", remedy="name a CKPT to serve, or an --endpoint"
@@ -256,7 +269,7 @@ def command(
             price_per_hour,
             reporter,
         )
-        many = requests or REQUESTS
+        many = REQUESTS if requests is None else requests
         rows: Iterator[Row]
         if asks is not None:
             rows = session.trace(asks, shape)
@@ -265,7 +278,7 @@ def command(
         elif rate is not None:
             rows = session.poisson(shape, many, rates)
         else:
-            rows = session.closed(shape, many, clients)
+            rows = session.closed(shape, requests, clients)
         about = {
             **_about(found),
             "seed": seed,
@@ -299,8 +312,9 @@ def _tiers(
     return (LoadTier(DEFAULT, 1.0, Slo(ttft, tpot, e2e), key),)
 
 
-def _numbers(text: str, option: str, *, whole: bool = False) -> list[float]:
+def _numbers(given: str | None, option: str, default: str, *, whole: bool = False) -> list[float]:
     """``1,2,4``: all above 0."""
+    text = default if given is None else given
     try:
         found = [float(int(part)) if whole else float(part) for part in text.split(",")]
     except ValueError:
@@ -309,6 +323,14 @@ def _numbers(text: str, option: str, *, whole: bool = False) -> list[float]:
         what = "whole numbers" if whole else "numbers"
         raise UsageError(f"{option} {text!r}: {what} above 0, with commas between", remedy="1,2,4")
     return found
+
+
+def _check_clients(requests: int | None, clients: list[int]) -> None:
+    if requests is not None and requests < max(clients):
+        raise UsageError(
+            f"--requests {requests}: {max(clients)} clients have one under way each",
+            remedy=f"give {max(clients)} or more, or fewer clients",
+        )
 
 
 def _vocabulary(checkpoint: str | None) -> int:

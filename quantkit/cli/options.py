@@ -1,7 +1,8 @@
-"""Options that would be ignored: refused, so that nobody believes they held."""
+"""Options that would be ignored, and numbers that are none: refused."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import typer
@@ -10,7 +11,7 @@ from quantkit.errors import UsageError
 
 
 def refuse(context: typer.Context, names: Collection[str], reason: str, remedy: str) -> None:
-    """Refuse parameters that stand on the command line, whatever their value is.
+    """Refuse parameters that stand on the command line, so that nobody believes they held.
 
     Args:
         context: of the running command.
@@ -28,3 +29,18 @@ def refuse(context: typer.Context, names: Collection[str], reason: str, remedy: 
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise UsageError(f"{parameter.opts[0]}: {reason}", remedy=remedy)
+
+
+def check_finite(context: typer.Context) -> None:
+    """Refuse ``inf`` and ``nan``, which pass for numbers and for most bounds.
+
+    Args:
+        context: of the running command.
+
+    Raises:
+        UsageError: naming the first option with such a value.
+    """
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{parameter.opts[0]} {value}: must be a finite number")

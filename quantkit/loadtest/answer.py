@@ -25,6 +25,7 @@ class Answer:
         due: when it should have been sent.
         sent: when it was.
         chunks: when each piece of the answer came. A piece may hold several tokens.
+        over: when it ended, however it did.
         fate: how it ended.
         reason: status and message, where it is not done.
     """
@@ -33,6 +34,7 @@ class Answer:
     due: float
     sent: float
     chunks: list[float] = field(default_factory=list)
+    over: float = 0.0
     fate: Fate = "done"
     reason: str = ""
 

@@ -124,6 +124,7 @@ class Client:
             _end(answer, "failed", f"no end after {self.timeout:g} s")
         except httpx.HTTPError as error:
             _end(answer, "failed", f"{type(error).__name__}: {error}")
+        answer.over = self.now
         return answer
 
     async def _read(self, response: httpx.Response, answer: Answer) -> None:
@@ -140,13 +141,13 @@ class Client:
             if doc.get("error"):
                 _end(answer, "failed", _short(str(doc["error"])))
                 return
-            for choice in doc.get("choices") or ():
+            for choice in _choices(doc):
                 # Where tokens are named, text without one is what an earlier one held back.
                 named = named or "token_ids" in choice
                 if choice.get("token_ids") if named else choice.get("text"):
                     answer.chunks.append(self.now)
                 finished = finished or choice.get("finish_reason") is not None
-            usage = doc.get("usage") or usage
+            usage = _usage(doc) or usage
         if not finished or not answer.chunks:
             _end(answer, "failed", "the stream ended before the answer did")
             return
@@ -158,9 +159,27 @@ def _parse(data: str) -> dict[str, Any]:
         doc = json.loads(data)
     except ValueError as error:
         raise QuantkitError(f"the server sent {_short(data)!r}, which is not JSON") from error
+    except RecursionError as error:
+        raise QuantkitError(f"the server sent {_short(data)!r}, nested too deeply") from error
     if not isinstance(doc, dict):
         raise QuantkitError(f"the server sent {_short(data)!r}, which is not a JSON object")
     return doc
+
+
+def _choices(doc: dict[str, Any]) -> list[dict[str, Any]]:
+    choices = doc.get("choices") or []
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        raise QuantkitError(
+            f"the server sent choices {_short(str(choices))}, which is not a list of objects"
+        )
+    return choices
+
+
+def _usage(doc: dict[str, Any]) -> dict[str, Any] | None:
+    usage = doc.get("usage")
+    if not isinstance(usage, dict | None):
+        raise QuantkitError(f"the server sent usage {_short(str(usage))}, which is not an object")
+    return usage
 
 
 def _refused(answer: Answer, status: int, text: str) -> None:

@@ -104,7 +104,7 @@ def make_row(
         price_per_hour: of the machine that serves.
     """
     begin = min(a.due for a in answers)
-    seconds = max(max(a.chunks, default=a.sent) for a in answers) - begin
+    seconds = max(max([a.sent, a.over, *a.chunks]) for a in answers) - begin
     total = _figures(answers, tiers, seconds)
     by_tier = {
         tier.name: _figures([a for a in answers if a.ask.tier == tier.name], tiers, seconds)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from quantkit.engines.process import EngineProcess, free_port, start
+from quantkit.errors import QuantkitError
 
 
 @contextlib.contextmanager
@@ -21,11 +22,17 @@ def serving(
         timeout: seconds until it must be ready.
 
     Raises:
-        QuantkitError: it ended, or was not ready in time; with the end of its log.
+        QuantkitError: it was not ready in time; or it ended, ahead of that or so that the block
+            failed with a `QuantkitError`. With the end of its log.
     """
     port = free_port()
     command = [sys.executable, "-m", "quantkit.cli.main", "serve", checkpoint]
     command += ["--port", str(port), *arguments]
     with start(command, f"http://127.0.0.1:{port}") as process:
         process.wait_ready(timeout)
-        yield process
+        try:
+            yield process
+        except QuantkitError as error:
+            if process.popen.poll() is None:
+                raise
+            raise process.failed("ended while it was measured") from error

@@ -9,6 +9,7 @@ The trace holds no tokens; here each id stands for a block of random ones drawn 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from quantkit.loadtest.tiers import LoadTier
 
 #: Tokens that a hash id stands for in the published traces.
 BLOCK_TOKENS = 512
+
+#: A longer request than any context holds is a broken line, and its length no number to scale.
+MAX_TOKENS = 2**31
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,18 @@ def _row(line: str, where: str, before: TraceRow | None) -> TraceRow:
         at = float(doc["timestamp"]) / 1000
         lengths = doc["input_length"], doc["output_length"]
         ids = tuple(doc["hash_ids"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UsageError(
             f"{where} is no request ({type(error).__name__}: {error})",
             remedy="it needs timestamp, input_length, output_length and hash_ids",
         ) from error
-    if not all(type(n) is int and n > 0 for n in lengths) or not all(type(i) is int for i in ids):
-        raise UsageError(f"{where} lengths {lengths} and hash ids must be whole, lengths above 0")
+    if not math.isfinite(at):
+        raise UsageError(f"{where} timestamp {at} must be a finite number")
+    whole = all(type(n) is int for n in (*lengths, *ids))
+    if not whole or not all(0 < n < MAX_TOKENS for n in lengths):
+        raise UsageError(
+            f"{where} lengths and hash ids must be whole, lengths above 0 and below {MAX_TOKENS}"
+        )
     if len(ids) != -(-lengths[0] // BLOCK_TOKENS):
         raise UsageError(
             f"{where} {len(ids)} hash ids for {lengths[0]} tokens; each stands for {BLOCK_TOKENS}"

@@ -38,10 +38,32 @@ def test_what_an_engine_raises_is_its_reason() -> None:
         "NotImplementedError: no kernel for 3 bits"
     )
     assert interop.reason_of(QuantkitError(log[1])).startswith("RuntimeError: Engine core")
+    listed = [
+        "(EngineCore pid=7) ERROR 11-22 [core.py:9] ValueError: No kernel. Reasons:",
+        "(EngineCore pid=7) ERROR 11-22 [core.py:9]   Marlin cannot run on CPUs",
+    ]
+    assert interop.reason_of(QuantkitError("\n".join(listed))) == (
+        "ValueError: No kernel. Reasons: Marlin cannot run on CPUs"
+    )
+    assert interop.reason_of(QuantkitError(listed[0])) == "ValueError: No kernel. Reasons:"
     assert interop.reason_of(KeyError("x")) == "KeyError: 'x'"
     assert interop.last_line("progress\nerror: group 128 does not divide\n") == (
         "group 128 does not divide"
     )
+
+
+def test_rows_of_two_calls_are_measured_alike() -> None:
+    def facts(prompts: int = 50, **versions: str) -> dict[str, object]:
+        return {"model": "m", "prompts": prompts, "versions": versions}
+
+    first = facts(torch="2", vllm="0.32.0 (cpu)")
+    assert interop.join_facts(None, first) == first
+    assert interop.join_facts(first, facts(torch="2")) == first, "vLLM's rows are still there"
+    assert interop.join_facts(facts(torch="2"), first) == first
+    with pytest.raises(SystemExit, match="prompts 50, now 8; give another --output"):
+        interop.join_facts(first, facts(8, torch="2"))
+    with pytest.raises(SystemExit, match="torch '2', now '3'"):
+        interop.join_facts(first, facts(torch="3"))
 
 
 def test_the_page_keeps_everything_but_its_table() -> None:

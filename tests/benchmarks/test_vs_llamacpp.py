@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmark_scripts import load_script
 from safetensors.torch import save_file
 
-vs = load_script("vs_llamacpp")
+from benchmarks import vs_llamacpp as vs
+from benchmarks.logit_distance import Distance, compare
+from benchmarks.systems import Size, System, count_parameters, folder_size, gguf_size, list_systems
+from benchmarks.workloads import WORKLOADS, check
 
 
 def row(engine: str, name: str, stored: int = 100, **speeds: list[float]) -> object:
-    return vs.Row(vs.System(engine, name, Path(name), vs.Size(stored, stored)), speeds=speeds)
+    return vs.Row(System(engine, name, Path(name), Size(stored, stored)), speeds=speeds)
 
 
 def test_a_token_reads_the_embedding_only_where_it_is_the_head(tmp_path: Path) -> None:
@@ -29,11 +31,11 @@ def test_a_token_reads_the_embedding_only_where_it_is_the_head(tmp_path: Path) -
     for folder, content in ((tied, tensors), (untied, tensors | head)):
         folder.mkdir()
         save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
-    assert vs.folder_size(tied) == vs.Size(stored=88, read=88)
-    assert vs.folder_size(untied) == vs.Size(stored=128, read=48)
-    assert vs.count_parameters(tied) == 44
+    assert folder_size(tied) == Size(stored=88, read=88)
+    assert folder_size(untied) == Size(stored=128, read=48)
+    assert count_parameters(tied) == 44
     with pytest.raises(SystemExit, match="no safetensors"):
-        vs.folder_size(tmp_path)
+        folder_size(tmp_path)
 
 
 @pytest.mark.parametrize("untied", [False, True])
@@ -49,19 +51,19 @@ def test_gguf_sizes_are_of_tensors(tmp_path: Path, untied: bool) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert vs.gguf_size(path) == (vs.Size(512, 384) if untied else vs.Size(384, 384))
+    assert gguf_size(path) == (Size(512, 384) if untied else Size(384, 384))
 
 
 def test_distance_by_hand() -> None:
     p = torch.tensor([[0.5, 0.5], [0.9, 0.1]])
     q = torch.tensor([[0.5, 0.5], [0.1, 0.9]])
     kl = 0.9 * math.log(9) - 0.1 * math.log(9)
-    found = vs.compare([p.log(), p.log()], [q.log() + 3.0, p.log()])  # a shift is no distance
+    found = compare([p.log(), p.log()], [q.log() + 3.0, p.log()])  # a shift is no distance
     assert found.kl == pytest.approx(kl / 4, rel=1e-6)
     assert found.kl_p99 == pytest.approx(0.97 * kl, rel=1e-6)  # between the 3rd and 4th of 4
     assert found.top1 == 0.75
     assert found.kl_error == pytest.approx(kl / 4, rel=1e-6)  # windows at kl / 2 and 0
-    assert vs.compare([p.log()], [p.log()]).kl_error is None
+    assert compare([p.log()], [p.log()]).kl_error is None
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,7 @@ def test_distance_by_hand() -> None:
 )
 def test_logits_that_cannot_be_compared(logits: torch.Tensor, message: str) -> None:
     with pytest.raises(SystemExit, match=message):
-        vs.compare([torch.zeros(2, 2)], [logits])
+        compare([torch.zeros(2, 2)], [logits])
 
 
 def test_a_round_runs_peers_side_by_side_and_every_other_one_backwards() -> None:
@@ -87,7 +89,7 @@ def test_a_round_runs_peers_side_by_side_and_every_other_one_backwards() -> None
     ]  # fmt: skip
     assert vs.in_turn(rows, pairs, 1) == order[::-1]
     assert vs.in_turn(rows, pairs, 2) == order
-    assert len(order) == len(rows) * len(vs.WORKLOADS)
+    assert len(order) == len(rows) * len(WORKLOADS)
 
 
 def test_a_ratio_is_the_median_of_the_rounds() -> None:
@@ -101,8 +103,8 @@ def test_a_ratio_is_the_median_of_the_rounds() -> None:
 def test_the_table_has_a_ratio_below_each_pair() -> None:
     ours = row("quantkit", "w4", stored=50, tg128=[200.0], pp512=[30.0], x16=[9.0])
     theirs = row("llama.cpp", "Q4_0", stored=100, tg128=[100.0], pp512=[60.0], x16=[9.0])
-    ours.distance = vs.Distance(0.1, 0.01, 1.0, 0.8)
-    theirs.distance = vs.Distance(0.2, None, 2.0, 0.7)
+    ours.distance = Distance(0.1, 0.01, 1.0, 0.8)
+    theirs.distance = Distance(0.2, None, 2.0, 0.7)
     lines = vs.table([theirs, ours], [("w4", "Q4_0")], parameters=100, bandwidth=20_000.0)
     cells = [line.split() for line in lines]
     assert cells[0] == [
@@ -130,21 +132,21 @@ def test_the_table_has_a_ratio_below_each_pair() -> None:
 
 
 def test_counts_other_than_asked_for_stop_the_run() -> None:
-    system = vs.System("quantkit", "w4", Path("x"), vs.Size(1, 1))
-    vs.check({"batch": 16}, {"batch": 16, "decode_tok_s": 3.0}, system)
+    system = System("quantkit", "w4", Path("x"), Size(1, 1))
+    check({"batch": 16}, {"batch": 16, "decode_tok_s": 3.0}, system)
     with pytest.raises(SystemExit, match=r"quantkit w4: asked for .*16.*, measured .*8"):
-        vs.check({"batch": 16}, {"batch": 8}, system)
+        check({"batch": 16}, {"batch": 8}, system)
     with pytest.raises(SystemExit, match="None"):
-        vs.check({"batch": 16}, {}, system)
+        check({"batch": 16}, {}, system)
 
 
 def test_pairs_name_what_was_given(tmp_path: Path) -> None:
     save_file({"a.weight": torch.zeros(4)}, tmp_path / "model.safetensors")
     words = [str(tmp_path), "--llama", "b", "--ckpt", f"w4={tmp_path}", "--pair", "w4=Q4_0"]
     with pytest.raises(SystemExit, match="--pair w4=Q4_0"):
-        vs.list_systems(vs.parse(words))
+        list_systems(vs.parse(words))
     with pytest.raises(SystemExit, match="one name"):
-        vs.list_systems(vs.parse([*words[:3], "--ckpt", f"bf16={tmp_path}"]))
+        list_systems(vs.parse([*words[:3], "--ckpt", f"bf16={tmp_path}"]))
     with pytest.raises(SystemExit):
         vs.parse([*words, "--gguf", "nothing"])
 
@@ -153,7 +155,7 @@ def test_results_are_json(tmp_path: Path) -> None:
     args = vs.parse([str(tmp_path), "--llama", "b", "-o", str(tmp_path / "r.json")])
     args.pair = [("w4", "Q4_0")]
     ours = row("quantkit", "w4", tg128=[200.0])
-    ours.distance = vs.Distance(0.1, None, 1.0, 0.8)
+    ours.distance = Distance(0.1, None, 1.0, 0.8)
     rows = [row("llama.cpp", "Q4_0", tg128=[100.0]), ours]
     vs.save(args, rows, 100, 1e9, {"build": {}})
     document = json.loads(args.output.read_text(), parse_constant=pytest.fail)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -43,7 +44,7 @@ def write(path: Path, *rows: object) -> Path:
     return path
 
 
-def row(at: int, prompt: int, ids: list[int], output: int = 100) -> dict[str, object]:
+def row(at: float, prompt: int, ids: list[int], output: int = 100) -> dict[str, object]:
     return {"timestamp": at, "input_length": prompt, "output_length": output, "hash_ids": ids}
 
 
@@ -88,6 +89,10 @@ def test_scaled_lengths_are_exact_whatever_is_rounded(tmp_path: Path, scale: flo
         ([row(0, 0, [])], "above 0"),
         ([row(0, 600, [1])], "1 hash ids for 600 tokens"),
         ([row(2000, 10, [1]), row(1000, 10, [2])], ":2 timestamp 1 s comes after 2 s"),
+        ([row(10**400, 10, [1])], ":1 is no request .OverflowError"),
+        ([row(math.nan, 10, [1])], ":1 timestamp nan must be a finite number"),
+        ([row(0, 10, [1]), row(math.inf, 10, [1])], ":2 timestamp inf must be a finite number"),
+        ([row(0, 10, [1], output=10**400)], f"below {2**31}"),
     ],
 )
 def test_what_is_no_trace_is_refused(tmp_path: Path, rows: list[object], message: str) -> None:

@@ -73,6 +73,14 @@ def test_when_everything_is_shed_nothing_is_made_up() -> None:
     assert row.total.attainment == row.total.goodput == 0.0
 
 
+def test_a_request_without_an_answer_takes_its_time() -> None:
+    """One done after 1 s, one given up after 30: the rates are over all of it."""
+    lost = answer(FREE, 0.0, [], 2, fate="failed", reason="no end after 30 s", over=30.0)
+    row = make_row("closed", 2, [answer(FREE, 0.0, [0.5, 1.0], 2, over=1.0), lost], [FREE])
+    assert row.seconds == 30.0
+    assert row.total.output_tokens_per_second == pytest.approx(2 / 30)
+
+
 @pytest.mark.parametrize(
     ("share", "rank"), [(0.5, 50), (0.9, 90), (0.99, 99), (0.07, 7), (1.0, 100), (0.001, 1)]
 )

@@ -21,6 +21,7 @@ from quantkit.loadtest.answer import Answer
 from quantkit.loadtest.ask import Ask
 from quantkit.loadtest.client import Client, CountError
 from quantkit.loadtest.drive import open_loop
+from quantkit.loadtest.session import REQUESTS
 from quantkit.models.runtime import Runtime
 from quantkit.serve.config import ServeConfig
 from quantkit.serve.engine import EngineConfig
@@ -162,7 +163,12 @@ def test_an_interrupt_keeps_the_rows_so_far(
         (["--rate", "1", "--concurrency", "2"], "exclude each other"),
         (["--rate", "0"], "above 0"),
         (["--concurrency", "1.5"], "whole numbers above 0"),
-        (["--sweep", "1"], "there are none"),
+        (["--rate", ""], "--rate '': numbers above 0"),
+        (["--concurrency", ""], "--concurrency '': whole numbers above 0"),
+        (["--concurrency", "2,64", "--requests", "63"], "64 clients have one under way each"),
+        (["--requests", "8"], "16 clients have one under way each"),
+        (["--sweep", "1", "--slo-ttft", "inf"], "--slo-ttft inf: must be a finite number"),
+        (["--price-per-hour", "inf"], "--price-per-hour inf: must be a finite number"),
         (["--growth", "2"], "belongs to a sweep"),
         (["--speed", "2"], "belongs to a trace"),
         (["--shared-tokens", "10"], "above --prompt-tokens"),
@@ -184,6 +190,43 @@ def test_a_server_must_be_named(capfd: pytest.CaptureFixture[str]) -> None:
     assert "nothing to measure" in capfd.readouterr().err
     assert cli(["bench", "serve", "--endpoint", "http://127.0.0.1:1"]) == 2
     assert "token ids" in capfd.readouterr().err
+
+
+def test_a_sweep_without_promises_is_refused_before_a_server_is_asked(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    nobody = ["bench", "serve", "--endpoint", "http://127.0.0.1:1", *SMALL]
+    assert cli([*nobody, "--sweep", "1"]) == 2
+    assert "there are none" in capfd.readouterr().err
+
+
+def test_the_help_names_the_number_of_requests(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli(["bench", "serve", "--help"]) == 0
+    assert f"Default: {REQUESTS}," in capfd.readouterr().out
+
+
+def test_a_server_that_ends_is_not_measured(
+    server: Live, tmp_path: Path, monkeypatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In its second row: the first one stands, and nothing says that this was all."""
+    path, send, sent = tmp_path / "rows.json", Client.send, []
+
+    async def until_the_sixth(client: Client, ask: Ask, due: float) -> Answer:
+        sent.append(ask)
+        if len(sent) > 6:
+            client._http.base_url = "http://127.0.0.1:1"
+        return await send(client, ask, due)
+
+    monkeypatch.setattr(Client, "send", until_the_sixth)
+    options = ("--sweep", "50", "--slo-ttft", "60", "--requests", "3", "-o", str(path))
+    assert bench(server, *options) == 4
+    shown = capfd.readouterr()
+    assert "so does one after them: ConnectError" in shown.err
+    assert "highest rate" not in shown.out
+    said = json.loads(path.read_text())
+    assert [row["total"]["failed"] for row in said["rows"]] == [0, 2]
+    assert said["complete"] is False
+    assert "sustained_rate" not in said
 
 
 @pytest.mark.slow
@@ -267,10 +310,21 @@ def test_wrong_counts_are_refused(events: list[object], message: str) -> None:
         ask_once(200, events)
 
 
-@pytest.mark.parametrize("data", ["{", "5"])
+DEEP = 100_000 * "["
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["{", "5", DEEP, '{"choices": [1]}', '{"choices": 5}', '{"choices": {"a": 1}}'],
+)
 def test_what_is_no_event_is_refused(data: str) -> None:
-    with pytest.raises(QuantkitError, match="which is not"):
+    with pytest.raises(QuantkitError, match=r"which is not|nested too deeply"):
         ask_once(200, [data])
+
+
+def test_what_is_no_usage_is_refused() -> None:
+    with pytest.raises(QuantkitError, match=r"sent usage \[1\], which is not an object"):
+        ask_once(200, [piece("a", "length"), {"choices": [], "usage": [1]}])
 
 
 @pytest.mark.parametrize(
@@ -290,6 +344,7 @@ def test_what_is_no_answer_is_a_miss(
     answer = ask_once(status, events)
     assert answer.fate == fate
     assert reason in answer.reason
+    assert answer.over >= answer.sent > 0
 
 
 def test_a_request_that_is_wrong_ends_the_run() -> None:

@@ -180,5 +180,9 @@ def test_prompts_from_documents(folder: Path, capfd: pytest.CaptureFixture[str])
     assert cli([*BENCH, "--data", "traffic.jsonl", "--prompts", "9"]) == 2
 
 
-def test_one_model_has_nothing_to_compare_with(folder: Path) -> None:
-    assert cli(["bench", "decode", "ours", "--timings", "timings.json"]) == 2
+def test_one_model_has_nothing_to_compare_with(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for option in (["--timings", "timings.json"], ["--data", "traffic.jsonl"], ["--prompts", "9"]):
+        assert cli(["bench", "decode", "ours", *option]) == 2
+        assert f"{option[0]}: belongs to a comparison of two models" in capfd.readouterr().err

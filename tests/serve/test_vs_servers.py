@@ -10,10 +10,12 @@ import pytest
 from serve_helpers import Live
 
 from benchmarks import vs_servers as vs
+from quantkit.engines.artifact import Artifact
 from quantkit.loadtest.answer import Answer
 from quantkit.loadtest.ask import Ask
 from quantkit.loadtest.row import Row, make_row
 from quantkit.models.runtime import Runtime
+from quantkit.schemes import SCHEMES
 
 TEXT = "The quick brown fox sleeps, and the lazy dog jumps over it. "
 
@@ -51,6 +53,24 @@ def test_ratios_are_medians_within_rounds() -> None:
     assert vs.figure(ours, "off", 1, "TPOT ms") == pytest.approx(2000)
     lines = vs.table([ours, theirs], "off", [1])
     assert lines[3].split()[-3:] == ["2.00x", "0.50x", "0.50x"]
+
+
+def test_a_server_is_known_by_its_weights_and_its_build(tmp_path: Path) -> None:
+    tool = tmp_path / "llama-server"
+    tool.write_text("#!/bin/sh\necho 'version: 7 (abc)' >&2\necho 'built with gcc' >&2\n")
+    tool.chmod(0o755)
+    assert vs.llama_version(tool) == "version: 7 (abc) built with gcc"
+    mixed = [SCHEMES["w4a16-g64"], SCHEMES["w8a16-g32"]]
+    about: dict = {"kv": None, "context": None, "size_bytes": 1, "bits_per_weight": None}
+    for schemes, dtype, name in (
+        (mixed, "bfloat16", "w4a16-g64, w8a16-g32"),
+        ([], "bfloat16", "bfloat16"),
+    ):
+        assert vs.schemes_of(Artifact(tmp_path, tuple(schemes), dtype=dtype, **about)) == name
+    peer = vs.Peer("a", "", None, "m", "w4a16-g64", "version: 7", {("off", 1): [row(1)]})
+    args = vs.parse(["model", "--text", "t", "--concurrency", "1"])
+    [told] = vs.document(args, {"off": [peer]})["phases"]["off"]
+    assert (told["schemes"], told["version"]) == ("w4a16-g64", "version: 7")
 
 
 def test_options_that_belong_together() -> None:
