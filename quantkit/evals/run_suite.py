@@ -147,14 +147,16 @@ def run_suite(
             raise
         except Exception as e:
             raise QuantkitError(
-                f"{suite.path}: lm-eval failed on it ({type(e).__name__}: {e})"
+                f"suite {suite.name} ({suite.path}): lm-eval failed on it ({type(e).__name__}: {e})"
             ) from e
     logged = sorted(answer["samples"][suite.name], key=lambda s: s["doc_id"])
     scored = logged[0]["filter"] if suite.origin is None else suite.origin.filter
     expected = list(range(suite.n)) if samples is None else samples
-    if [s["doc_id"] for s in logged if s["filter"] == scored] != expected:
+    found = [sample["doc_id"] for sample in logged if sample["filter"] == scored]
+    if found != expected:
         raise QuantkitError(
-            f"{suite.path}: lm-eval scored {len(logged)} items where {len(expected)} were asked"
+            f"suite {suite.name} ({suite.path}): lm-eval scored {len(found)} items where "
+            f"{len(expected)} were asked"
         )
     others: dict[int, list[Mapping[str, Any]]] = {index: [] for index in expected}
     for sample in logged:

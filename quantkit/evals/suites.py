@@ -22,6 +22,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +150,27 @@ def load_suites(specs: Iterable[str | Path]) -> list[Suite]:
     suites: dict[str, Suite] = {}
     for spec in specs:
         for suite in _load(spec):
-            other = suites.setdefault(suite.name, suite)
-            if (other.path.resolve(), other.hash) != (suite.path.resolve(), suite.hash):
-                raise UsageError(
-                    f"{suite.path}: task {suite.name!r} is also the name of {other.path}"
-                )
+            other = suites.get(suite.name)
+            suites[suite.name] = suite if other is None else _once(other, suite)
     return list(suites.values())
+
+
+def _once(first: Suite, again: Suite) -> Suite:
+    """A suite that two specs lead to, a member of every group that either of them named.
+
+    Raises:
+        UsageError: they only share the name, or their settings differ.
+    """
+    same = first.path.resolve() == again.path.resolve()
+    if not same or first.hash != again.hash:
+        why = "given twice, with different settings" if same else f"also the name of {first.path}"
+        raise UsageError(
+            f"{again.path}: task {again.name!r} is {why}", remedy="score one of them at a time"
+        )
+    groups = [name for suite in (first, again) for name in suite.provenance.get("groups", ())]
+    if not groups:
+        return first
+    return replace(first, provenance={**first.provenance, "groups": list(dict.fromkeys(groups))})
 
 
 def _load(spec: str | Path) -> list[Suite]:
