@@ -100,6 +100,11 @@ def test_a_second_metric_of_mutual_information_adds_no_choices(
         assert (row.prediction == row.target) == bool(row.score)
 
 
+def test_an_empty_list_of_metrics_is_none(runtime: Runtime, suite_path: Write) -> None:
+    """lm-eval would take it as it is, and compute nothing."""
+    assert run(runtime, suite_path(CHOICE, choice_rows(2), metric_list=[])).metric == "acc"
+
+
 def test_few_shot_contexts_are_those_of_lm_eval(
     runtime: Runtime, suite_path: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
