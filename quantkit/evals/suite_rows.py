@@ -97,10 +97,10 @@ def _check_example(config: Mapping[str, Any], row: Row, renderer: _Renderer) -> 
     """Refuse a row that lm-eval cannot show with its answer."""
     _check_row(config, row, renderer)
     target = renderer.value("doc_to_target", row)
-    if config["output_type"] == "multiple_choice" and not isinstance(target, list):
-        return
+    # An index stands for its choice, but lm-eval shows the first of several labels as it is.
+    indexed = isinstance(target, int) and config.get("doc_to_choice") is not None
     answer = target[0] if isinstance(target, list) else target
-    if not isinstance(answer, str):
+    if not indexed and not isinstance(answer, str):
         _bad(row, f"an example's answer {answer!r} is not text")
 
 
@@ -118,19 +118,19 @@ def _check_row(config: Mapping[str, Any], row: Row, renderer: _Renderer) -> None
         if not text.strip() and not config.get("description"):
             _bad(row, "doc_to_text gives an empty prompt")
     choices = None
-    if config.get("doc_to_choice") is not None:
+    if kind == "multiple_choice" or config.get("doc_to_choice") is not None:
         choices = _choices(row, renderer)
     target = renderer.value("doc_to_target", row)
     if target is None or target == "" or target == []:
         _bad(row, "doc_to_target gives nothing")
-    several = target if isinstance(target, list) else None
-    if choices is not None and kind in ("multiple_choice", "generate_until"):
-        # lm-eval reads the labels of several right choices, and of a written one, as indices.
-        by_text = kind == "multiple_choice" and several is None
-        for label in (target,) if several is None else several:
-            _check_label(row, label, choices, by_text=by_text)
+    if kind == "multiple_choice":
+        assert choices is not None  # `check_keys` asks for doc_to_choice
+        for label in target if isinstance(target, list) else [target]:
+            _check_label(row, label, choices, by_text=not isinstance(target, list))
+    elif kind == "generate_until" and choices is not None:
+        _check_label(row, target, choices, by_text=False)
     elif kind == "generate_until":
-        if several is not None and not all(isinstance(text, str) for text in several):
+        if isinstance(target, list) and not all(isinstance(text, str) for text in target):
             _bad(row, f"doc_to_target gives {target!r}, not a list of text")
     elif not isinstance(target, str):
         _bad(row, f"doc_to_target gives {target!r}, not text")
@@ -151,6 +151,7 @@ def _choices(row: Row, renderer: _Renderer) -> list[str]:
 
 
 def _check_label(row: Row, label: Any, choices: Sequence[str], *, by_text: bool) -> None:
+    """``by_text``: the choice itself will do. lm-eval takes several labels by index alone."""
     if isinstance(label, int) and not isinstance(label, bool):
         if not 0 <= label < len(choices):
             _bad(row, f"label {label} is out of range for {len(choices)} choices")

@@ -208,6 +208,10 @@ BAD_GENERATION = [
     ({"doc_to_target": ["a", 3]}, r"doc_to_target gives \['a', 3\], not a list of text"),
     ({"doc_to_choice": "word"}, r"rows.jsonl:1 doc_to_choice gives 'a', not a list"),
     ({"doc_to_choice": ["a", "b"]}, r"rows.jsonl:1 label 'a' is not the index of a choice"),
+    (
+        {"doc_to_choice": ["a", "b"], "doc_to_target": [0]},
+        r"label \[0\] is not the index of a choice",
+    ),
     ({"doc_to_choice": ["a", "b"], "doc_to_target": "n"}, r"label 3 is out of range for 2"),
     (
         {"output_type": "loglikelihood", "metric_list": None, "doc_to_target": "n"},
@@ -222,6 +226,11 @@ def test_bad_written_answers_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         load_suite(suite_path(GENERATE, [{"word": w, "n": 3} for w in ("a", "b", "c")], **changes))
+
+
+def test_examples_may_name_their_answer_by_index(suite_path: Write) -> None:
+    more = {"doc_to_choice": ["a", "b"], "doc_to_target": "n", "num_fewshot": 1, **SHOTS}
+    assert load_suite(suite_path(GENERATE, [{"word": w, "n": 1} for w in "abc"], **more)).n == 3
 
 
 BAD_ROWS = [
