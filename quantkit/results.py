@@ -169,8 +169,8 @@ class Results:
         """Groups of lm-eval's that weigh their tasks alike: name → metric, value, tasks."""
         members: dict[str, list[TaskResult]] = {}
         for task in self.tasks.values():
-            if "group" in task.provenance and "task" in task.provenance:
-                members.setdefault(str(task.provenance["group"]), []).append(task)
+            for group in task.provenance.get("groups", ()):
+                members.setdefault(group, []).append(task)
         return {
             name: {
                 "metric": tasks[0].metric,

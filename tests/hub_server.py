@@ -31,12 +31,12 @@ class TinyHub(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
-    def downloads(self) -> set[str]:
-        """Names of the files whose content was asked for."""
+    def downloads(self, repository: str) -> set[str]:
+        """Names of a repository's files whose content was asked for."""
         return {
             p.rsplit("/", 1)[1]
             for method, p in self.requests
-            if "/resolve/" in p and method == "GET"
+            if p.startswith(f"/{repository}/resolve/") and method == "GET"
         }
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from quantkit.cli.main import run
 from tests.hub_server import TinyHub, serving
 from tests.run_helpers import arguments, contents
 
@@ -55,42 +56,54 @@ import sys, torch
 from quantkit import model as models
 
 ids = torch.arange(1, 33).reshape(1, -1)
-fetched, local = (models.load_source(source) for source in sys.argv[1:])
-with torch.no_grad():
-    logits = fetched.model(ids).logits
-    assert torch.isfinite(logits).all()
-    assert torch.equal(logits, local.model(ids).logits)
-assert fetched.weight_hash == local.weight_hash
-assert fetched.tokenizer.chat_template == local.tokenizer.chat_template
+*names, folder = sys.argv[1:]
+local = models.load_source(folder)
+for name in names:
+    fetched = models.load_source(name)
+    with torch.no_grad():
+        logits = fetched.model(ids).logits
+        assert torch.isfinite(logits).all()
+        assert torch.equal(logits, local.model(ids).logits)
+    assert fetched.weight_hash == local.weight_hash
+    assert fetched.tokenizer.chat_template == local.tokenizer.chat_template
 """
 
 
-@pytest.mark.parametrize("name", ["acme/tiny", "tiny"])
-def test_an_id_is_downloaded_and_loaded(
-    name: str, hub: TinyHub, tiny: Path, tmp_path: Path
-) -> None:
-    done = through(hub, tmp_path / "cache", "-c", LOAD, name, str(tiny))
+def test_an_id_is_downloaded_and_loaded(hub: TinyHub, tiny: Path, tmp_path: Path) -> None:
+    """One with an owner, and one without."""
+    done = through(hub, tmp_path / "cache", "-c", LOAD, "acme/tiny", "tiny", str(tiny))
     assert done.returncode == 0, done.stderr
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= hub.downloads()
-    assert "pytorch_model.bin" not in hub.downloads()
+    for name in ("acme/tiny", "tiny"):
+        downloads = hub.downloads(name)
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= downloads
+        assert "pytorch_model.bin" not in downloads
 
 
 def test_a_run_by_id_gives_the_bytes_of_a_run_on_the_folder(
-    hub: TinyHub, tiny: Path, traffic: Path, recipe: Path, tmp_path: Path
+    hub: TinyHub,
+    tiny: Path,
+    traffic: Path,
+    recipe: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    """Once its files are in the cache, no hub is needed."""
     cache, out = tmp_path / "cache", tmp_path / "out"
-    planned = quantkit(
-        hub, cache, *arguments("acme/tiny", recipe, traffic, out, "--dry-run", "--json")
-    )
+    dry_run = arguments("acme/tiny", recipe, traffic, out, "--dry-run", "--json")
+    planned = quantkit(hub, cache, *dry_run)
     assert planned.returncode == 0, planned.stderr
     assert json.loads(planned.stdout)["bits_per_weight"] == pytest.approx(4.25)
     assert not out.exists()
     hub.requests.clear()
     done = quantkit(hub, cache, *arguments("acme/tiny", recipe, traffic, out))
     assert done.returncode == 0, done.stderr
-    assert hub.downloads() == set()  # the cache had them
-    local = quantkit(hub, cache, *arguments(tiny, recipe, traffic, tmp_path / "local"))
-    assert local.returncode == 0, local.stderr
+    assert hub.downloads("acme/tiny") == set()  # the cache had them
+    hub.shutdown()
+    hub.server_close()
+    alone = quantkit(hub, cache, *dry_run)
+    assert alone.returncode == 0, alone.stderr
+    # Without a hub, and so in this process.
+    assert run(arguments(tiny, recipe, traffic, tmp_path / "local")) == 0
     by_id, by_folder = contents(out), contents(tmp_path / "local")
     manifests = [json.loads(files.pop("quantkit.json")) for files in (by_id, by_folder)]
     assert by_id == by_folder
@@ -98,36 +111,44 @@ def test_a_run_by_id_gives_the_bytes_of_a_run_on_the_folder(
     sources = [manifest.pop("source") for manifest in manifests]
     assert manifests[0] == manifests[1]
     assert sources[0]["hash"] == sources[1]["hash"]
-    inspected = quantkit(hub, cache, "inspect", str(out), "--json")
-    assert len(json.loads(inspected.stdout)["layers"]) == 14
+    capfd.readouterr()
+    assert run(["inspect", str(out), "--json"]) == 0
+    assert len(json.loads(capfd.readouterr().out)["layers"]) == 14
 
 
-def test_a_cached_id_needs_no_hub(
+#: Command lines as JSON, one after the other; each ends with its exit code on stderr.
+RUN = """
+import json, sys
+from quantkit.cli.main import run
+
+for argv in json.loads(sys.argv[1]):
+    print("exit", run(argv), file=sys.stderr, flush=True)
+"""
+
+
+def test_an_id_that_the_hub_does_not_have(
     hub: TinyHub, traffic: Path, recipe: Path, tmp_path: Path
 ) -> None:
-    argv = arguments("acme/tiny", recipe, traffic, tmp_path / "out", "--dry-run")
-    assert quantkit(hub, tmp_path / "cache", *argv).returncode == 0
-    hub.shutdown()
-    hub.server_close()
-    done = quantkit(hub, tmp_path / "cache", *argv)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("name", ["acme/missing", "missing"])
-@pytest.mark.parametrize("command", ["calibrate", "eval"])
-def test_an_id_that_the_hub_does_not_have(
-    command: str, name: str, hub: TinyHub, traffic: Path, recipe: Path, tmp_path: Path
-) -> None:
     out = tmp_path / "out"
-    argv = {
-        "calibrate": arguments(name, recipe, traffic, out, "--dry-run"),
-        "eval": ["eval", name, "--text", str(traffic)],
-    }[command]
-    done = quantkit(hub, tmp_path / "cache", *argv)
-    assert done.returncode == 2
-    readings = f"{name}: neither a local folder, a .gguf file nor a model that the hub gave"
-    assert readings in done.stderr
-    assert "check the name, the network and your hub token" in done.stderr
-    assert "Traceback" not in done.stderr
+    names = ("acme/missing", "missing")
+    commands = [
+        argv
+        for name in names
+        for argv in (
+            arguments(name, recipe, traffic, out, "--dry-run"),
+            ["eval", name, "--text", str(traffic)],
+        )
+    ]
+    done = through(hub, tmp_path / "cache", "-c", RUN, json.dumps(commands), check=True)
+    said = done.stderr.split("exit 2\n")
+    assert said.pop() == ""
+    assert len(said) == len(commands), done.stderr
+    for argv, err in zip(commands, said, strict=True):
+        readings = f"{argv[1]}: neither a local folder, a .gguf file nor a model that the hub gave"
+        assert readings in err
+        assert "check the name, the network and your hub token" in err
+        assert "Traceback" not in err
     assert not out.exists()
-    assert any(f"/api/models/{name}" in path for _, path in hub.requests)
+    for name in names:
+        asked = [path for _, path in hub.requests if path.startswith(f"/api/models/{name}")]
+        assert len(asked) >= 2

@@ -114,12 +114,23 @@ def test_killed_again_and_again(
 
 
 def test_a_block_that_a_power_cut_damaged_is_solved_again(
-    tiny: Path, traffic: Path, recipe_file: Path, undisturbed: dict[str, bytes], tmp_path: Path
+    tiny: Path,
+    traffic: Path,
+    recipe_file: Path,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its JSON says that it is finished, and its tensors are not the ones that were written."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
     out = tmp_path / "out"
     argv = arguments(tiny, recipe_file, traffic, out)
-    assert killed("export", argv)
+    with monkeypatch.context() as patch:
+        patch.setattr("quantkit.checkpoint.shards.save_file", interrupted)
+        assert run(argv) == 130
     file = tmp_path / "out.partial" / "blocks" / "0000.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1

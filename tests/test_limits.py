@@ -122,7 +122,7 @@ def test_only_the_first_process_needs_a_place_for_the_checkpoint(
         prepare(job, OneOfTwo(rank=1))
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "inf", "nan"])
+@pytest.mark.parametrize("given", ["0", "-1", "inf", "nan", "1e300"])
 def test_activation_memory_is_a_number_above_zero(
     given: str, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -179,7 +179,7 @@ def _bytes(gigabytes: float | None) -> int | None:
 
     if gigabytes is None:
         return None
-    if not 0 < gigabytes < math.inf:
+    if not 0 < gigabytes * 1e9 < math.inf:
         raise UsageError(
             f"--activation-memory {gigabytes:g}: not a number of GB above 0",
             remedy="leave it out to hold all hidden states in memory",

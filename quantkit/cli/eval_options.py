@@ -73,7 +73,7 @@ def check_listing(context: typer.Context) -> None:
         UsageError: naming the option.
     """
     flag = "list_names" if context.params["list_names"] else "validate"
-    read = (flag, "suite", "as_json", "checkpoint")
+    read = (flag, "suite", "as_json")
     unread = [p.name for p in context.command.params if p.name is not None and p.name not in read]
     what = "--list prints names" if flag == "list_names" else "--validate checks suites"
     refuse(context, unread, f"{what} and nothing else", "leave one or the other out")

@@ -44,18 +44,18 @@ def record(
         for row in rows:
             found.append(row)
             document["rows"].append(row.to_json())
-            if output is not None:
-                write_json(output, document)
             if not as_json:
                 typer.echo("\n".join(load_table.lines(row)))
+            if output is not None:
+                write_json(output, document)
         document["complete"] = True
         if attainment is not None:
             rate = document["sustained_rate"] = sustained_rate(found, attainment)
             if not as_json:
                 held = "no rate" if rate is None else f"{rate:.3g} requests/s"
                 typer.echo(f"highest rate with {attainment:.0%} met: {held}")
-    finally:
-        if output is not None:
-            write_json(output, document)
+    finally:  # printed first: a disk that is full by now must not hide what was measured
         if as_json:
             typer.echo(json.dumps(document))
+        if output is not None and found:  # nothing measured replaces no earlier file
+            write_json(output, document)

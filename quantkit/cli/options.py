@@ -28,7 +28,9 @@ def refuse(context: typer.Context, names: Collection[str], reason: str, remedy: 
             continue
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            raise UsageError(f"{parameter.opts[0]}: {reason}", remedy=remedy)
+            option = parameter.param_type_name == "option"
+            shown = parameter.opts[0] if option else (parameter.metavar or name).strip("[]")
+            raise UsageError(f"{shown}: {reason}", remedy=remedy)
 
 
 def check_finite(context: typer.Context) -> None:

@@ -1,11 +1,10 @@
-"""What lm-eval's own tasks, groups and tags are called, and which YAML each of them is."""
+"""What lm-eval's own tasks, groups and tags are called, and which tasks each of them holds."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lm_eval.tasks import TaskManager
@@ -18,19 +17,15 @@ KINDS = {"TASK": "task", "PY_TASK": "task", "GROUP": "group", "TAG": "tag"}
 
 @dataclass(frozen=True)
 class Member:
-    """A task that a name leads to, or a group on the way there.
+    """A task that a name leads to.
 
     Attributes:
         name: its own.
         config: the YAML's keys, functions as the text that names them.
-        path: the YAML file; None for one that stands inside a group's.
-        group: True on the way.
     """
 
     name: str
     config: Mapping[str, Any]
-    path: Path | None
-    group: bool = False
 
 
 @functools.cache
@@ -46,26 +41,24 @@ def kinds() -> dict[str, str]:
 
 
 def members(name: str) -> Iterator[Member]:
-    """All that a name leads to, groups in front of what they hold.
+    """The tasks that a name leads to, through groups and tags.
 
     Raises:
         KeyError: lm-eval has no such name.
     """
-    index = task_manager().task_index
-    entry = index[name]
+    entry = task_manager().task_index[name]
     config = entry.cfg or {}
     if entry.kind.name == "TAG":
         for task in sorted(entry.tags):
             yield from members(task)
     elif entry.kind.name == "GROUP":
-        yield from _group(name, config, entry.yaml_path)
+        yield from _in_group(name, config)
     else:
-        yield Member(name, config, entry.yaml_path)
+        yield Member(name, config)
 
 
-def _group(name: str, config: Mapping[str, Any], path: Path | None) -> Iterator[Member]:
+def _in_group(name: str, config: Mapping[str, Any]) -> Iterator[Member]:
     index = task_manager().task_index
-    yield Member(name, config, path, group=True)
     listed = config.get("task")
     for item in listed if isinstance(listed, list) else ():
         inside = item if isinstance(item, dict) else {"task": item}
@@ -73,6 +66,6 @@ def _group(name: str, config: Mapping[str, Any], path: Path | None) -> Iterator[
         if child in index:
             yield from members(child)
         elif "group" in inside:
-            yield from _group(f"{name}::{child}", inside, None)
+            yield from _in_group(f"{name}::{child}", inside)
         else:
-            yield Member(f"{name}::{child}", inside, None)
+            yield Member(f"{name}::{child}", inside)

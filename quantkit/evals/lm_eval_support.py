@@ -7,20 +7,14 @@ the code that lm-eval was installed with, and no other.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
-import lm_eval.tasks
-import yaml
 from lm_eval.api.metrics import mean
 from lm_eval.api.registry import metric_registry
 
-from quantkit.errors import QuantkitError, UsageError
+from quantkit.errors import UsageError
 from quantkit.evals.metrics import BY_OUTPUT_TYPE, METRICS, Score
-
-#: Where the code of lm-eval's own tasks lies.
-LIBRARY = Path(lm_eval.tasks.__file__).resolve().parent
 
 #: Settings of a task that no engine here answers: key → what it asks for.
 MODALITIES = {"doc_to_image": "images", "doc_to_audio": "sound"}
@@ -77,46 +71,6 @@ def _refuse(name: str, reason: str, remedy: str | None = None) -> NoReturn:
     raise UsageError(f"lm-eval task {name}: {reason}", remedy=remedy)
 
 
-def check_functions(name: str, path: Path) -> None:
-    """Refuse a YAML that names Python outside of lm-eval's own folder.
-
-    Raises:
-        UsageError: it, or a file that it includes, has a ``!function``.
-    """
-    path = path.resolve()
-    if path.is_relative_to(LIBRARY):
-        return
-    root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    if root is None:
-        return
-    for node in _nodes(root):
-        if node.tag == "!function":
-            _refuse(
-                name,
-                f"{path}:{node.start_mark.line + 1} names a !function outside of lm-eval's folder",
-                "use a Jinja template",
-            )
-    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
-        if key.value == "include":
-            listed = value.value if isinstance(value, yaml.SequenceNode) else [value]
-            for item in listed:
-                check_functions(name, path.parent / item.value)
-
-
-def _nodes(root: yaml.Node) -> Iterator[yaml.Node]:
-    """A node and all below it, each once: an alias may stand inside of what it names."""
-    seen: set[int] = set()
-    waiting: list[Any] = [root]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, tuple):  # a key and its value
-            waiting += node
-        elif id(node) not in seen:
-            seen.add(id(node))
-            yield node
-            waiting += [] if isinstance(node, yaml.ScalarNode) else node.value
-
-
 def measure(task: Any, metric: str) -> tuple[str, Score] | None:
     """(what the results call a metric, one item's value → its score, larger when better).
 
@@ -153,13 +107,15 @@ def scored_filter(task: Any, wanted: str | None = None) -> str:
     """The pipeline of answers that is scored: the one that is named, else the task's first.
 
     Raises:
-        QuantkitError: the task has no pipeline of that name.
+        UsageError: the task has no pipeline of that name.
     """
-    names = [pipeline.name for pipeline in task._filters]
+    names = [str(pipeline.name) for pipeline in task._filters]
     if wanted is None:
-        return str(names[0])
+        return names[0]
     if wanted not in names:
-        raise QuantkitError(
-            f"lm-eval task {task.config.task}: has no filter {wanted!r}, but {', '.join(names)}"
+        raise UsageError(
+            f"lm-eval task {task.config.task}: has no filter {wanted!r}, which its group averages; "
+            f"it has {', '.join(names)}",
+            remedy="name the group's tasks",
         )
     return wanted

@@ -32,7 +32,6 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.evals.documents import Documents
 from quantkit.evals.lm_eval_index import kinds, members, task_manager
 from quantkit.evals.lm_eval_support import (
-    check_functions,
     check_supported,
     first_measure,
     measure,
@@ -57,10 +56,7 @@ def load_tasks(name: str) -> list[Suite]:
             name, "suite, file, folder or task of lm-eval", [*installed_suites(), *known]
         )
     for member in members(name):
-        if member.path is not None:
-            check_functions(member.name, member.path)
-        if not member.group:
-            check_supported(member.name, member.config)
+        check_supported(member.name, member.config)
     with quiet(), _lm_eval_seeds(), _named_datasets():
         try:
             return _build(name)
@@ -186,7 +182,7 @@ def _suite(task: Any, metric: str, wanted: str | None = None) -> Suite:
 
 
 def _path(task: Any) -> Path:
-    """The YAML of a task, or of the group that it stands in."""
+    """The YAML of a task; ``inline`` for one that stands inside a group's."""
     return Path((task.config.metadata or {}).get("config_source", "inline"))
 
 
@@ -257,7 +253,7 @@ def _group_suites(group: Group) -> list[Suite]:
     parts = tuple(_suite(task, first.metric, wanted) for task in tasks)
     if first.weight_by_size:
         return [_joined(group, parts)]
-    return [replace(part, provenance={**part.provenance, "group": group.name}) for part in parts]
+    return [replace(part, provenance={**part.provenance, "groups": [group.name]}) for part in parts]
 
 
 def _same_measure(tasks: Sequence[Any], metric: str) -> bool:
@@ -270,9 +266,10 @@ def _joined(group: Group, parts: tuple[Suite, ...]) -> Suite:
     """A group's items as one suite: their mean is the tasks' mean, weighed by size."""
     rows = tuple(row for part in parts for row in part.rows)
     kinds_of = sorted({part.output_type for part in parts})
+    entry = task_manager().task_index.get(group.name)  # none where it stands inside another's
     return Suite(
         name=group.name,
-        path=parts[0].path,
+        path=(entry.yaml_path if entry is not None else None) or parts[0].path,
         config={"task": group.name, "output_type": ", ".join(kinds_of), "test_split": "test"},
         metric=parts[0].metric,
         hash=_hash([[part.name, part.hash] for part in parts]),

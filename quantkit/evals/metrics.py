@@ -57,14 +57,28 @@ BY_OUTPUT_TYPE: Mapping[str, tuple[str, ...]] = {
     "loglikelihood_rolling": ("byte_perplexity", "word_perplexity", "bits_per_byte"),
 }
 
-#: lm-eval's output filters that take no code and keep one answer an item.
-FILTERS = (
-    "take_first",
-    "regex",
-    "regex_pos",
-    "remove_whitespace",
-    "lowercase",
-    "uppercase",
-    "map",
-    "multi_choice_regex",
-)
+#: How lm-eval sums up the metrics that are smaller when better; it takes the mean of others.
+AGGREGATIONS: Mapping[str, str] = {
+    "perplexity": "perplexity",
+    "word_perplexity": "weighted_perplexity",
+    "byte_perplexity": "weighted_perplexity",
+    "bits_per_byte": "bits_per_byte",
+    "brier_score": "brier_score",
+}
+
+_PATTERN = ("regex_pattern", "group_select", "fallback")
+
+#: lm-eval's output filters that take no code and keep one answer an item → their options.
+FILTERS: Mapping[str, tuple[str, ...]] = {
+    "take_first": (),
+    "regex": _PATTERN,
+    "regex_pos": _PATTERN,
+    "remove_whitespace": (),
+    "lowercase": (),
+    "uppercase": (),
+    "map": ("mapping_dict", "default_value"),
+    "multi_choice_regex": (
+        *_PATTERN,
+        *("ignore_case", "ignore_punctuation", "regexes_to_ignore"),
+    ),
+}

@@ -24,6 +24,7 @@ from quantkit.evals.documents import as_arrow_reads
 from quantkit.evals.early import EarlyStop, run_until_decided
 from quantkit.evals.item_row import item_row
 from quantkit.evals.language_model import QuantkitLM
+from quantkit.evals.metrics import AGGREGATIONS
 from quantkit.evals.quiet import quiet
 from quantkit.evals.scorers import NONE_ALLOWED, Factory, Scorer, make_scorer
 from quantkit.evals.shots import shots_of_whole_run
@@ -147,14 +148,16 @@ def run_suite(
             raise
         except Exception as e:
             raise QuantkitError(
-                f"{suite.path}: lm-eval failed on it ({type(e).__name__}: {e})"
+                f"suite {suite.name} ({suite.path}): lm-eval failed on it ({type(e).__name__}: {e})"
             ) from e
     logged = sorted(answer["samples"][suite.name], key=lambda s: s["doc_id"])
     scored = logged[0]["filter"] if suite.origin is None else suite.origin.filter
     expected = list(range(suite.n)) if samples is None else samples
-    if [s["doc_id"] for s in logged if s["filter"] == scored] != expected:
+    found = [sample["doc_id"] for sample in logged if sample["filter"] == scored]
+    if found != expected:
         raise QuantkitError(
-            f"{suite.path}: lm-eval scored {len(logged)} items where {len(expected)} were asked"
+            f"suite {suite.name} ({suite.path}): lm-eval scored {len(found)} items where "
+            f"{len(expected)} were asked"
         )
     others: dict[int, list[Mapping[str, Any]]] = {index: [] for index in expected}
     for sample in logged:
@@ -202,20 +205,11 @@ def _task_config(suite: Suite) -> dict[str, Any]:
     """The suite's YAML as lm-eval takes it, with rows in place of files."""
     config = copy.deepcopy(dict(suite.config))
     # Each metric states what lm-eval would otherwise warn about and look up.
-    for entry in config.setdefault("metric_list", [{"metric": suite.metric}]):
-        entry.setdefault("aggregation", _AGGREGATIONS.get(entry["metric"], "mean"))
-        entry.setdefault("higher_is_better", entry["metric"] not in _LOWER_IS_BETTER)
+    config["metric_list"] = config.get("metric_list") or [{"metric": suite.metric}]
+    for entry in config["metric_list"]:
+        entry.setdefault("aggregation", AGGREGATIONS.get(entry["metric"], "mean"))
+        entry.setdefault("higher_is_better", entry["metric"] not in AGGREGATIONS)
     del config["dataset_path"], config["dataset_kwargs"]
     splits = {split: as_arrow_reads(rows) for split, rows in suite.splits.items()}
     config["custom_dataset"] = lambda **_: splits
     return config
-
-
-_AGGREGATIONS = {
-    "perplexity": "perplexity",
-    "word_perplexity": "weighted_perplexity",
-    "byte_perplexity": "weighted_perplexity",
-    "bits_per_byte": "bits_per_byte",
-    "brier_score": "brier_score",
-}
-_LOWER_IS_BETTER = (*_AGGREGATIONS,)

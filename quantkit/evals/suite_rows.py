@@ -13,6 +13,7 @@ import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
 from quantkit.errors import UsageError
+from quantkit.evals.suite_keys import examples_split, metric_names
 
 Row = Mapping[str, Any]
 
@@ -70,21 +71,72 @@ def check_rows(
     renderer = _Renderer(config, columns={k for row in rows for k in row if k != LINE}, fail=fail)
     for row in rows:
         _check_row(config, row, renderer)
+    if "brier_score" in metric_names(config):
+        _check_counts(rows, renderer)
+    shots = config.get("num_fewshot") or 0
+    if shots:
+        _, split = examples_split(config)
+        examples = splits[str(split)]
+        others = len(examples) - (split == config["test_split"])  # an item is no example of itself
+        if shots > others:
+            fail("num_fewshot", f"num_fewshot {shots} is more than the {others} rows of {split!r}")
+        for row in examples:
+            _check_example(config, row, renderer)
+
+
+def _check_counts(rows: Sequence[Row], renderer: _Renderer) -> None:
+    """Refuse rows of different numbers of choices, which lm-eval's Brier score takes for one."""
+    first = len(_choices(rows[0], renderer))
+    for row in rows:
+        count = len(_choices(row, renderer))
+        if count != first:
+            _bad(row, f"has {count} choices, and brier_score needs {first} as in {rows[0][LINE]}")
+
+
+def _check_example(config: Mapping[str, Any], row: Row, renderer: _Renderer) -> None:
+    """Refuse a row that lm-eval cannot show with its answer."""
+    _check_row(config, row, renderer)
+    target = renderer.value("doc_to_target", row)
+    # An index stands for its choice, but lm-eval shows the first of several labels as it is.
+    indexed = isinstance(target, int) and config.get("doc_to_choice") is not None
+    answer = target[0] if isinstance(target, list) else target
+    if not indexed and not isinstance(answer, str):
+        _bad(row, f"an example's answer {answer!r} is not text")
 
 
 def _check_row(config: Mapping[str, Any], row: Row, renderer: _Renderer) -> None:
     kind = config["output_type"]
+    for key in ("description", "gen_prefix"):
+        if config.get(key):
+            text = renderer.value(key, row)
+            if not isinstance(text, str):
+                _bad(row, f"{key} gives {text!r}, not text")
     if kind != "loglikelihood_rolling":
         text = renderer.value("doc_to_text", row)
         if not isinstance(text, str):
             _bad(row, f"doc_to_text gives {text!r}, not text")
         if not text.strip() and not config.get("description"):
             _bad(row, "doc_to_text gives an empty prompt")
+    choices = None
+    if kind == "multiple_choice" or config.get("doc_to_choice") is not None:
+        choices = _choices(row, renderer)
     target = renderer.value("doc_to_target", row)
-    if kind != "multiple_choice":
-        if target is None or target == "" or target == []:
-            _bad(row, "doc_to_target gives nothing")
-        return
+    if target is None or target == "" or target == []:
+        _bad(row, "doc_to_target gives nothing")
+    if kind == "multiple_choice":
+        assert choices is not None  # `check_keys` asks for doc_to_choice
+        for label in target if isinstance(target, list) else [target]:
+            _check_label(row, label, choices, by_text=not isinstance(target, list))
+    elif kind == "generate_until" and choices is not None:
+        _check_label(row, target, choices, by_text=False)
+    elif kind == "generate_until":
+        if isinstance(target, list) and not all(isinstance(text, str) for text in target):
+            _bad(row, f"doc_to_target gives {target!r}, not a list of text")
+    elif not isinstance(target, str):
+        _bad(row, f"doc_to_target gives {target!r}, not text")
+
+
+def _choices(row: Row, renderer: _Renderer) -> list[str]:
     choices = renderer.value("doc_to_choice", row)
     if isinstance(choices, dict):
         choices = list(choices.values())
@@ -95,12 +147,18 @@ def _check_row(config: Mapping[str, Any], row: Row, renderer: _Renderer) -> None
             _bad(row, f"choice {choice!r} is empty or not text")
     if len(set(choices)) < len(choices):
         _bad(row, "a choice appears twice", "two equal choices have one score; drop one")
-    for label in target if isinstance(target, list) else [target]:
-        if isinstance(label, int) and not isinstance(label, bool):
-            if not 0 <= label < len(choices):
-                _bad(row, f"label {label} is out of range for {len(choices)} choices")
-        elif label not in choices:
-            _bad(row, f"label {label!r} is not one of the choices")
+    return choices
+
+
+def _check_label(row: Row, label: Any, choices: Sequence[str], *, by_text: bool) -> None:
+    """``by_text``: the choice itself will do. lm-eval takes several labels by index alone."""
+    if isinstance(label, int) and not isinstance(label, bool):
+        if not 0 <= label < len(choices):
+            _bad(row, f"label {label} is out of range for {len(choices)} choices")
+    elif not by_text:
+        _bad(row, f"label {label!r} is not the index of a choice")
+    elif label not in choices:
+        _bad(row, f"label {label!r} is not one of the choices")
 
 
 class _Renderer:

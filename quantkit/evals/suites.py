@@ -21,63 +21,21 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from quantkit.errors import UsageError
-from quantkit.evals.metrics import BY_OUTPUT_TYPE, FILTERS, METRICS
 from quantkit.evals.scorers import read_scoring
 from quantkit.evals.suite import Suite
+from quantkit.evals.suite_keys import DEFAULT_FIELDS, check_keys, examples_split, metric_names
 from quantkit.evals.suite_lines import SuiteLines
 from quantkit.evals.suite_rows import LINE, check_rows, read_rows
 
-#: Keys of lm-eval's task YAML that a suite may use.
-KEYS = (
-    "task",
-    "task_alias",
-    "tag",
-    "description",
-    "dataset_path",
-    "dataset_name",
-    "dataset_kwargs",
-    "test_split",
-    "fewshot_split",
-    "num_fewshot",
-    "fewshot_delimiter",
-    "fewshot_config",
-    "output_type",
-    "doc_to_text",
-    "doc_to_choice",
-    "doc_to_target",
-    "target_delimiter",
-    "gen_prefix",
-    "generation_kwargs",
-    "metric_list",
-    "filter_list",
-    "repeats",
-    "metadata",
-)
-REQUIRED = ("task", "dataset_path", "dataset_kwargs", "test_split", "output_type", "doc_to_text")
-METADATA_KEYS = ("version", "product", "slice", "cluster", "must_not_flip", "traffic", "score")
-GENERATION_KEYS = ("until", "max_gen_toks", "do_sample", "temperature")
-FEWSHOT_KEYS = ("sampler", "split")
-METRIC_OPTIONS = (
-    *("metric", "aggregation", "higher_is_better"),
-    *("ignore_case", "ignore_punctuation", "ignore_numbers", "regexes_to_ignore"),
-)
-
-TEXT_KEYS = ("output_type", "test_split", "fewshot_split", "target_delimiter")
-
-#: Python that lm-eval would run; named so that the refusal can say why.
-CODE_KEYS = ("process_docs", "process_results", "custom_dataset", "class", "unsafe_code")
-
 #: In front of a name that lm-eval's own task is meant by, where an installed suite has it, too.
 LM_EVAL = "lm-eval:"
-
-#: Fields with these names mean what they say unless ``metadata`` names others.
-DEFAULT_FIELDS = ("slice", "cluster", "must_not_flip")
-
 
 # --- finding ---------------------------------------------------------------------------------
 
@@ -113,10 +71,11 @@ def _look_up(spec: str | Path) -> list[Path] | None:
     names = installed_suites()
     if str(spec) in names:
         return [names[str(spec)]]
-    path = Path(spec).expanduser()
-    if path.is_file():
+    # Of `os.path`: a user that is not there, or a name too long for a file, is no error.
+    path = Path(os.path.expanduser(spec))
+    if os.path.isfile(path):
         return [path]
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return None
     found = sorted(path.glob("*.yaml"))
     if not found:
@@ -149,12 +108,27 @@ def load_suites(specs: Iterable[str | Path]) -> list[Suite]:
     suites: dict[str, Suite] = {}
     for spec in specs:
         for suite in _load(spec):
-            other = suites.setdefault(suite.name, suite)
-            if (other.path.resolve(), other.hash) != (suite.path.resolve(), suite.hash):
-                raise UsageError(
-                    f"{suite.path}: task {suite.name!r} is also the name of {other.path}"
-                )
+            other = suites.get(suite.name)
+            suites[suite.name] = suite if other is None else _once(other, suite)
     return list(suites.values())
+
+
+def _once(first: Suite, again: Suite) -> Suite:
+    """A suite that two specs lead to, a member of every group that either of them named.
+
+    Raises:
+        UsageError: they only share the name, or their settings differ.
+    """
+    same = first.path.resolve() == again.path.resolve()
+    if not same or first.hash != again.hash:
+        why = "given twice, with different settings" if same else f"also the name of {first.path}"
+        raise UsageError(
+            f"{again.path}: task {again.name!r} is {why}", remedy="score one of them at a time"
+        )
+    groups = [name for suite in (first, again) for name in suite.provenance.get("groups", ())]
+    if not groups:
+        return first
+    return replace(first, provenance={**first.provenance, "groups": list(dict.fromkeys(groups))})
 
 
 def _load(spec: str | Path) -> list[Suite]:
@@ -188,9 +162,7 @@ def load_suite(path: str | Path) -> Suite:
         raise UsageError(f"{path}: cannot be read ({e})") from e
     lines = SuiteLines(path, text)
     config = lines.config
-    _check_keys(lines)
-    _check_types(lines)
-    _check_scoring(lines)
+    check_keys(lines)
     digest = hashlib.sha256(raw)
     splits = {}
     for split, files in _data_files(lines).items():
@@ -216,7 +188,7 @@ def load_suite(path: str | Path) -> Suite:
     traffic = None
     if metadata.get("traffic"):
         traffic = _beside(path, metadata["traffic"])
-        if not traffic.is_file():
+        if not os.path.isfile(traffic):
             lines.fail("metadata", f"traffic: {traffic} does not exist")
     check_rows(config, splits, lines.fail)
     scoring = None
@@ -231,7 +203,7 @@ def load_suite(path: str | Path) -> Suite:
         name=config["task"],
         path=path,
         config=config,
-        metric=_metrics(config)[0],
+        metric=metric_names(config)[0],
         hash=digest.hexdigest(),
         slice=fields["slice"],
         cluster=fields["cluster"],
@@ -245,113 +217,6 @@ def load_suite(path: str | Path) -> Suite:
     )
 
 
-def _check_keys(lines: SuiteLines) -> None:
-    config = lines.config
-    for key in config:
-        if key in CODE_KEYS:
-            lines.fail(str(key), f"{key} is not allowed", "suites hold no code")
-        if key == "include":
-            lines.fail("include", "include is not allowed", "a suite is one file; copy the keys")
-        if key not in KEYS:
-            lines.fail(str(key), f"unknown key {key!r}", _nearest(str(key), KEYS))
-    for key in REQUIRED:
-        if config.get(key) in (None, "") and not (
-            key == "doc_to_text" and config.get("output_type") == "loglikelihood_rolling"
-        ):
-            lines.fail(key, f"has no {key}", f"it needs {', '.join(REQUIRED)}")
-    for key, known in (
-        ("metadata", METADATA_KEYS),
-        ("generation_kwargs", GENERATION_KEYS),
-        ("fewshot_config", FEWSHOT_KEYS),
-        ("dataset_kwargs", ("data_files",)),
-    ):
-        _check_mapping(lines, key, config.get(key), known)
-    if not isinstance(config["task"], str) or "/" in config["task"]:
-        lines.fail("task", f"task {config['task']!r} is not a plain name")
-    if config["dataset_path"] != "json":
-        lines.fail(
-            "dataset_path",
-            f"dataset_path {config['dataset_path']!r} is not 'json'",
-            "rows come from local JSON lines, named in dataset_kwargs.data_files",
-        )
-    if config.get("repeats", 1) != 1:
-        lines.fail("repeats", f"repeats {config['repeats']!r} is not 1", "scoring is greedy")
-    generation = config.get("generation_kwargs") or {}
-    if generation.get("do_sample") or generation.get("temperature"):
-        lines.fail("generation_kwargs", "sampling is not allowed", "suites are scored greedily")
-
-
-def _check_types(lines: SuiteLines) -> None:
-    metadata = lines.config.get("metadata") or {}
-    named = [(key, key, lines.config.get(key)) for key in TEXT_KEYS]
-    named += [("metadata", f"metadata.{k}", metadata.get(k)) for k in (*DEFAULT_FIELDS, "traffic")]
-    for key, name, value in named:
-        if value is not None and not isinstance(value, str):
-            lines.fail(key, f"{name}: {value!r} is not text")
-    for key in ("metric_list", "filter_list"):
-        if not isinstance(lines.config.get(key) or [], list):
-            lines.fail(key, f"{key}: {lines.config[key]!r} is not a list")
-
-
-def _check_mapping(lines: SuiteLines, key: str, value: Any, known: Sequence[str]) -> None:
-    if value is None:
-        return
-    if not isinstance(value, dict):
-        lines.fail(key, f"{key}: {value!r} is not a mapping")
-    for name in value:
-        if name not in known:
-            lines.fail(key, f"{key}: unknown key {name!r}", _nearest(str(name), known))
-
-
-def _check_scoring(lines: SuiteLines) -> None:
-    config = lines.config
-    kind = config["output_type"]
-    if kind not in BY_OUTPUT_TYPE:
-        lines.fail("output_type", f"unknown output_type {kind!r}", _nearest(kind, BY_OUTPUT_TYPE))
-    if kind == "multiple_choice" and "doc_to_choice" not in config:
-        lines.fail("output_type", "multiple_choice needs doc_to_choice")
-    if "doc_to_target" not in config:
-        lines.fail("output_type", f"{kind} needs doc_to_target")
-    for entry in config.get("metric_list") or ():
-        if not isinstance(entry, dict) or not isinstance(entry.get("metric"), str):
-            lines.fail("metric_list", f"metric_list: {entry!r} has no metric")
-        _check_mapping(lines, "metric_list", entry, METRIC_OPTIONS)
-    for metric in _metrics(config):
-        if metric not in METRICS:
-            lines.fail(
-                "metric_list",
-                f"metric {metric!r} is not one that is computed here; lm-eval would look for it "
-                "on the network",
-                _nearest(str(metric), METRICS),
-            )
-        if metric not in BY_OUTPUT_TYPE[kind]:
-            lines.fail(
-                "metric_list",
-                f"metric {metric!r} does not score {kind}",
-                f"use {' or '.join(BY_OUTPUT_TYPE[kind])}",
-            )
-    filters = config.get("filter_list") or ()
-    if len(filters) > 1:
-        lines.fail("filter_list", f"{len(filters)} filters", "an item has one score; keep one")
-    for pipeline in filters:
-        if not isinstance(pipeline, dict) or not isinstance(pipeline.get("filter"), list):
-            lines.fail("filter_list", "filter_list: each entry needs a name and a list of filters")
-        name = None
-        for step in pipeline["filter"]:
-            name = step.get("function") if isinstance(step, dict) else step
-            if name not in FILTERS:
-                lines.fail("filter_list", f"unknown filter {name!r}", _nearest(str(name), FILTERS))
-        if name != "take_first":
-            lines.fail(
-                "filter_list", f"the last filter is {name!r}", "end with take_first, one answer"
-            )
-
-
-def _metrics(config: Mapping[str, Any]) -> list[str]:
-    listed = [entry["metric"] for entry in config.get("metric_list") or ()]
-    return listed or [BY_OUTPUT_TYPE[config["output_type"]][0]]
-
-
 def _data_files(lines: SuiteLines) -> dict[str, list[Path]]:
     config = lines.config
     files = config["dataset_kwargs"].get("data_files")
@@ -360,28 +225,27 @@ def _data_files(lines: SuiteLines) -> dict[str, list[Path]]:
     found = {}
     for split, names in files.items():
         listed = [names] if isinstance(names, str) else names
-        if not isinstance(listed, list) or not all(isinstance(n, str) for n in listed):
+        if (
+            not isinstance(listed, list)
+            or not listed
+            or not all(isinstance(n, str) for n in listed)
+        ):
             lines.fail("dataset_kwargs", f"data_files.{split}: {names!r} is not a file name")
         for name in listed:
             if "://" in name:
                 lines.fail("dataset_kwargs", f"data_files.{split}: {name} is not a local file")
-            if not _beside(lines.path, name).is_file():
+            if not os.path.isfile(_beside(lines.path, name)):
                 lines.fail("dataset_kwargs", f"{_beside(lines.path, name)} does not exist")
         found[str(split)] = [_beside(lines.path, name) for name in listed]
-    wanted = ["test_split"]
-    if config.get("num_fewshot"):
-        wanted.append("fewshot_split")
-    for key in wanted:
-        if config.get(key) not in found:
-            lines.fail(key, f"{key} {config.get(key)!r} is not in data_files", ", ".join(found))
+    wanted = [("test_split", "test_split", config["test_split"])]
+    key, split = examples_split(config)
+    if config.get("num_fewshot") or split is not None:
+        wanted.append((key, "fewshot_split", split))
+    for key, name, split in wanted:
+        if split not in found:
+            lines.fail(key, f"{name} {split!r} is not in data_files", ", ".join(found))
     return found
 
 
 def _beside(path: Path, name: str) -> Path:
-    return path.parent / Path(name).expanduser()
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    words = list(known)
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(words)}"
+    return path.parent / os.path.expanduser(name)

@@ -84,6 +84,17 @@ def test_scoring(options: list[str], says: str, capsys: pytest.CaptureFixture[st
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "does"), [("--list", "prints names"), ("--validate", "checks suites")]
+)
+def test_a_listing_reads_nothing_else(
+    flag: str, does: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for given, name in ((["nowhere"], "CKPT"), (["--text", "a.txt"], "--text")):
+        assert run(["eval", flag, *given]) == 2
+        assert f"{name}: {flag} {does} and nothing else" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--engine-timeout", "--tensor-parallel", "--engine-python"])
 def test_serving_without_another_engine(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["serve", "nowhere", option, "9"]) == 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,59 +34,72 @@ main()
 """
 
 
-def test_ctrl_c_leaves_resumable_work_only(
-    tiny: Path, traffic: Path, recipe: Path, tmp_path: Path
-) -> None:
-    """A real process, a real signal while a block is being solved; then --resume ends it."""
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", WAITS_IN_BLOCK_1, *arguments(tiny, recipe, traffic, out)]
+@contextmanager
+def waiting_in_block_1(argv: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A real process with this command line that has finished block 0."""
+    command = [sys.executable, "-c", WAITS_IN_BLOCK_1, *argv]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout is not None
         reached = process.stdout.readline()
-        process.send_signal(signal.SIGINT)
+        try:
+            assert reached == "in block 1\n", process.communicate()[1]
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_second_run_is_refused_and_ctrl_c_leaves_resumable_work_only(
+    tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A real signal while a block is being solved; then --resume ends it."""
+    out = tmp_path / "out"
+    argv = arguments(tiny, recipe, traffic, out)
+    with waiting_in_block_1(argv) as first:
+        refuse_beside(first, argv, capfd)
+        first.send_signal(signal.SIGINT)
         # Ends stdin, too: a signal that came just before the wait began is then seen after it.
-        _, err = process.communicate()
-    assert reached == "in block 1\n", err
-    assert process.returncode == 130, err
+        _, err = first.communicate()
+    assert first.returncode == 130, err
     assert "interrupted" in err
     assert leftovers(out) == []
     blocks = {p.name for p in (tmp_path / "out.partial" / "blocks").glob("*.json")}
     assert blocks == {"0000.json"}
-    assert run(arguments(tiny, recipe, traffic, out, "--resume")) == 0
+    assert run([*argv, "--resume"]) == 0
     whole = tmp_path / "whole"
     assert run(arguments(tiny, recipe, traffic, whole)) == 0
     assert contents(whole) == contents(out)
 
 
-def test_a_second_run_on_the_same_output_is_refused(
+def test_the_kernel_lets_go_of_the_lock_of_a_killed_run(
     tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """While the first is at work; when it is killed the kernel lets go of its lock."""
+    """A run beside it is refused before; a checkpoint that is there already stays until the end."""
     out = tmp_path / "out"
     argv = arguments(tiny, recipe, traffic, out)
-    command = [sys.executable, "-c", WAITS_IN_BLOCK_1, *argv]
-    pipe = subprocess.PIPE
-    for killed in (False, True):
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as first:
-            assert first.stdout is not None
-            reached = first.stdout.readline()
-            for more in ((), ("--resume",)):
-                assert run([*argv, *more]) == 2
-                err = capfd.readouterr().err
-                assert f"out.partial: process {first.pid} is at work there; wait for it" in err
-            if killed:
-                first.kill()
-            _, err = first.communicate()
-        assert reached == "in block 1\n", err
-        assert first.returncode == (-signal.SIGKILL if killed else 0), err
-        assert (tmp_path / "out.partial").exists() is killed
+    assert run(argv) == 0
     promoted = contents(out)
+    with waiting_in_block_1(argv) as first:
+        refuse_beside(first, argv, capfd)
+        first.kill()
+        first.communicate()
+    assert first.returncode == -signal.SIGKILL
+    assert contents(out) == promoted
     assert (tmp_path / "out.partial" / LOCK).read_text() == str(first.pid)
     assert run([*argv, "--resume"]) == 0
     assert contents(out) == promoted
     assert sorted(leftovers(out)) == ["out", "out.run"]
     assert not (tmp_path / "out.partial").exists()
+
+
+def refuse_beside(
+    first: subprocess.Popen[str], argv: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """No second run begins where the first is at work, and each says whose place it is."""
+    for more in ((), ("--resume",)):
+        assert run([*argv, *more]) == 2
+        err = capfd.readouterr().err
+        assert f"out.partial: process {first.pid} is at work there; wait for it" in err
 
 
 def test_a_run_that_was_killed_before_its_first_block(

@@ -146,7 +146,7 @@ def test_validate_needs_no_checkpoint(invoke: Callable[..., Result], suite_path:
     [
         ((), "no CKPT"),
         (("base",), "nothing to score"),
-        (("base", "--suite", "nowhere"), "no such suite"),
+        (("base", "--suite", "nowhere.yaml"), "no such suite"),
         (("base", "--text", "missing.txt"), "missing.txt: no such file"),
     ],
 )

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
-import lm_eval
+import lm_eval.tasks
 import pytest
 import yaml
 from eval_builders import tiny_runtime
@@ -23,14 +23,17 @@ from quantkit.cli.main import app, run
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.evals import lm_eval_index
 from quantkit.evals.language_model import QuantkitLM
-from quantkit.evals.lm_eval_support import LIBRARY, first_measure, measure
-from quantkit.evals.run_suite import run_suites
+from quantkit.evals.lm_eval_support import first_measure, measure
+from quantkit.evals.run_suite import run_suite, run_suites
 from quantkit.evals.suites import load_suites
 from quantkit.gate import judge, parse_policy
 from quantkit.models.runtime import Runtime
 from quantkit.results import Outcome, Results
 
 Know = Callable[..., None]
+
+#: Where lm-eval's own tasks lie.
+LIBRARY = Path(lm_eval.tasks.__file__).parent
 
 WORDS = ("refund", "order", "late", "rome", "paris", "invoice", "the order", "nothing")
 
@@ -291,26 +294,60 @@ def test_tags_and_plain_groups_are_their_tasks(
 def test_a_group_that_weighs_tasks_alike_reports_their_mean(
     library: Callable[..., Path], runtime: Runtime
 ) -> None:
+    """Also where a task is named by itself too, or stands in two groups."""
     few = {"doc_to_text": "{{question}}", "task": "few", "process_docs": None}
-    folder = library(
-        {},
-        few,
-        {
-            "group": "alike",
-            "task": ["tiny", "few"],
-            "aggregate_metric_list": [{"metric": "acc", "weight_by_size": False}],
-        },
-    )
+    alike = {
+        "task": ["tiny", "few"],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": False}],
+    }
+    folder = library({}, few, {"group": "alike", **alike}, {"group": "beside", **alike})
     rows = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
     (folder / "few.jsonl").write_text("".join(rows[:3]))
     text = (folder / "1.yaml").read_text().replace("rows.jsonl", "few.jsonl")
     (folder / "1.yaml").write_text(text)
-    results = Results({}, run_suites(runtime, load_suites(["alike"])))
+    suites = load_suites(["tiny", "alike", "beside"])
+    results = Results({}, run_suites(runtime, suites))
     answer = said_by_lm_eval(runtime, "alike")
-    assert sorted(task.n for task in results.tasks.values()) == [3, 8]
-    joint = results.summary()["groups"]["alike"]
-    assert joint["tasks"] == 2
-    assert joint["value"] == pytest.approx(answer["groups"]["alike"]["acc,none"])
+    assert {name: task.n for name, task in results.tasks.items()} == {"tiny": 8, "few": 3}
+    assert set(results.groups) == {"alike", "beside"}
+    for joint in results.summary()["groups"].values():
+        assert joint["tasks"] == 2
+        assert joint["value"] == pytest.approx(answer["groups"]["alike"]["acc,none"])
+    assert Results.from_json(results.to_json()).groups == results.groups
+    assert Results({}, run_suites(runtime, load_suites(["tiny"]))).groups == {}
+
+
+def test_a_group_is_named_by_its_own_file(library: Callable[..., Path]) -> None:
+    joined = {"aggregate_metric_list": [{"metric": "acc"}]}
+    folder = library({}, {"group": "all", "task": ["tiny"], **joined})
+    (suite,) = load_suites(["all"])
+    assert suite.path == folder / "1.yaml"
+
+
+def test_a_task_inside_a_group_is_named_where_it_fails(
+    library: Callable[..., Path], runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = library({})
+    inside = {**yaml.safe_load((folder / "0.yaml").read_text()), "task": "inner"}
+    library({}, {"group": "all", "task": [inside]})
+    lm = QuantkitLM(runtime)
+    monkeypatch.setattr(lm, "loglikelihood", lambda requests: [])
+    (suite,) = load_suites(["all"])
+    with pytest.raises(QuantkitError, match=r"suite all::inner \(inline\): lm-eval failed on it"):
+        run_suite(lm, suite)
+
+
+def test_the_settings_of_a_task_are_those_of_one_suite(library: Callable[..., Path]) -> None:
+    library({}, {"group": "shown", "task": [{"task": "tiny", "num_fewshot": 1}]})
+    with pytest.raises(UsageError, match=r"'tiny' is given twice, with different .*; score one of"):
+        load_suites(["tiny", "shown"])
+
+
+def test_a_group_of_a_filter_that_its_tasks_lack_is_refused(library: Callable[..., Path]) -> None:
+    strict = {"metric": "acc", "filter_list": ["strict"]}
+    library({}, {"group": "all", "task": ["tiny"], "aggregate_metric_list": [strict]})
+    with pytest.raises(UsageError, match=r"tiny: has no filter 'strict'.* it has none; name the"):
+        load_suites(["all"])
 
 
 def test_a_subset_shows_the_prompts_of_the_whole(
@@ -384,19 +421,6 @@ def test_what_cannot_be_paired_is_refused(
         load_suites(["tiny"])
 
 
-def test_python_outside_of_lm_eval_is_never_imported(
-    library: Callable[..., Path], tmp_path: Path
-) -> None:
-    code = f"open({str(tmp_path / 'ran')!r}, 'w')\ndef f(docs): return docs\n"
-    function = "include: 0.yaml\ntask: inner\nprocess_docs: !function utils.f\n"
-    folder = library({}, inner=function, outer="include: inner.yaml\ntask: outer\n")
-    (folder / "utils.py").write_text(code)
-    for name in ("inner", "outer"):
-        with pytest.raises(UsageError, match=r"inner.yaml:3 names a !function outside of lm-eval"):
-            load_suites([name])
-    assert not (tmp_path / "ran").exists()
-
-
 def test_a_dataset_that_cannot_be_had_is_named(
     library: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -431,7 +455,7 @@ def test_an_installed_suite_has_the_name(library: Callable[..., Path]) -> None:
     (theirs,) = load_suites(["lm-eval:support_intent"])
     assert ours.origin is None
     assert theirs.origin is not None
-    with pytest.raises(UsageError, match="is also the name of"):
+    with pytest.raises(UsageError, match=r"is also the name of .*support_intent\.yaml; score one"):
         load_suites(["support_intent", "lm-eval:support_intent"])
 
 

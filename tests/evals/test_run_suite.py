@@ -100,6 +100,11 @@ def test_a_second_metric_of_mutual_information_adds_no_choices(
         assert (row.prediction == row.target) == bool(row.score)
 
 
+def test_an_empty_list_of_metrics_is_none(runtime: Runtime, suite_path: Write) -> None:
+    """lm-eval would take it as it is, and compute nothing."""
+    assert run(runtime, suite_path(CHOICE, choice_rows(2), metric_list=[])).metric == "acc"
+
+
 def test_few_shot_contexts_are_those_of_lm_eval(
     runtime: Runtime, suite_path: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -217,8 +222,19 @@ def test_an_error_inside_lm_eval_names_the_suite(
     lm = QuantkitLM(runtime)
     monkeypatch.setattr(lm, "loglikelihood", lambda requests: [])
     suite = load_suite(suite_path(CHOICE, choice_rows()))
-    with pytest.raises(QuantkitError, match=r"suite\.yaml: lm-eval failed on it"):
+    with pytest.raises(QuantkitError, match=r"tiny_choice \(.*suite\.yaml\): lm-eval failed on"):
         run_suite(lm, suite)
+
+
+def test_only_the_items_of_the_scored_filter_count(
+    runtime: Runtime, suite_path: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = load_suite(suite_path(CHOICE, choice_rows(3)))
+    logged = [{"doc_id": i, "filter": name} for name in ("none", "strict") for i in range(2)]
+    answer = {"samples": {suite.name: logged}}
+    monkeypatch.setattr("quantkit.evals.run_suite.lm_evaluate", lambda **_: answer)
+    with pytest.raises(QuantkitError, match="lm-eval scored 2 items where 3 were asked"):
+        run_suite(QuantkitLM(runtime), suite)
 
 
 def test_canaries_refuse_a_uniform_model(suite_path: Write) -> None:

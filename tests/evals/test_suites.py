@@ -56,6 +56,9 @@ def without(key: str) -> dict[str, Any]:
 
 FILES = {"dataset_kwargs": {"data_files": {"test": "missing.jsonl"}}}
 
+TAKE_FIRST = {"function": "take_first"}
+SHOTS = {"fewshot_split": "test"}
+
 BAD_YAML = [
     ({"grop": "x"}, r"suite.yaml:\d+ unknown key 'grop'"),
     ({"doc_to_txt": "x"}, r"unknown key 'doc_to_txt'; did you mean 'doc_to_text'\?"),
@@ -96,13 +99,64 @@ BAD_YAML = [
     ({"metadata": "x"}, r"metadata: 'x' is not a mapping"),
     ({"filter_list": [{"name": "a", "filter": [{"function": "custom"}]}]}, r"unknown filter"),
     (
-        {"filter_list": [{"name": "a", "filter": [{"function": "lowercase"}]}]},
-        r"the last filter is 'lowercase'; end with take_first",
+        {"filter_list": [{"name": "a", "filter": [TAKE_FIRST, TAKE_FIRST]}]},
+        r"take_first is not the last filter",
+    ),
+    ({"filter_list": []}, r"filter_list is empty"),
+    ({"doc_to_target": {"a": 1}}, r"doc_to_target: \{'a': 1\} is neither text nor a list of it"),
+    ({"doc_to_target": []}, r"doc_to_target gives nothing"),
+    ({"doc_to_target": ["refund"]}, r"label 'refund' is not the index of a choice"),
+    (
+        {"metric_list": [{"metric": "brier_score"}]},
+        r"rows.jsonl:2 has 3 choices, and brier_score needs 4 as in .*rows.jsonl:1",
     ),
     (
-        {"filter_list": [{"name": n, "filter": [{"function": "take_first"}]} for n in "ab"]},
+        {"filter_list": [{"name": n, "filter": [TAKE_FIRST]} for n in "ab"]},
         r"2 filters; an item has one score",
     ),
+    (
+        {"filter_list": [{"filter": [TAKE_FIRST]}]},
+        r"each entry needs a name and a list of filters",
+    ),
+    (
+        {"filter_list": [{"name": "a", "filter": ["take_first"]}]},
+        r"unknown filter 'take_first'; write {function: NAME}",
+    ),
+    (
+        {"filter_list": [{"name": "a", "filter": [{"function": "lowercase"}, TAKE_FIRST]}]},
+        r"filter 'lowercase' reads written answers; multiple_choice has none",
+    ),
+    ({"metric_list": ""}, r"metric_list: '' is not a list"),
+    (
+        {"metric_list": [{"metric": "acc", "aggregation": "median"}]},
+        r"acc: aggregation 'median' is not 'mean'",
+    ),
+    (
+        {"metric_list": [{"metric": "acc", "higher_is_better": False}]},
+        r"acc: higher_is_better False is not True",
+    ),
+    ({"metric_list": [{"metric": "acc", "ignore_case": True}]}, r"unknown key 'ignore_case'"),
+    ({"description": 3}, r"description: 3 is not text"),
+    ({"gen_prefix": ["a"]}, r"gen_prefix: \['a'\] is not text"),
+    ({"fewshot_delimiter": 3}, r"fewshot_delimiter: 3 is not text"),
+    ({"description": "{{mesage}}"}, r"rows.jsonl:1 description: 'mesage' is undefined"),
+    ({"num_fewshot": -1, **SHOTS}, r"num_fewshot: -1 is not a whole number"),
+    ({"num_fewshot": "two", **SHOTS}, r"num_fewshot: 'two' is not a whole number"),
+    ({"num_fewshot": 12, **SHOTS}, r"num_fewshot 12 is more than the 11 rows of 'test'"),
+    ({"fewshot_split": "dev"}, r"fewshot_split 'dev' is not in data_files"),
+    (
+        {**SHOTS, "fewshot_config": {"split": "dev"}},
+        r"suite.yaml:\d+ fewshot_split 'dev' is not in",
+    ),
+    ({"fewshot_config": {"split": None}}, r"split: None is not text"),
+    ({"fewshot_config": {"sampler": "zz"}}, r"unknown sampler 'zz'; known: default, first_n"),
+    ({"dataset_kwargs": {"data_files": {"test": []}}}, r"data_files.test: \[\] is not a file name"),
+    (
+        {"dataset_kwargs": {"data_files": {"test": "~nobody-of-that-name/x.jsonl"}}},
+        r"x.jsonl does not exist",
+    ),
+    ({"dataset_kwargs": {"data_files": {"test": "x" * 5000}}}, r"x does not exist"),
+    ({"metadata": {"traffic": "x" * 5000}}, r"x does not exist"),
     ({"doc_to_text": "{{message"}, r"doc_to_text is not a Jinja template"),
     ({"doc_to_target": "lable"}, r"doc_to_target: no row has a field 'lable'"),
     ({"doc_to_text": "{{mesage}}"}, r"rows.jsonl:1 doc_to_text: 'mesage' is undefined"),
@@ -113,6 +167,70 @@ BAD_YAML = [
 def test_a_bad_suite_is_refused(suite_path: Write, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load_suite(suite_path(CHOICE, choice_rows(), **changes))
+
+
+def filtered(*steps: dict[str, Any]) -> dict[str, Any]:
+    return {"filter_list": [{"name": "a", "filter": [*steps]}]}
+
+
+BAD_GENERATION = [
+    ({"generation_kwargs": {"until": 3}}, r"until: 3 is neither text nor a list of it"),
+    ({"generation_kwargs": {"until": ["a", None]}}, r"until: \['a', None\] is neither text nor"),
+    ({"generation_kwargs": {"max_gen_toks": "x"}}, r"max_gen_toks: 'x' is not a whole number"),
+    ({"generation_kwargs": {"max_gen_toks": 0}}, r"max_gen_toks: 0 is not a whole number above 0"),
+    ({"generation_kwargs": {"max_gen_toks": True}}, r"max_gen_toks: True is not a whole number"),
+    ({"generation_kwargs": {"temperature": None}}, r"sampling is not allowed"),
+    ({"metric_list": [{"metric": "exact_match", "ignore_case": "no"}]}, r"is not true or false"),
+    (
+        {"metric_list": [{"metric": "exact_match", "regexes_to_ignore": 3}]},
+        r"regexes_to_ignore: 3 is not a list of regular expressions",
+    ),
+    (
+        {"metric_list": [{"metric": "exact_match", "regexes_to_ignore": ["("]}]},
+        r"regexes_to_ignore: '\(' is not a regular expression",
+    ),
+    (filtered({"function": "lowercase"}), r"the last filter is 'lowercase'; end with take_first"),
+    (
+        filtered({"function": "regex", "regex_pattern": "("}, TAKE_FIRST),
+        r"regex_pattern: '\(' is not a regular expression",
+    ),
+    (filtered({"function": "regex", "patern": "a"}, TAKE_FIRST), r"unknown key 'patern'"),
+    (
+        filtered({"function": "regex", "group_select": 1}, TAKE_FIRST),
+        r"group_select 1 is neither 0 nor -1; take the first match or the last",
+    ),
+    (filtered({"function": "regex", "fallback": 3}, TAKE_FIRST), r"fallback 3 is not text"),
+    (
+        filtered({"function": "map", "mapping_dict": {"a": "b"}}, TAKE_FIRST),
+        r"map: needs mapping_dict and default_value, both of text",
+    ),
+    ({"num_fewshot": 1, **SHOTS, "doc_to_target": "n"}, r"an example's answer 3 is not text"),
+    ({"doc_to_target": ["a", 3]}, r"doc_to_target gives \['a', 3\], not a list of text"),
+    ({"doc_to_choice": "word"}, r"rows.jsonl:1 doc_to_choice gives 'a', not a list"),
+    ({"doc_to_choice": ["a", "b"]}, r"rows.jsonl:1 label 'a' is not the index of a choice"),
+    (
+        {"doc_to_choice": ["a", "b"], "doc_to_target": [0]},
+        r"label \[0\] is not the index of a choice",
+    ),
+    ({"doc_to_choice": ["a", "b"], "doc_to_target": "n"}, r"label 3 is out of range for 2"),
+    (
+        {"output_type": "loglikelihood", "metric_list": None, "doc_to_target": "n"},
+        r"doc_to_target gives 3, not text",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_GENERATION)
+def test_bad_written_answers_are_refused(
+    suite_path: Write, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_suite(suite_path(GENERATE, [{"word": w, "n": 3} for w in ("a", "b", "c")], **changes))
+
+
+def test_examples_may_name_their_answer_by_index(suite_path: Write) -> None:
+    more = {"doc_to_choice": ["a", "b"], "doc_to_target": "n", "num_fewshot": 1, **SHOTS}
+    assert load_suite(suite_path(GENERATE, [{"word": w, "n": 1} for w in "abc"], **more)).n == 3
 
 
 BAD_ROWS = [
@@ -200,8 +318,16 @@ def test_suites_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         find_suites(tmp_path)
     assert [s.name for s in load_suites([path, "suite"])] == ["tiny_choice"]
     twin = write_suite(tmp_path / "twin", CHOICE, choice_rows())
-    with pytest.raises(UsageError, match="is also the name of"):
+    with pytest.raises(
+        UsageError, match=r"is also the name of .*mine.suite.yaml; score one of them"
+    ):
         load_suites([path, twin])
+
+
+@pytest.mark.parametrize("spec", ["~nobody-of-that-name/x", "x" * 5000, "x/" * 2500, "a\0b/c"])
+def test_a_name_that_no_file_can_have_is_refused(spec: str) -> None:
+    with pytest.raises(UsageError, match="no such suite, file or folder"):
+        find_suites(spec)
 
 
 def test_installed_suites_are_valid() -> None:
