@@ -274,6 +274,11 @@ def command(
             "--compare-with and --allow-unauthenticated let anyone use the other server",
             remedy="give --api-keys FILE",
         )
+    if peer is not None and not serving.operators:
+        raise UsageError(
+            f"--compare-with is for operators, and no tenant of {config} is one",
+            remedy="give a tenant 'operator: true'",
+        )
     check_parsers(tool_parser, reasoning_parser)
     sample = _capture(capture, capture_rate, capture_patterns)
     tracing = connect(otlp_endpoint, Path(checkpoint).name) if otlp_endpoint else None

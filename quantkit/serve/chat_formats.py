@@ -167,16 +167,6 @@ REASONING_FORMATS: dict[str, ReasoningFormat] = {
     "mistral": ReasoningFormat("[THINK]", "[/THINK]"),  # Magistral
 }
 
-#: How chat templates begin an assistant's message: what follows in a prompt is part of the answer.
-HEADERS = (
-    "<|im_start|>assistant\n",
-    "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    "<｜Assistant｜>",
-    "<|assistant|>\n",
-    "<start_of_turn>model\n",
-    "[/INST]",
-)
-
 
 def check_parsers(tool_parser: str, reasoning_parser: str) -> None:
     """Raise `UsageError` unless both are `AUTO`, `NONE` or the name of a row."""

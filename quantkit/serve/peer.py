@@ -25,6 +25,7 @@ SILENT_SECONDS = 120.0
 MAX_BYTES = 256 * 1024
 #: Of what an unexpected answer said, so much is shown.
 SHOWN_CHARACTERS = 300
+_JSON = {"Content-Type": "application/json"}
 
 
 class PeerError(QuantkitError):
@@ -75,19 +76,20 @@ class Peer:
             )
         return self._model or names[0]
 
-    async def chat(self, body: dict[str, Any]) -> AsyncGenerator[bytes, None]:
+    async def chat(self, body: bytes) -> AsyncGenerator[bytes, None]:
         """The server-sent events of a chat request with ``"stream": true``, as they come.
+
+        Args:
+            body: the request, as JSON.
 
         Raises:
             PeerError: it does not answer, refuses, sends no events, or falls silent among them.
         """
-        # In ASCII, as half a surrogate has no other form; httpx would write UTF-8 and fail.
-        content, headers = json.dumps(body), {"Content-Type": "application/json"}
         try:
             async with (
                 self._client() as client,
                 client.stream(
-                    "POST", "/v1/chat/completions", content=content, headers=headers
+                    "POST", "/v1/chat/completions", content=body, headers=_JSON
                 ) as response,
             ):
                 refusal = b"" if response.status_code == 200 else await _read(response)

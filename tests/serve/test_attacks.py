@@ -174,16 +174,21 @@ def test_7_grammars_without_end_are_forgotten(unharmed: Live, post) -> None:
 
 
 def test_8_clients_bring_no_template_and_no_arguments(unharmed: Live, post) -> None:
-    """Unknown fields change nothing: the same ids with and without."""
-    plain = post(CHAT, {"messages": HELLO, "max_tokens": 1}).json()["usage"]
     for attack in (
         {"chat_template": "{{ 'x' * 400 }}"},
         {"chat_template_kwargs": {"messages": [], "tokenize": False, "chat_template": "x"}},
+        {"chat_template_kwargs": {"tokenize": False}},
+        {"chat_template_kwargs": {"messages": True}},
+        {"chat_template_kwargs": {"add_generation_prompt": False}},
+        {"chat_template_kwargs": {"sanitize_control_tokens": False}},
+        {"chat_template_kwargs": {"eos_token": True}},
         {"add_generation_prompt": False},
         {"documents": [{"text": "x" * 100}]},
     ):
-        response = post(CHAT, {"messages": HELLO, "max_tokens": 1} | attack)
-        assert response.json()["usage"] == plain, attack
+        for path in (CHAT, "/tokenize"):
+            response = post(path, {"messages": HELLO} | attack)
+            assert response.status_code == 400, attack
+            assert next(iter(attack)) in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

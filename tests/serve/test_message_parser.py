@@ -130,6 +130,9 @@ def test_text_streams_at_once(tokenizer: PreTrainedTokenizerFast) -> None:
         ("hermes", 'Hm. \n<tool_call>{"name": 5, "arguments": {}}\n</tool_call>\n\nafter'),
         ("hermes", "<tool_call>" + '{"a":' * 3000 + "</tool_call>"),
         ("hermes", "<tool_call>[]</tool_call>"),
+        # Half a surrogate pair: no answer in UTF-8 can carry it.
+        ("hermes", r'<tool_call>{"name": "clock", "arguments": {"a": "\ud800"}}</tool_call>'),
+        ("hermes", r'<tool_call>{"name": "clock", "arguments": {"\udfff": 1}}</tool_call>'),
         ("hermes", '<tool_call>{"name": "clock", "arguments": {'),
         ("qwen3_coder", "<tool_call><function=clock>\n<parameter=a>\n1</function></tool_call>"),
         ("qwen3_coder", "<tool_call><function=clock>\nwords</function></tool_call>"),
@@ -152,11 +155,35 @@ def test_what_is_no_call_is_text_word_for_word(
         assert message.content == text
 
 
-def test_a_call_that_was_cut_off_is_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    """XML that stops in the middle would be a call with fewer arguments."""
+@pytest.mark.parametrize("reason", ["length", "stop"])
+def test_a_call_that_was_cut_off_is_text(
+    reason: FinishReason, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """XML that stops in the middle, at a stop string or for want of tokens, would be a call with
+    fewer arguments."""
     text = "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n"
-    message, _ = read(parser(style(tokenizer, "qwen3_coder")), [text], "length")
+    message, _ = read(parser(style(tokenizer, "qwen3_coder")), [text], reason)
     assert (message.content, message.calls) == (text, ())
+
+
+def test_lines_that_were_cut_off_are_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As for a tokenizer's own format of pairs; one that ends with the answer is whole there."""
+    own = tool_tokenizer(tokenizer, "hermes")
+    field = {
+        "open_pattern": r"<call>(?P<name>\w+)\n",
+        "close": own.eos_token,
+        "content": "kv-lines",
+        "transform": {"function": {"name": "{name}", "arguments": "{content}"}},
+    }
+    own.response_template = {"start_anchor": "a", "fields": {"tool_calls": field}}
+    form = ChatFormat(own)
+    text = "<call>get_weather\ncity: Oslo\n"
+    message, _ = read(parser(form), [text])
+    assert (message.content, message.calls) == (text, ())
+    assert form.reader.hidden_ids is not None
+    assert own.eos_token_id not in form.reader.hidden_ids, "the parser sees it"
+    message, _ = read(parser(form), [text + own.eos_token])
+    assert calls(message) == [("get_weather", {"city": "Oslo"})]
 
 
 def test_types_come_from_the_schema(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -217,6 +244,63 @@ def test_reasoning_and_a_call(tokenizer: PreTrainedTokenizerFast) -> None:
     assert (message.reasoning, message.content, calls(message)) == ("the clock", "", [NOW])
 
 
+def test_whitespace_behind_what_is_no_call_stays(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Once something was said, the whitespace that follows was said, too."""
+    text = "<think>a</think>\n\n<tool_call>bad</tool_call>"
+    message, _ = read(parser(style(tokenizer, "hermes")), [text, "\n\n", "  rest"])
+    assert message.content == "<tool_call>bad</tool_call>\n\n  rest"
+    assert (message.reasoning, message.calls) == ("a", ())
+
+
+PROMPTED = "{% if add_generation_prompt %}ANSWER{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "<|{{ m.role }}|>{{ m.content }}<|end|>\n" + PROMPTED,
+        "[INST] {{ m.content }} [/INST]ANSWER",
+        "{{ m.content }}</s>ANSWER",
+        "{{ m.content }} ASSISTANT:{% if add_generation_prompt %}<think>\n{% endif %}",
+        "{{ m.content }}{% if add_generation_prompt %}</s>ANSWER{% else %}<eos>{% endif %}",
+    ],
+)
+def test_reasoning_that_any_template_begins(
+    template: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Where answers begin is learned from the template, whatever it writes there."""
+    own = copy.deepcopy(tokenizer)
+    answer = "<|start|>assistant to=user\n<think>\n"
+    own.chat_template = template.replace("ANSWER", answer).replace("m.", "messages[-1].")
+    asked = [{"role": "user", "content": "What does <think> mean?"}]
+    prompt = own.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert prompt.rstrip().endswith("<think>")
+    machine = MessageParser(ChatFormat(own).plain, prompt)
+    assert machine.reasoning
+    message, _ = read(machine, ["hm\n</think>\n\n", "Yes."])
+    assert (message.reasoning, message.content) == ("hm", "Yes.")
+    quiet = MessageParser(ChatFormat(own).plain, prompt + "\n</think>\n\n")
+    assert not quiet.reasoning
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[-1].content }}{# <think> #}",
+        "{{ raise_exception('no') }}{# <think> #}",
+    ],
+)
+def test_a_template_that_begins_no_answer(
+    template: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """What a user wrote is none of it, then."""
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = template
+    form = ChatFormat(own)
+    assert form.reasoning is not None
+    assert not MessageParser(form.plain, "What does <think> mean?").reasoning
+
+
 # --- where formats come from ----------------------------------------------------------------------
 
 
@@ -253,6 +337,18 @@ def test_a_broken_template_is_known_at_the_start(tokenizer: PreTrainedTokenizerF
         with pytest.raises(QuantkitError, match="response_template"):
             ChatFormat(own)
         assert ChatFormat(own, "hermes", "think").tools is TOOL_FORMATS["hermes"]
+    for template in (
+        "x",
+        [1],
+        {"fields": None},
+        {"fields": {"tool_calls": "x"}},
+        {"fields": {"thinking": {"open": 5, "close": "a"}}},
+        {"fields": {"thinking": {"open": [], "close": "b"}}},
+        {"fields": {"tool_calls": {"open": "a", "content_args": 3}}},
+    ):
+        own.response_template = template
+        with pytest.raises(QuantkitError, match="response_template"):
+            ChatFormat(own)
 
 
 def test_a_parser_can_be_named(tokenizer: PreTrainedTokenizerFast) -> None:

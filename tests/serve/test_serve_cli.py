@@ -196,6 +196,18 @@ def test_refusals(cli: typer.Typer, options: list[str], message: str) -> None:
     assert message in str(result.exception)
 
 
+def test_comparing_needs_an_operator(cli: typer.Typer, tmp_path: Path) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text(
+        "tiers: {a: {weight: 1}}\ntenants: {b: {tier: a, keys: ['0123456789abcdef']}}\n"
+    )
+    options = ["--config", str(config), "--compare-with", "http://a"]
+    result = CliRunner().invoke(cli, ["serve", "tiny", *options])
+    assert isinstance(result.exception, UsageError)
+    assert "no tenant of" in str(result.exception)
+    assert "operator: true" in str(result.exception)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
 import threading
 import time
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
 from serve_helpers import before_forward, wait_until
 
 from quantkit.errors import UsageError
+from quantkit.serve.api import server as servers
+from quantkit.serve.api.sse import EventStreamResponse
 from quantkit.serve.config import open_config
 from quantkit.serve.engine import EngineConfig
 from quantkit.serve.keys import read_api_keys
@@ -131,3 +138,32 @@ def test_drain_is_bounded(live, monkeypatch) -> None:
     assert server.server.cut == 1
     assert '"type": "service_unavailable"' in answers[0].text
     assert answers[0].text.endswith("data: [DONE]\n\n")
+
+
+def test_answers_that_are_not_the_engines_are_cut_as_well(monkeypatch) -> None:
+    """Those that `/compare` passes on: nothing is live, and the exit code must still be 4."""
+    monkeypatch.setattr(servers, "FLUSH_SECONDS", 0)
+    app = FastAPI()
+
+    async def endless() -> AsyncGenerator[bytes, None]:
+        yield b"data: 1\n\n"
+        await asyncio.sleep(600)
+
+    @app.get("/", response_model=None)
+    async def answer() -> EventStreamResponse:
+        return EventStreamResponse(endless(), lambda: None)
+
+    engine: Any = SimpleNamespace(live=0, close_intake=lambda: None)
+    sock, up = servers.bind("127.0.0.1", 0), threading.Event()
+    url = servers.url(sock)
+    server = servers.Server(app, engine, drain_seconds=0, on_ready=up.set)
+    thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
+    thread.start()
+    assert up.wait(10)
+    with httpx.stream("GET", url, timeout=20) as response:
+        chunks = response.iter_raw()  # kept: it closes the connection when it goes
+        assert next(chunks) == b"data: 1\n\n"
+        server.handle_exit(15, None)
+        thread.join(20)
+    assert not thread.is_alive()
+    assert server.cut == 1

@@ -6,6 +6,7 @@ import json
 import random
 import re
 from dataclasses import replace
+from typing import Any
 
 import jsonschema
 import pytest
@@ -164,8 +165,6 @@ def test_free_text_may_hold_reasoning(tokenizer: PreTrainedTokenizerFast) -> Non
         ({"$ref": "#"}, ""),
         ({"properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "Too many items"),
         ({"properties": {f"p{i}": {"type": "string"} for i in range(1200)}}, "max is 2000"),
-        ({"properties": {"a": {"const": "\ud800"}}}, ""),
-        ({"properties": {"a": {"const": float("nan")}}}, ""),
     ],
 )
 def test_schemas_that_are_refused(
@@ -183,6 +182,16 @@ def test_schemas_that_are_refused(
         assert caught.value.param == "tools"
         assert reason in str(caught.value)
         assert not re.search("<state>|failed to compile|x-guidance", str(caught.value))
+
+
+@pytest.mark.parametrize("bad", ["\ud800", float("nan"), float("inf")])
+@pytest.mark.parametrize("choice", ["auto", "none"])
+def test_schemas_that_are_no_json_are_refused(choice: Any, bad: object) -> None:
+    """Where nothing may be called, too: `/v1/responses` says its tools back."""
+    tool = Function(name="bad", parameters={"properties": {"a": {"default": bad}}})
+    with pytest.raises(RequestError, match="tools: bad: parameters: nested too deeply, or") as why:
+        offered([tool], choice, parallel=None)
+    assert why.value.param == "tools"
 
 
 def test_keywords_beyond_the_grammar_are_errors_only_where_strict(

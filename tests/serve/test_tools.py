@@ -528,7 +528,8 @@ def test_answers_with_tools_are_not_captured(tool_runtime: Runtime, tmp_path) ->
     """Messages alone do not tell what the model read."""
     capture = Capture(CaptureConfig(tmp_path / "traffic.jsonl", rate=1.0))
     with serving(tool_runtime, capture=capture) as live:
-        for body in ({"tools": [CLOCK]}, {}):
+        thought = {"role": "assistant", "content": "a", "reasoning_content": "hm"}
+        for body in ({"tools": [CLOCK]}, {"messages": [*HELLO, thought, *HELLO]}, {}):
             given = {"messages": HELLO, "max_tokens": 2, "temperature": 0} | body
             assert httpx.post(live.url + CHAT, json=given, timeout=120).status_code == 200
     capture.close()

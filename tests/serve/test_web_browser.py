@@ -80,7 +80,8 @@ def answer_of(server: Live, prompt: str, max_tokens: int = 256) -> str:
 
 def events(text: str) -> bytes:
     """A streamed answer with this text, word by word."""
-    deltas = [{"content": part} for part in re.findall(r"\S+\s*|\s+", text)]
+    deltas = [{"reasoning_content": "hm"}]
+    deltas += [{"content": part} for part in re.findall(r"\S+\s*|\s+", text)]
     choices = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
     choices.append({"index": 0, "delta": {}, "finish_reason": "stop"})
     blocks = [json.dumps({"choices": [choice]}) for choice in choices]
@@ -175,6 +176,51 @@ def test_two_servers_side_by_side(live, visit) -> None:
     assert page.title() == "tiny · quantkit"
     expect(page.locator(".timing").last).to_contain_text("number of tokens not told")
     expect(page.get_by_label("Compare with")).to_be_disabled()
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_the_first_token_may_be_a_thought(live, visit, name: str) -> None:
+    """Else a model that thinks would seem late, and fast from then on."""
+    usage = {"prompt_tokens": 3, "completion_tokens": 9}
+    deltas = [{"role": "assistant", "content": ""}, {name: "hm"}]
+    choices = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
+    choices.append({"index": 0, "delta": {}, "finish_reason": "length"})
+    blocks = [json.dumps({"choices": [choice], "usage": usage}) for choice in choices]
+    body = "".join(f"data: {block}\n\n" for block in blocks).encode()
+    with answering(body=body, models=b'{"data": [{"id": "other"}]}') as stub:
+        page = visit(live(peer=Peer(stub.url)))
+        page.get_by_label("Compare with").check()
+        page.get_by_label("Message").fill("hello")
+        page.keyboard.press("Enter")
+        expect(page.locator(".timing").last).to_have_text(
+            re.compile(r"^TTFT [\d.]+ s · .*9 tokens · cut at max tokens$")
+        )
+
+
+def test_a_changed_key_leaves_one_loop_of_polls(server: Live, visit) -> None:
+    page = visit(server)
+    held: list[playwright.Route] = []
+
+    def hold(route: playwright.Route) -> None:
+        held.append(route)
+
+    def wait_for(count: int) -> None:
+        for _ in range(1000):
+            if len(held) >= count:
+                return
+            page.wait_for_timeout(20)
+        pytest.fail(f"{len(held)} polls where {count} were due")
+
+    page.route("**/metrics", hold)
+    page.evaluate("import('/web/plots.js').then(({ watch }) => { watch(); watch(); watch(); })")
+    wait_for(3)
+    for route in held[:3]:
+        route.continue_()
+    del held[:3]
+    wait_for(1)
+    page.wait_for_timeout(500)  # in which others would come
+    assert len(held) == 1
+    held[0].continue_()
 
 
 @pytest.mark.parametrize(

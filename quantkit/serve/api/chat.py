@@ -24,7 +24,9 @@ async def create(service: Service, body: ChatRequest, http: HttpRequest) -> Resp
     """Answer one chat request."""
     service.check_model(body.model)
     service.knock(http)
-    conversation = await begin(service, body.messages, body.offered(), body.structured())
+    conversation = await begin(
+        service, body.messages, body.offered(), body.structured(), body.chat_template_kwargs
+    )
     prompt_ids = conversation.prompt_ids
     fields = head(service, "chatcmpl")
     asked = body.sampling(

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import regex
 from jinja2 import TemplateError
 
 from quantkit.errors import QuantkitError
-from quantkit.serve.api.message_parser import Reader
+from quantkit.serve.api.message_parser import Reader, delimiter
 from quantkit.serve.chat_formats import (
     AUTO,
-    HEADERS,
     NONE,
     REASONING_FORMATS,
     TOOL_FORMATS,
@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _PROBE = "probe_of_tools"
-_USER = {"role": "user", "content": "a"}
+_QUESTION = "probe_of_headers"
+_USER = {"role": "user", "content": _QUESTION}
+#: What comes of a response template that is not what its format says: it is a stranger's JSON.
+_BROKEN = (ValueError, TypeError, KeyError, IndexError, AttributeError, regex.error)
 
 
 class ChatFormat:
@@ -65,9 +68,30 @@ class ChatFormat:
         text = template_text(tokenizer)
         named = AUTO not in (tool_parser, reasoning_parser)
         own = {} if named else getattr(tokenizer, "response_template", None) or {}
-        fields = dict(own.get("fields", {}))
         self.tools = _choose(TOOL_FORMATS, tool_parser, text)
         self.reasoning = _choose(REASONING_FORMATS, reasoning_parser, text)
+        try:
+            call, thought = self._fields(own, tool_parser, reasoning_parser)
+            headers = ("start_anchor", "start_anchor_pattern")
+            anchor = {key: own[key] for key in headers if key in own}
+            anchor = anchor or _anchor(tokenizer, thought)
+            self.plain = Reader(None, thought, anchor)
+            self.reader = Reader(call, thought, anchor)
+        except _BROKEN as error:
+            raise QuantkitError(
+                f"transformers cannot read the tokenizer's response_template: {error}",
+                remedy="give --tool-parser and --reasoning-parser",
+            ) from error
+        self.plain.hidden_ids = _hidden_ids(tokenizer, [thought])
+        self.reader.hidden_ids = _hidden_ids(tokenizer, [self.reader.call, thought])
+        self.takes_tools = _shows(tokenizer, [_USER], tools=[_definition()])
+        self.takes_calls = _shows(tokenizer, _called())
+
+    def _fields(
+        self, own: Mapping[str, Any], tool_parser: str, reasoning_parser: str
+    ) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+        """The fields that read calls and reasoning; a tokenizer's own become the format."""
+        fields = dict(own.get("fields", {}))
         call = fields.get("tool_calls", {})
         if tool_parser == AUTO and _opens(call):
             self.tools = _adopt(call, self.tools)
@@ -78,21 +102,7 @@ class ChatFormat:
             thought = None if self.reasoning is None else self.reasoning.field
         elif "open" in thought and "close" in thought:
             self.reasoning = ReasoningFormat(_first(thought["open"]), _first(thought["close"]))
-        headers = {key: own[key] for key in ("start_anchor", "start_anchor_pattern") if key in own}
-        anchor = headers or {"start_anchor": list(HEADERS)}
-        call = None if self.tools is None else self.tools.field
-        try:
-            self.plain = Reader(None, thought, anchor)
-            self.reader = Reader(call, thought, anchor)
-        except (ValueError, TypeError, regex.error) as error:
-            raise QuantkitError(
-                f"transformers cannot read the tokenizer's response_template: {error}",
-                remedy="give --tool-parser and --reasoning-parser",
-            ) from error
-        self.plain.hidden_ids = _hidden_ids(tokenizer, [thought])
-        self.reader.hidden_ids = _hidden_ids(tokenizer, [self.reader.call, thought])
-        self.takes_tools = _shows(tokenizer, [_USER], tools=[_definition()])
-        self.takes_calls = _shows(tokenizer, _called())
+        return None if self.tools is None else self.tools.field, thought
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -176,18 +186,47 @@ def _called() -> list[dict[str, Any]]:
     ]
 
 
+def _anchor(
+    tokenizer: PreTrainedTokenizerBase, thought: Mapping[str, Any] | None
+) -> dict[str, str]:
+    """Where answers begin in a prompt: what the template writes there, in front of reasoning."""
+    asked = _render(tokenizer, [_USER], begin=False)
+    begun = _render(tokenizer, [_USER])
+    alike = sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(asked, begun, strict=False))
+    )
+    # One that begins an answer in any case shows it behind the question.
+    for written in (begun[alike:], begun.rpartition(_QUESTION)[2]):
+        header = written if thought is None else delimiter(thought, "open").split(written, 1)[0]
+        if header := header.lstrip():
+            return {"start_anchor": header}
+    return {"start_anchor_pattern": r"(?!)"}  # never
+
+
 def _shows(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],
     tools: list[Any] | None = None,
 ) -> bool:
     """The template writes the probe out. Tried: one may name ``tools`` and not show them."""
+    return _PROBE in _render(tokenizer, messages, tools)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None = None,
+    *,
+    begin: bool = True,
+) -> str:
+    """A conversation as the template writes it, with the answer's beginning or without; empty if
+    there is no template, or it refuses."""
     if not tokenizer.chat_template:
-        return False
+        return ""
     try:
         text = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=True
+            messages, tools=tools, tokenize=False, add_generation_prompt=begin
         )
     except (TemplateError, ValueError, TypeError):
-        return False
-    return _PROBE in str(text)
+        return ""
+    return str(text)

@@ -16,7 +16,9 @@ from quantkit.serve.api.errors import error_body
 from quantkit.serve.api.generation import CLIENT_CLOSED_REQUEST
 from quantkit.serve.api.schemas import ChatRequest
 from quantkit.serve.api.sse import ClientGone, EventStreamResponse, encode, until_disconnect
+from quantkit.serve.api.strict_json import strict_json
 from quantkit.serve.peer import Peer, PeerError
+from quantkit.serve.request import RequestError
 
 
 def install(app: FastAPI, peer: Peer, check_operator: Callable[[HttpRequest, str], None]) -> None:
@@ -47,14 +49,28 @@ def install(app: FastAPI, peer: Peer, check_operator: Callable[[HttpRequest, str
 
 
 async def _pass_on(peer: Peer, body: ChatRequest, http: HttpRequest) -> Response:
-    asked = body.model_dump(mode="json", by_alias=True, exclude_unset=True) | {"stream": True}
-    chunks = peer.chat(asked)
+    chunks = peer.chat(_written(body))
     try:
         # The status line waits for the first event, so that a refusal gets one of its own.
         first = await until_disconnect(http.receive, _first(chunks))
     except ClientGone:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return EventStreamResponse(_relay(first, chunks), lambda: None)
+
+
+def _written(body: ChatRequest) -> bytes:
+    """A request as it goes out.
+
+    Raises:
+        RequestError: a field that nobody checked cannot be written.
+    """
+    try:
+        asked = body.model_dump(by_alias=True, exclude_unset=True)
+        return strict_json(asked | {"stream": True}).encode()
+    except (ValueError, RecursionError) as error:
+        raise RequestError(
+            "the request holds NaN or half a surrogate pair, or is nested too deeply to pass on"
+        ) from error
 
 
 async def _first(chunks: AsyncGenerator[bytes, None]) -> bytes:

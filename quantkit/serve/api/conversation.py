@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantkit.serve.api.chat_format import ChatFormat
 from quantkit.serve.api.message_parser import MessageParser, Reader
-from quantkit.serve.api.messages import Message, hold_calls
+from quantkit.serve.api.messages import Message, hold_calls, hold_more_than_text
 from quantkit.serve.request import RequestError, SamplingParams, StructuredOutputs, require
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ async def begin(
     messages: Sequence[Message],
     tools: Tools | None = None,
     form: StructuredOutputs | None = None,
+    switched: Mapping[str, bool] | None = None,
 ) -> Conversation:
     """Lay out a prompt and the form of its answer.
 
@@ -67,16 +68,18 @@ async def begin(
         messages: what was said.
         tools: what the answer may call.
         form: what its text must look like.
+        switched: switches of the chat template, by name.
 
     Raises:
-        RequestError: the model's template shows it no tools, its calls cannot be read or held to
-            what was asked, or a function's schema does not compile.
+        RequestError: the model's template shows it no tools or has no such switch, its calls
+            cannot be read or held to what was asked, or a function's schema does not compile.
     """
     style = service.style
     check_template(style, messages, tools)
-    prompt_ids = await service.encoder.chat(messages, tools.definitions if tools else ())
+    definitions = tools.definitions if tools else ()
+    prompt_ids = await service.encoder.chat(messages, definitions, switched)
     said: dict[str, Any] | None = None
-    if tools is None and not hold_calls(messages):
+    if not (tools or switched or hold_more_than_text(messages)):
         said = {"messages": [{"role": item.role, "content": item.text} for item in messages]}
     tail = await service.encoder.tail(prompt_ids)
     conversation = Conversation(style, prompt_ids, tail, tools, form, said)

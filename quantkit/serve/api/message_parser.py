@@ -19,6 +19,7 @@ from typing import Any, Literal
 import regex
 from transformers.utils.chat_parsing import ResponseParser, parse_response
 
+from quantkit.serve.api.strict_json import strict_json
 from quantkit.serve.events import FinishReason
 
 _CALLS, _REASONING, _CONTENT = "tool_calls", "reasoning_content", "content"
@@ -98,8 +99,10 @@ class Reader:
         self._single = {**anchor, "fields": {_CALLS: dict(call)}} if call is not None else {}
         for template in filter(None, (self._single, self.template)):
             ResponseParser(template, prefix="")  # a broken one is known before any answer
-        self._anchor = _pattern(anchor, "start_anchor")
-        self._end = None if call is None or _is_ahead(call) else _pattern(call, "close")
+        self._anchor = delimiter(anchor, "start_anchor")
+        self._end = None if call is None or _is_ahead(call) else delimiter(call, "close")
+        #: JSON that was cut off is none; elsewhere a call would just have fewer arguments.
+        self._shows_cuts = (call or {}).get("content") == "json"
         tags = (call or {}).get("content_args", {}).get("tag_pattern")
         self._tags = None if tags is None else regex.compile(tags, regex.DOTALL)
 
@@ -120,6 +123,8 @@ class Reader:
         Raises:
             ValueError, KeyError, TypeError, AttributeError, RecursionError: it holds none.
         """
+        if not self._shows_cuts and not self.closed(body):  # whatever ended the answer
+            raise ValueError("it was cut off")
         if self._tags is not None:  # whatever is no tag would be passed over
             inside = body if self._end is None else self._end.sub("", body)
             if self._tags.sub("", inside).strip():
@@ -193,7 +198,7 @@ class MessageParser:
             if not calls or not {name for name, _ in calls} <= self._names:
                 raise ValueError("it names no function that there is")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return [Text("content", opening + body)]
+            return self._trim.push("content", opening + body)
         self._trim.restart()
         return [Call(self._new_id(), name, arguments) for name, arguments in calls]
 
@@ -247,13 +252,13 @@ def _whole_region(field: Mapping[str, Any]) -> dict[str, Any]:
     The closing tag is matched from behind, which leaves it in the body.
     """
     region: dict[str, Any] = {
-        "open_pattern": f"(?P<opening>{_pattern(field, 'open').pattern})",
+        "open_pattern": f"(?P<opening>{delimiter(field, 'open').pattern})",
         "repeats": True,
         "transform": {"opening": "{opening}", "body": "{content}"},
         **_AS_IT_IS,
     }
     if "close" in field or "close_pattern" in field:
-        close = _pattern(field, "close").pattern
+        close = delimiter(field, "close").pattern
         region["close_pattern"] = close if _is_ahead(field) else f"(?<={close})"
     return region
 
@@ -263,7 +268,7 @@ def _is_ahead(field: Mapping[str, Any]) -> bool:
     return str(field.get("close_pattern", "")).startswith("(?=")
 
 
-def _pattern(field: Mapping[str, Any], name: str) -> Any:
+def delimiter(field: Mapping[str, Any], name: str) -> Any:
     """A delimiter as a regular expression; None if the field has none."""
     if f"{name}_pattern" in field:
         return regex.compile(field[f"{name}_pattern"], regex.DOTALL)
@@ -286,4 +291,4 @@ def _name_and_arguments(function: Mapping[str, Any]) -> tuple[str, str]:
         arguments = json.loads(arguments)
     if not isinstance(name, str) or not isinstance(arguments, dict):
         raise ValueError("it has no name, or its arguments are no object")
-    return name, json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    return name, strict_json(arguments)

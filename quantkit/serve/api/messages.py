@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -115,3 +115,8 @@ def check_results(messages: Iterable[Message]) -> None:
 def hold_calls(messages: Iterable[Message]) -> bool:
     """There are calls or results among them."""
     return any(message.tool_calls or message.role == "tool" for message in messages)
+
+
+def hold_more_than_text(messages: Sequence[Message]) -> bool:
+    """Roles and contents alone would not tell what was said: there are calls, or reasoning."""
+    return hold_calls(messages) or any(message.reasoning_content for message in messages)

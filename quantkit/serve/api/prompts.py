@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,6 +26,7 @@ from jinja2 import TemplateError
 from quantkit.errors import QuantkitError
 from quantkit.serve.api.chat_format import template_text
 from quantkit.serve.api.control_tokens import KeyGuard
+from quantkit.serve.api.switches import check_switches, switches
 from quantkit.serve.request import RequestError
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class PromptEncoder:
             )
         self._tokenizer = copy.deepcopy(tokenizer)
         self._keys = KeyGuard(tokenizer, template_text(tokenizer))
+        self._switches = switches(tokenizer)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="quantkit-tokenizer")
 
     @property
@@ -71,16 +73,27 @@ class PromptEncoder:
         )
 
     async def chat(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] = (),
+        switched: Mapping[str, bool] | None = None,
     ) -> tuple[int, ...]:
         """Ids of a conversation, ending where the assistant begins to speak.
 
         Args:
             messages: what was said.
             tools: definitions of functions, as templates take them.
+            switched: switches of the template, by name.
+
+        Raises:
+            RequestError: there is no template, it refuses the conversation or has no such switch,
+                or a key could become a control token.
         """
         conversation = [message.for_template() for message in messages]
-        return await self._run(lambda: self._apply_template(conversation, list(tools)))
+        check_switches(switched or {}, self._switches)
+        return await self._run(
+            lambda: self._apply_template(conversation, list(tools), switched or {})
+        )
 
     async def tail(self, token_ids: Sequence[int]) -> str:
         """The text at the end of a prompt, control tokens included."""
@@ -100,7 +113,7 @@ class PromptEncoder:
         return str(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
 
     def _apply_template(
-        self, conversation: list[dict[str, Any]], tools: list[Any]
+        self, conversation: list[dict[str, Any]], tools: list[Any], switched: Mapping[str, Any]
     ) -> tuple[int, ...]:
         if self._tokenizer.chat_template is None:
             raise RequestError(
@@ -119,6 +132,7 @@ class PromptEncoder:
                 tokenize=True,
                 sanitize_control_tokens=True,
                 return_dict=False,
+                **switched,
             )
         except (TemplateError, ValueError, TypeError) as error:
             # Templates refuse what they were not written for, such as two user turns in a row.

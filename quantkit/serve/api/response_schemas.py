@@ -119,6 +119,13 @@ class TextOptions(BaseModel):
     format: TextFormat | None = None
 
 
+#: OpenAI's limits.
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+]
+
+
 class ResponsesRequest(GenerationRequest):
     """``POST /v1/responses``."""
 
@@ -130,7 +137,7 @@ class ResponsesRequest(GenerationRequest):
     )
     instructions: Text | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    metadata: Metadata | None = None
     n: Literal[1] | None = None
     text: TextOptions | None = None
     tools: FlatOffer | None = None

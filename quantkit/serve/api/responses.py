@@ -80,8 +80,8 @@ def messages(body: ResponsesRequest) -> list[Message]:
         return [*given, Message(role="user", content=body.input)]
     for item in body.input:
         if isinstance(item, InputReasoning):
-            thought = joined(item.content)
-            given.append(Message(role="assistant", reasoning_content=thought))
+            if thought := joined(item.content):  # others hold a summary, or what only OpenAI reads
+                given.append(Message(role="assistant", reasoning_content=thought))
         elif isinstance(item, InputCall):
             function = CalledFunction(name=item.name, arguments=item.arguments)
             call = ToolCall(id=item.call_id, type="function", function=function)

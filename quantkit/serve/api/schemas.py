@@ -7,12 +7,12 @@ implement are refused (`UNSUPPORTED`), because ignoring them would be a silent d
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from quantkit.serve.api.messages import MAX_MESSAGES, Message, Text, check_results
+from quantkit.serve.api.strict_json import strict_json
 from quantkit.serve.api.tools import FunctionChoice, Mode, Offer, Tools, offered
 from quantkit.serve.request import (
     MAX_LOGIT_BIAS,
@@ -44,7 +44,21 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_regex": (None,),
     "guided_choice": (None,),
     "guided_grammar": (None,),
+    # vLLM's, of the prompt.
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),  # but for chat, which knows them
+    "documents": (None, []),
+    "add_generation_prompt": (None, True),
     "continue_final_message": (None, False),
+    "truncate_prompt_tokens": (None,),
+    "prompt_logprobs": (None,),
+    # vLLM's, of the answer.
+    "use_beam_search": (None, False),
+    "bad_words": (None, []),
+    "allowed_token_ids": (None,),
+    "include_stop_str_in_output": (None, False),
+    "skip_special_tokens": (None, True),
+    "return_tokens_as_token_ids": (None, False),
 }
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKENS)]], Field(min_length=1)]
@@ -55,6 +69,8 @@ LogitBias = Annotated[
     dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]],
     Field(max_length=MAX_LOGIT_BIAS),
 ]
+#: Of the chat template, as `switches` finds them.
+Switches = Annotated[dict[Annotated[str, Field(max_length=64)], bool], Field(max_length=16)]
 ModelName = Annotated[str, Field(max_length=4096)]
 Stop = str | list[str] | None
 
@@ -113,12 +129,21 @@ def as_json(schema: dict[str, Any]) -> str:
     """A schema as text.
 
     Raises:
-        RequestError: it is nested too deeply to be written.
+        RequestError: it is nested too deeply to be written, or holds what JSON does not.
     """
     try:
-        return json.dumps(schema)
-    except RecursionError as error:
-        raise RequestError("the schema is nested too deeply", param="response_format") from error
+        return strict_json(schema)
+    except ValueError as error:
+        raise RequestError(f"the schema is {error}", param="response_format") from error
+
+
+def check_supported(
+    extra: dict[str, Any] | None, unsupported: dict[str, tuple[Any, ...]] = UNSUPPORTED
+) -> None:
+    """Raise ValueError if one of the fields beside a model's own would change the answer."""
+    for name, value in (extra or {}).items():
+        if name in unsupported and value not in unsupported[name]:
+            raise ValueError(f"'{name}' is not supported by this server")
 
 
 class StreamOptions(BaseModel):
@@ -168,9 +193,7 @@ class GenerationRequest(BaseModel):
 
     @model_validator(mode="after")
     def _supported(self) -> GenerationRequest:
-        for name, value in (self.model_extra or {}).items():
-            if name in self.unsupported and value not in self.unsupported[name]:
-                raise ValueError(f"'{name}' is not supported by this server")
+        check_supported(self.model_extra, self.unsupported)
         if self.response_format is not None and self.structured_outputs is not None:
             raise ValueError("'response_format' and 'structured_outputs' exclude each other")
         if self.stream_options is not None and not self.stream:
@@ -219,7 +242,10 @@ class GenerationRequest(BaseModel):
 class CompletionRequest(GenerationRequest):
     """``POST /v1/completions``."""
 
-    unsupported: ClassVar = UNSUPPORTED | {"tools": (None, [])}
+    unsupported: ClassVar = UNSUPPORTED | {
+        "tools": (None, []),
+        "add_special_tokens": (None, True),
+    }
 
     prompt: (
         Text
@@ -238,6 +264,7 @@ class ChatRequest(GenerationRequest):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    chat_template_kwargs: Switches | None = None
     tools: Offer | None = None
     tool_choice: Mode | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -271,11 +298,12 @@ class ChatRequest(GenerationRequest):
 class TokenizeRequest(BaseModel):
     """``POST /tokenize``: exactly one of ``prompt`` and ``messages``."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="allow")
 
     model: ModelName | None = None
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    chat_template_kwargs: Switches | None = None
     tools: Offer | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
@@ -286,10 +314,11 @@ class TokenizeRequest(BaseModel):
 
     @model_validator(mode="after")
     def _one_of_two(self) -> TokenizeRequest:
+        check_supported(self.model_extra)
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("exactly one of 'prompt' and 'messages' is needed")
-        if self.tools and self.messages is None:
-            raise ValueError("'tools' needs 'messages'")
+        if (self.tools or self.chat_template_kwargs) and self.messages is None:
+            raise ValueError("'tools' and 'chat_template_kwargs' need 'messages'")
         return self
 
 

@@ -1,8 +1,8 @@
 """uvicorn around the app, with a drain that keeps its promises.
 
 First SIGINT or SIGTERM: the listener closes, running requests finish, the process exits with 0.
-Past ``drain_seconds`` the rest is failed with an error event (exit 4). A second signal fails it
-at once (exit 130).
+Past ``drain_seconds`` the rest is failed with an error event, and what the engine does not run,
+such as another server's answer, is broken off (exit 4). A second signal ends it all (exit 130).
 """
 
 from __future__ import annotations
@@ -89,6 +89,8 @@ class Server(uvicorn.Server):
         watch = asyncio.create_task(self._watch_drain())
         try:
             await super().shutdown(sockets)
+            # What uvicorn has just cancelled is no longer the engine's, or never was.
+            self.cut = self.cut or len(self.server_state.tasks)
         finally:
             watch.cancel()
             with contextlib.suppress(asyncio.CancelledError):

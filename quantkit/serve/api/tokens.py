@@ -23,7 +23,8 @@ async def tokenize(service: Service, body: TokenizeRequest, http: HttpRequest) -
         assert body.messages is not None  # the schema wants exactly one of the two
         tools = body.offered()
         check_template(service.style, body.messages, tools)
-        ids = await service.encoder.chat(body.messages, tools.definitions if tools else ())
+        definitions = tools.definitions if tools else ()
+        ids = await service.encoder.chat(body.messages, definitions, body.chat_template_kwargs)
     answer: Json = {
         "count": len(ids),
         "max_model_len": service.engine.capacity.max_context,

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from quantkit.serve.api.strict_json import strict_json
 from quantkit.serve.chat_formats import ToolFormat, Writing
 from quantkit.serve.request import RequestError, StructuredOutputs, require
 from quantkit.serve.tool_grammar import CallableFunction, CallForm
@@ -127,8 +128,8 @@ def offered(
     """Tools as a request offers them; None if nothing may be called.
 
     Raises:
-        RequestError: two have one name, they are too large or too deep, a schema is not one of an
-            object, or the choice names none of them.
+        RequestError: two have one name, they are too large or too deep, a schema is no JSON or not
+            one of an object, or the choice names none of them.
     """
     named = choice.name if isinstance(choice, FunctionRef) else None
     if not tools:
@@ -160,11 +161,9 @@ def _callable(tool: Function) -> CallableFunction:
         kind = str(schema["type"])[:64]
         raise RequestError(f"{where}: type is {kind!r}; arguments are an object", param="tools")
     try:
-        text = json.dumps(schema)
+        text = strict_json(schema)
         StructuredOutputs(json=text)
-    except RecursionError as error:
-        raise RequestError(f"{where}: nested too deeply", param="tools") from error
-    except RequestError as error:
+    except (ValueError, RequestError) as error:
         raise RequestError(f"{where}: {error}", param="tools") from error
     return CallableFunction(tool.name, text, bool(tool.strict))
 

@@ -72,7 +72,7 @@ async function answer(path, body, view, signal) {
   const text = view.said.appendChild(document.createTextNode(""));
   const taken = { start: performance.now(), first: null, end: null, reason: null, usage: null };
   view.box.setAttribute("aria-busy", "true");
-  view.timing.textContent = "answering";
+  view.timing.textContent = "asked";
   try {
     const headers = { "Content-Type": "application/json" };
     const response = await ask(path, { method: "POST", headers, body: JSON.stringify(body), signal });
@@ -81,10 +81,16 @@ async function answer(path, body, view, signal) {
       if (event.error) throw new Error(String(event.error.message));
       taken.usage = event.usage ?? taken.usage;
       const choice = event.choices?.[0];
-      if (choice?.delta?.content) {
+      const said = choice?.delta?.content;
+      // Reasoning is not shown, but its tokens are counted. vLLM calls it `reasoning`.
+      const thought = choice?.delta?.reasoning_content ?? choice?.delta?.reasoning;
+      if (said || thought) {
         taken.first ??= performance.now();
+        view.timing.textContent = said ? "answering" : "thinking";
+      }
+      if (said) {
         const follow = isAtEnd();
-        text.appendData(choice.delta.content);
+        text.appendData(said);
         if (follow) scrollToEnd();
       }
       if (choice?.finish_reason) {
@@ -104,7 +110,8 @@ async function answer(path, body, view, signal) {
   return text.data;
 }
 
-// Seconds from sending to the first text (TTFT), tokens a second after it, and why it ended.
+// Seconds from sending to the first text, said or thought (TTFT), tokens a second after it, and why
+// it ended.
 function timing({ start, first, end, reason, usage }) {
   const parts = [];
   if (first !== null) parts.push(`TTFT ${((first - start) / 1000).toFixed(2)} s`);

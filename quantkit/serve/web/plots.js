@@ -192,35 +192,39 @@ function ceiling(value) {
 
 let samples = []; // {time, metrics, values: plot → [[series, value]]}
 let timer = null;
+let round = 0; // of polling: each key has its own
 
 // Begin to poll, or begin again with another key.
 export function watch() {
   clearTimeout(timer);
-  poll();
+  poll(++round);
 }
 
-async function poll() {
+async function poll(mine) {
   let going = true;
   if (!document.hidden) {
     try {
-      going = await sample();
+      going = await sample(mine);
     } catch {
-      $("live-note").textContent = "The server does not answer; trying again.";
+      if (mine === round) $("live-note").textContent = "The server does not answer; trying again.";
     }
   }
-  if (going) timer = setTimeout(poll, POLL_MS);
+  if (going && mine === round) timer = setTimeout(poll, POLL_MS, mine);
 }
 
-// Take one sample and draw it; false if the server will not give any.
-async function sample() {
+// Take one sample and draw it; false if the server will not give any. What comes after the key has
+// changed is another key's, and is not drawn.
+async function sample(mine) {
   const response = await ask(ENDPOINTS.metrics);
+  const text = await (response.ok ? response.text() : complaint(response));
+  if (mine !== round) return false;
   $("charts").hidden = !response.ok;
   if (!response.ok) {
     samples = [];
-    $("live-note").textContent = `No plots: ${await complaint(response)}`;
+    $("live-note").textContent = `No plots: ${text}`;
     return response.status >= 500;
   }
-  const now = { time: performance.now() / 1000, metrics: parse(await response.text()) };
+  const now = { time: performance.now() / 1000, metrics: parse(text) };
   // Counters go back when a server starts again; what was before says nothing of it.
   if (increase(now, samples.at(-1), "generated_tokens_total") < 0) samples = [];
   now.values = new Map(PLOTS.map((plot) => [plot, plot.read(now, samples)]));
