@@ -99,7 +99,7 @@ class Blocks:
         """Hold hidden states in a folder from now on.
 
         Raises:
-            UsageError: the folder cannot be created.
+            UsageError, QuantkitError: the folder cannot be created.
         """
         self.spilled = True
         self.keep = HiddenFiles(folder).keep
