@@ -179,7 +179,6 @@ class _Loop:
         self.plan = plan
         self.spines = find_spines(model)
         self.together = together
-        self.calibrated = bool(batches)
         #: Of this process; without data, what a reload is checked on.
         self.batches = batches or [random_batch(model)]
         self.ids = ids  # of all
@@ -259,7 +258,7 @@ class _Loop:
                 blocks.caches |= self._on_disk(WorkFolder.load_caches, index, self.plan.kv)
             hidden = blocks.propagate(index, layers, saved, hidden, "resumed")
             self.steps.done += blocks.training
-        elif self.calibrated:
+        elif blocks.batches:
             solved, hidden = blocks.finish(index, layers, hidden)
             if self.plan.kv is not None:
                 found = {name: blocks.caches[name] for name in self.plan.caches_in(index)}
