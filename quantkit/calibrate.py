@@ -213,6 +213,7 @@ class _Loop:
                 results.update(saved)
             memory.trim_heap()
         results.update(self._head(hidden))
+        memory.trim_heap()
         if not self.together.leads:
             return {}, Probe(self.batches[0], hidden[0]), None
         ordered = {layer.name: results[layer.name] for layer in self.plan.layers}
