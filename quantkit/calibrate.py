@@ -135,6 +135,7 @@ def calibrate(
         if spills(plan, activation_memory):
             loop.blocks.spill(work / "hidden")
         layers, probe, distilled = loop.run()
+    memory.trim_heap()  # hidden states and training leave it to the export
     return Calibrated(layers, probe, loop.blocks.solve_seconds, distilled, loop.blocks.caches)
 
 

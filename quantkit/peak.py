@@ -5,7 +5,8 @@ that it has mapped and not let go. Phases follow one another, so the peak is the
 What was there before calibration, libraries and data included, is measured; the rest is counted
 from the plan. Terms follow the code that they name: a term without a name there is wrong. What one
 pass leaves for the way back (Fisher weights, SignRound, distillation) is estimated from the shapes
-of layers. Keys and values of the text and prompts that are scored are not counted.
+of layers: distillation was measured a sixth above that. Keys and values of the text and prompts
+that are scored are not counted.
 """
 
 from __future__ import annotations
