@@ -99,7 +99,7 @@ class Blocks:
         """Hold hidden states in a folder from now on.
 
         Raises:
-            UsageError: the folder cannot be created.
+            UsageError, QuantkitError: the folder cannot be created.
         """
         self.spilled = True
         self.keep = HiddenFiles(folder).keep
@@ -133,6 +133,7 @@ class Blocks:
         """A block's layers, solved and, where the plan says so, trained; and its outputs."""
         done = self.steps.done + len(hidden) + self.training
         originals = {n: self.linears[n].weight for n, x in layers.items() if x.reconstructed}
+        reread = [self.linears[name].weight for name in layers] if self.plan.needs_reference else []
         if self.plan.needs_reference and not self.plan.needs_drift:
             self.exact = self.run_exact(index)
         solved, outputs = self._solve(index, layers, hidden)
@@ -140,6 +141,8 @@ class Blocks:
             del outputs
             solved = self._train(index, layers, solved, originals, hidden)
             outputs = self.propagate(index, layers, solved, hidden, "trained")
+        for weight in reread:  # by the unquantized pass and by training, behind `install`
+            memory.forget_pages(weight)
         self.steps.done = done
         return solved, outputs
 
@@ -223,6 +226,8 @@ class Blocks:
             self.solve_seconds += time.monotonic() - began
             self.install(solved)
             results.update(solved)
+            # What solving took lies in the heap between the tensors of the paused passes.
+            memory.trim_heap()
 
         def finished(run: int, out: Tensor) -> None:
             batch = run // streams

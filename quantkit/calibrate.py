@@ -135,6 +135,7 @@ def calibrate(
         if spills(plan, activation_memory):
             loop.blocks.spill(work / "hidden")
         layers, probe, distilled = loop.run()
+    memory.trim_heap()  # hidden states and training leave it to the export
     return Calibrated(layers, probe, loop.blocks.solve_seconds, distilled, loop.blocks.caches)
 
 
@@ -179,7 +180,6 @@ class _Loop:
         self.plan = plan
         self.spines = find_spines(model)
         self.together = together
-        self.calibrated = bool(batches)
         #: Of this process; without data, what a reload is checked on.
         self.batches = batches or [random_batch(model)]
         self.ids = ids  # of all
@@ -214,6 +214,7 @@ class _Loop:
                 results.update(saved)
             memory.trim_heap()
         results.update(self._head(hidden))
+        memory.trim_heap()
         if not self.together.leads:
             return {}, Probe(self.batches[0], hidden[0]), None
         ordered = {layer.name: results[layer.name] for layer in self.plan.layers}
@@ -259,7 +260,7 @@ class _Loop:
                 blocks.caches |= self._on_disk(WorkFolder.load_caches, index, self.plan.kv)
             hidden = blocks.propagate(index, layers, saved, hidden, "resumed")
             self.steps.done += blocks.training
-        elif self.calibrated:
+        elif blocks.batches:
             solved, hidden = blocks.finish(index, layers, hidden)
             if self.plan.kv is not None:
                 found = {name: blocks.caches[name] for name in self.plan.caches_in(index)}

@@ -3,14 +3,18 @@
 Resident memory, which is what the system counts: what the process holds, and the pages of files
 that it has mapped and not let go. Phases follow one another, so the peak is the largest of them.
 What was there before calibration, libraries and data included, is measured; the rest is counted
-from the plan. Terms follow the code that they name: a term without a name there is wrong.
+from the plan. Terms follow the code that they name: a term without a name there is wrong. What one
+pass leaves for the way back (Fisher weights, SignRound, distillation) is estimated from the shapes
+of layers: distillation was measured a sixth above that. Keys and values of the text and prompts
+that are scored are not counted.
 """
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +23,8 @@ import torch
 
 from quantkit import memory
 from quantkit import model as models
-from quantkit.algorithms import SOLVERS
+from quantkit.algorithms import RESCALERS, SOLVERS
+from quantkit.algorithms.distill import PREDICTED_TOKENS
 from quantkit.batches import BATCH_TOKENS, PROBE_WINDOWS
 from quantkit.checkpoint.shards import SHARD_BYTES
 from quantkit.importance import pass_bytes
@@ -27,6 +32,9 @@ from quantkit.plan import Plan, PlannedLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+#: Of scoring: four fp32 arrays of `quantkit.evals.forward.CHUNK_ELEMENTS` at once.
+LOGITS_BYTES = 4 * 4 << 23
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,9 @@ class Peak:
         return {"bytes": self.bytes, "phases": dict(self.phases)}
 
 
-def peak_memory(plan: Plan, model: PreTrainedModel, *, data: bool, spilled: bool) -> Peak:
+def peak_memory(
+    plan: Plan, model: PreTrainedModel, *, data: bool, spilled: bool, gated: bool = False
+) -> Peak:
     """What a run on the CPU takes from here on, to about a tenth.
 
     Call it when everything is prepared: what the process holds then is the floor of all phases.
@@ -63,39 +73,186 @@ def peak_memory(plan: Plan, model: PreTrainedModel, *, data: bool, spilled: bool
         model: loaded, none of its weights read.
         data: the run has calibration text.
         spilled: hidden states lie on disk between blocks.
+        gated: the checkpoint is scored beside the original.
     """
     memory.trim_heap()
-    base = resident()
-    element = torch.finfo(model.dtype).bits // 8
-    vocabulary, hidden = models.embedding_shape(model)
-    states = plan.spilled_bytes if spilled else plan.activation_bytes
-    if not plan.needs_data:  # what runs then measures errors, or is a line of random tokens
-        states = states * min(PROBE_WINDOWS, plan.samples) // plan.samples if data else 0
-    embedding = element * vocabulary * hidden if data else 0  # text reads nearly all of its pages
-    fixed = base + (plan.source_bytes if plan.needs_fisher else embedding)
-    phases = {"prepare": peak_resident()}
-    if plan.needs_fisher:
-        logits = 4 * element * plan.seq_len * vocabulary
-        phases["fisher"] = fixed + pass_bytes(plan) + logits + _graph_bytes(plan, element, hidden)
-        # Every token's weight in every layer, and the squares on disk that it is made of.
-        asking = sum(layer.needs_gradients for layer in plan.layers)
-        fixed += 2 * 4 * asking * plan.samples * plan.seq_len
-    inside = max((_solver_bytes(group, element) for group in _groups(plan)), default=0)
-    weights = plan.block_bytes * (2 if plan.needs_reference else 1)
-    passing = _pass_bytes(plan, element, hidden) if data else 0
-    phases["blocks"] = fixed + weights + states + inside + passing
-    head = list(plan.in_block(None).values())
-    if head:
-        phases["head"] = fixed + element * head[0].weights + _solver_bytes(head, element)
-    largest = max(layer.weights for layer in plan.layers)
-    table = element * vocabulary * hidden
-    # A file, the pages of the embedding that goes into it, and a layer's codes as `packing` widens
-    # them.
-    phases["export"] = base + min(plan.size_bytes, SHARD_BYTES) + table + 8 * largest
-    # Packed for the kernels; the file's pages, mapped once by the kernels' loader and once by the
-    # reference's; a kept head packed beside them, and twice more while it is; one layer read again.
-    phases["reload"] = base + 3 * plan.size_bytes + (0 if head else 3 * table) + 8 * largest
-    return Peak(phases)
+    count = _Count(
+        plan,
+        resident(),
+        torch.finfo(model.dtype).bits // 8,
+        *models.embedding_shape(model),
+        encoders=models.family_of(model.config).stacks - 1,
+        data=data,
+        spilled=spilled,
+    )
+    phases: dict[str, Callable[[], int] | None] = {
+        "prepare": peak_resident,
+        "fisher": count.fisher if plan.needs_fisher else None,
+        "rescale": count.rescale if plan.folds else None,
+        "blocks": count.blocks,
+        "signround": count.signround if plan.signround is not None else None,
+        "head": count.head if count.heads else None,
+        "distill": count.distill if plan.distill is not None else None,
+        "export": count.export,
+        "reload": count.reload,
+        "evals": count.evals if gated else None,
+    }
+    return Peak({name: phase() for name, phase in phases.items() if phase is not None})
+
+
+@dataclass(frozen=True)
+class _Count:
+    """The bytes of each phase, from what all of them stand on.
+
+    Attributes:
+        plan: of the run.
+        base: what the process held before.
+        element: bytes of a value in the model's dtype.
+        vocabulary, hidden: shape of the embedding.
+        encoders: lists of blocks whose output stays beside the hidden states.
+        data, spilled: see `peak_memory`.
+    """
+
+    plan: Plan
+    base: int
+    element: int
+    vocabulary: int
+    hidden: int
+    encoders: int
+    data: bool
+    spilled: bool
+
+    @property
+    def heads(self) -> list[PlannedLayer]:
+        """The head, if it is quantized."""
+        return list(self.plan.in_block(None).values())
+
+    @property
+    def table(self) -> int:
+        """The embedding."""
+        return self.element * self.vocabulary * self.hidden
+
+    @property
+    def copied(self) -> int:
+        """A head that is untied is a copy of the embedding."""
+        return self.table if self.plan.unties_head else 0
+
+    @property
+    def largest(self) -> int:
+        """Weights of the largest layer."""
+        return max(layer.weights for layer in self.plan.layers)
+
+    @property
+    def line(self) -> int:
+        """One hidden state of every calibration token."""
+        return self.plan.samples * self.plan.seq_len * self.element * self.hidden
+
+    @property
+    def text(self) -> int:
+        """Pages of the embedding: text reads nearly all of them, copying them does, too."""
+        return self.table if self.data or self.copied else 0
+
+    @property
+    def held(self) -> int:
+        """From the first block to the end of calibration: ends of the model, weights of tokens,
+        and for `quantkit.distill` the whole model and what the original's head saw."""
+        asking = sum(layer.needs_gradients for layer in self.plan.layers)
+        # In memory, and the squares on disk that they are made of.
+        weights = 2 * 4 * asking * self.plan.samples * self.plan.seq_len
+        model = self.text
+        if self.plan.distill is not None:
+            model = self.plan.source_bytes + self.line
+        return self.base + self.copied + model + weights
+
+    @property
+    def block(self) -> int:
+        """Weights of a block, and the unquantized ones beside them. A pass through the whole model
+        has read all blocks; those of one that is not trained leave one by one."""
+        beside = self.plan.block_bytes if self.plan.needs_reference else 0
+        if self.plan.distill is not None:
+            return beside
+        if self.plan.needs_fisher:
+            return beside + self.plan.source_bytes - self.text
+        return beside + self.plan.block_bytes
+
+    @property
+    def passed_on(self) -> int:
+        """Hidden states between two blocks: the quantized model's, the unquantized one's where it
+        runs, too, and an encoder's."""
+        streams = self.encoders + (2 if self.plan.needs_reference else 1)
+        return 0 if self.spilled else self._of_windows(streams * self.line)
+
+    def _of_windows(self, every: int) -> int:
+        """Of all windows, those that run: without data a line of random tokens, and some windows
+        where they only measure errors."""
+        if self.plan.needs_data:
+            return every
+        windows = min(PROBE_WINDOWS, self.plan.samples) if self.data else 0
+        return every * windows // self.plan.samples
+
+    def _passing(self) -> int:
+        return _pass_bytes(self.plan, self.element, self.hidden) if self.data else 0
+
+    def fisher(self) -> int:
+        """The whole model; sums of its gradients; a window's logits and graph."""
+        plan = self.plan
+        logits = 4 * self.element * plan.seq_len * self.vocabulary
+        graph = _graph_bytes(plan.layers, plan.seq_len, self.element, self.hidden)
+        return self.base + self.copied + plan.source_bytes + pass_bytes(plan) + logits + graph
+
+    def rescale(self) -> int:
+        """A pass through a block, its inputs' statistics, and one scaling's search."""
+        seen = max(_rescale_bytes(self.plan, i, self.element) for i in range(self.plan.blocks))
+        return self.held + self.block + self.passed_on + self._passing() + seen
+
+    def blocks(self) -> int:
+        """A block's passes, all paused, and the solver of one group of its layers."""
+        states = self.plan.spilled_bytes if self.spilled else self.plan.activation_bytes
+        groups = _groups(self.plan)
+        inside = max((_solver_bytes(group, self.element) for group in groups), default=0)
+        return self.held + self.block + self._of_windows(states) + inside + self._passing()
+
+    def signround(self) -> int:
+        """Inputs and targets of all windows; spilled ones are read in random order, and stay."""
+        trained = _signround_bytes(self.plan, self.element, self.hidden)
+        return self.held + self.block + 2 * self.line + trained
+
+    def head(self) -> int:
+        """Hidden states of all windows, the head's weight if it was not read yet, its solver."""
+        [head] = self.heads
+        read = self.copied or self.plan.distill is not None
+        weight = 0 if read else self.element * head.weights
+        return self.held + self.passed_on + weight + _solver_bytes([head], self.element)
+
+    def distill(self) -> int:
+        """Training, beside the original's head if another one took its place."""
+        heads = sum(self.element * head.weights for head in self.heads)
+        trained = _distill_bytes(self.plan, self.element, self.hidden, self.vocabulary)
+        return self.held + self.passed_on + heads + trained
+
+    def export(self) -> int:
+        """A file; the ends of the model, or all of it; and codes as `quantkit.packing` widens
+        them. Those that training has read leave as files fill."""
+        model, codes = self.table, 0
+        if self.plan.distill is not None:
+            model, codes = self.plan.source_bytes, sum(x.weights for x in self.plan.layers)
+        elif not self.copied:
+            model += sum(self.element * head.weights for head in self.heads)
+        filled = max(min(self.plan.size_bytes, SHARD_BYTES), codes)
+        return self.base + self.copied + model + filled + 8 * self.largest
+
+    def reload(self) -> int:
+        """Packed for the kernels; the file's pages, mapped once by the kernels' loader and once by
+        the reference's; a kept head packed beside them, and twice more while it is; one layer read
+        again."""
+        kept = 0 if self.heads else 3 * self.table
+        return self.base + 3 * self.plan.size_bytes + kept + 8 * self.largest
+
+    def evals(self) -> int:
+        """Both models in the native decoder, packed and as pages of their files, which stay as long
+        as the model that is mapped from them; and logits of a few tokens."""
+        candidate = 2 * self.plan.size_bytes + (0 if self.heads else self.table)
+        return self.base + candidate + 2 * self.plan.source_bytes + LOGITS_BYTES
 
 
 def _groups(plan: Plan) -> Iterator[list[PlannedLayer]]:
@@ -121,6 +278,8 @@ def _solver_bytes(layers: list[PlannedLayer], element: int) -> int:
     if not any(SOLVERS[layer.solver].needs_hessian for layer in layers):
         return stacked + compared
     square = 4 * columns**2
+    # With feedback, the drift's sum in fp64, and the drift.
+    stacked += 3 * square if any(layer.needs_drift for layer in layers) else 0
     if not any(layer.solver == "gptq" for layer in layers):
         return stacked + 3 * square + compared  # the sum in fp64, and H
     # Beside those, in `gptq.inverse_factor`, H in order, damped and reversed, its factor, the
@@ -141,10 +300,61 @@ def _pass_bytes(plan: Plan, element: int, hidden: int) -> int:
     return tokens * ((5 if quantized else 2) * element * width + 3 * 4 * hidden)
 
 
-def _graph_bytes(plan: Plan, element: int, hidden: int) -> int:
-    """What autograd keeps of one window: inputs and outputs of every layer, and norms in fp32."""
-    kept = sum(element * sum(layer.shape) for layer in plan.layers)
-    return plan.seq_len * (kept + plan.blocks * 4 * 4 * hidden)
+def _graph_bytes(layers: Sequence[PlannedLayer], tokens: int, element: int, hidden: int) -> int:
+    """What autograd keeps of a pass: inputs and outputs of every layer, and norms in fp32."""
+    kept = sum(element * sum(layer.shape) for layer in layers)
+    blocks = len({layer.block for layer in layers if layer.block is not None})
+    return tokens * (kept + blocks * 4 * 4 * hidden)
+
+
+def _rescale_bytes(plan: Plan, block: int, element: int) -> int:
+    """What `quantkit.rescale.choose_scales` holds of a block: the sums of all inputs in fp64, and
+    for one of them H twice in fp32, its consumers' scaled weights, and of the largest six copies in
+    fp32 on the way to its error."""
+    shapes = {layer.name: layer for layer in plan.layers}
+    sums = most = 0
+    for fold in plan.folds_in(block):
+        consumers = [shapes[name] for name in fold.consumers if name in shapes]
+        columns = consumers[0].shape[1]
+        needed = any(RESCALERS[step.name].needs_hessian for step in fold.steps)
+        sums += 8 * columns**2 if needed else 0
+        scaled = element * sum(x.weights for x in consumers) + 6 * 4 * max(
+            x.weights for x in consumers
+        )
+        most = max(most, scaled + (2 * 4 * columns**2 if needed else 0))
+    return sums + most
+
+
+def _signround_bytes(plan: Plan, element: int, hidden: int) -> int:
+    """What `quantkit.reconstruct` holds of the block that takes most, beside its weights."""
+    assert plan.signround is not None
+    together = min(plan.signround.options["windows"], plan.samples) * plan.seq_len
+    most = 0
+    for layers in (list(plan.in_block(index).values()) for index in range(plan.blocks)):
+        trained = [layer.weights for layer in layers if layer.reconstructed]
+        # Weights and offsets in fp32; weights as they are multiplied with, and their gradients; the
+        # codes of the start, the best step and this one. `Rounding.descend` of one layer: seven
+        # times fp32.
+        training = (8 + 2 * element + 3) * sum(trained) + 7 * 4 * max(trained, default=0)
+        # A step's windows and targets, and outputs and errors of them in fp32.
+        windows = together * hidden * (2 * element + 4 * 4)
+        most = max(most, training + windows + _graph_bytes(layers, together, element, hidden))
+    return most
+
+
+def _distill_bytes(plan: Plan, element: int, hidden: int, vocabulary: int) -> int:
+    """What `quantkit.distill` holds beside the model and the targets."""
+    trained = [layer for layer in plan.layers if layer.distilled]
+    largest = max(layer.weights for layer in trained)
+    # A scale, its change, both gradients and Adam's moments, in fp32; codes as they are mapped.
+    scales = sum(math.prod(x.scheme.weight.scale_shape(x.shape)) for x in trained)
+    numbers = 6 * 4 * scales + sum(layer.weights for layer in plan.layers)
+    # `ScaledLinear.backward` of one layer: its weight's gradient, the levels, and their product.
+    backward = (3 * element + 2) * largest
+    # `divergence`: both predictions, and four more of their size on the way to a gradient.
+    predicted = 6 * 4 * min(PREDICTED_TOKENS, plan.seq_len) * vocabulary
+    graph = _graph_bytes(plan.layers, plan.seq_len, element, hidden)
+    return numbers + graph + max(backward, predicted)
 
 
 def resident() -> int:

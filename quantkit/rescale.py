@@ -43,7 +43,7 @@ def choose_scales(
 ) -> dict[str, Tensor]:
     """What to divide each producer of a block by.
 
-    Holds the Hessians of all inputs that a rescaler asks for one of at once: 4·K² bytes each.
+    Holds the sums of all inputs that a rescaler asks for the Hessian of at once: 8·K² bytes each.
 
     Args:
         folds: where a scaling folds in this block, and the rescalers of each.

@@ -235,3 +235,25 @@ def test_tolerances_are_far_from_what_healthy_runs_measure(
     patch.setattr(reload, "RELOAD_TOLERANCE", 1e-6)
     patch.setattr(reload, "KERNEL_TOLERANCE", 0.005)
     assert run(arguments(tiny, recipe, traffic, tmp_path / "out")) == 0
+
+
+def test_a_decoder_that_differs_no_more_than_an_unsteady_model(
+    tiny: Path,
+    traffic: Path,
+    recipe: Path,
+    tmp_path: Path,
+    patch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """How far the model moves by the last digit is asked where the decoder differs by more than the
+    tolerance, and decides there."""
+    from quantkit import reload
+
+    moved = 0.0
+    patch.setattr(reload, "DECODER_TOLERANCE", 1e-6)
+    patch.setattr(reload, "unsteadiness", lambda *_: moved)
+    out = tmp_path / "out"
+    assert run(arguments(tiny, recipe, traffic, out)) == 4
+    assert "by its last bf16 digit moves by 0.00%" in capfd.readouterr().err
+    moved = 0.2
+    assert run(arguments(tiny, recipe, traffic, out, "--resume")) == 0

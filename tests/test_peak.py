@@ -10,24 +10,52 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from quantkit import model as models
 from quantkit import peak
+from quantkit.calibrate import CalibrationData, calibrate
+from quantkit.cli.main import run
+from quantkit.evals.forward import CHUNK_ELEMENTS
 from quantkit.plan import make_plan
 from quantkit.recipe import Recipe, Step
 from quantkit.schemes import SCHEMES
-from tests.conftest import byte_tokenizer, tiny_llama
+from tests.conftest import byte_tokenizer, save_model, tiny_llama
+from tests.run_helpers import RECIPE, arguments
 
 GPTQ = Recipe(SCHEMES["w4a16-g64"], algorithm=(Step("gptq"),), keep=("lm_head",))
 COUPLED = replace(GPTQ, algorithm=(Step("gptq", {"fisher": 0.5, "outputs": "coupled"}),))
 
 
+NEAREST = replace(GPTQ, algorithm=(Step("rtn"),))
+WITH_HEAD = replace(GPTQ, keep=())
+DISTILLED = replace(NEAREST, algorithm=(Step("rtn"), Step("distill")))
+SIGNROUND = replace(NEAREST, algorithm=(Step("rtn"), Step("signround")))
+AWQ = replace(NEAREST, algorithm=(Step("awq"), Step("rtn")))
+
+#: Of `tiny_llama`: the embedding, and all weights.
+TABLE = 2 * 272 * 384
+WEIGHTS = TABLE + 2 * (2 * (2 * 384**2 + 2 * 384 * 192 + 3 * 384 * 768) + 5 * 384)
+
+
+@pytest.fixture
+def nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phases are then what is counted, and no more."""
+    monkeypatch.setattr(peak, "resident", lambda: 0)
+
+
 def phases(
-    recipe: Recipe, *, data: bool = True, spilled: bool = False, samples: int = 64
+    recipe: Recipe,
+    *,
+    data: bool = True,
+    spilled: bool = False,
+    gated: bool = False,
+    samples: int = 64,
 ) -> dict[str, int]:
     model = tiny_llama()
     plan = make_plan(recipe, model, samples=samples, seq_len=512)
-    return dict(peak.peak_memory(plan, model, data=data, spilled=spilled).phases)
+    return dict(peak.peak_memory(plan, model, data=data, spilled=spilled, gated=gated).phases)
 
 
 def test_phases_stand_on_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,21 +65,114 @@ def test_phases_stand_on_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["prepare"] == 2 * 10**9
     assert set(found) == {"prepare", "blocks", "export", "reload"}
     assert min(found.values()) > 10**9
-    assert "head" in phases(replace(GPTQ, keep=()))
-    assert "fisher" in phases(COUPLED)
+    for recipe, phase in (
+        (WITH_HEAD, "head"),
+        (COUPLED, "fisher"),
+        (AWQ, "rescale"),
+        (SIGNROUND, "signround"),
+        (DISTILLED, "distill"),
+    ):
+        assert set(phases(recipe)) == {"prepare", "blocks", phase, "export", "reload"}
+    assert "evals" in phases(GPTQ, gated=True)
 
 
-def test_activations_are_counted_once_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("nothing_held")
+def test_activations_are_counted_once_by_tokens() -> None:
     """Held: the block's input, the sum after attention, its norm, the widest input, in bf16."""
-    monkeypatch.setattr(peak, "resident", lambda: 0)
     more = phases(GPTQ, samples=128)["blocks"] - phases(GPTQ, samples=64)["blocks"]
     assert more == 64 * 512 * 2 * (3 * 384 + 768)
     spilled, also = (phases(GPTQ, spilled=True, samples=n)["blocks"] for n in (64, 128))
     assert spilled == also < phases(GPTQ)["blocks"]
-    nearest = replace(GPTQ, algorithm=(Step("rtn"),))
-    measured = phases(nearest)["blocks"]
-    assert measured == phases(nearest, samples=128)["blocks"]
-    assert measured > phases(nearest, data=False)["blocks"]
+    measured = phases(NEAREST)["blocks"]
+    assert measured == phases(NEAREST, samples=128)["blocks"]
+    assert measured > phases(NEAREST, data=False)["blocks"]
+
+
+@pytest.mark.usefixtures("nothing_held")
+def test_a_quantized_head_is_a_copy_and_reads_every_window() -> None:
+    assert phases(WITH_HEAD)["blocks"] - phases(GPTQ)["blocks"] == TABLE
+    one = 64 * 512 * 2 * 384
+    feedback = replace(WITH_HEAD, algorithm=(Step("gptq", {"feedback": 1.0, "refine": 0}),))
+    for recipe, streams in ((WITH_HEAD, 1), (feedback, 2)):
+        more = phases(recipe, samples=128)["head"] - phases(recipe)["head"]
+        assert more == streams * one
+        assert phases(recipe, spilled=True)["head"] == phases(recipe)["head"] - streams * one
+    nearest = replace(NEAREST, keep=())
+    assert phases(nearest, samples=8)["head"] == phases(nearest, samples=128)["head"]
+    assert phases(nearest)["head"] - phases(nearest, data=False)["head"] == one // 8
+
+
+@pytest.mark.usefixtures("nothing_held")
+def test_distillation_keeps_the_whole_model_and_the_targets() -> None:
+    # The same recipe without training holds one block; its windows are eight.
+    found, plain = phases(DISTILLED), phases(NEAREST)
+    block, targets = (WEIGHTS - TABLE - 2 * 384) // 2, 64 * 512 * 2 * 384
+    rows = 2 * (3 * 384 + 768)
+    waiting = (64 - 8) * 512 * rows
+    assert found["blocks"] - plain["blocks"] == WEIGHTS - TABLE - block + targets + waiting
+    # Training stands on the same model, and on what the loop still has: hidden states.
+    assert found["distill"] > WEIGHTS + 2 * targets
+    codes = (WEIGHTS - TABLE - 5 * 2 * 384) // 2
+    model = tiny_llama()
+    size = make_plan(NEAREST, model, samples=64, seq_len=512).size_bytes
+    assert found["export"] - plain["export"] == WEIGHTS - TABLE + max(codes - size, 0)
+
+
+@pytest.mark.usefixtures("nothing_held")
+def test_spilled_windows_of_signround_are_read_all_the_same() -> None:
+    for spilled in (False, True):
+        more = phases(SIGNROUND, spilled=spilled, samples=128)["signround"]
+        more -= phases(SIGNROUND, spilled=spilled)["signround"]
+        assert more == 2 * 64 * 512 * 2 * 384
+
+
+@pytest.mark.usefixtures("nothing_held")
+def test_both_models_are_there_when_a_gate_scores() -> None:
+    plan = make_plan(GPTQ, tiny_llama(), samples=64, seq_len=512)
+    found = phases(GPTQ, gated=True)["evals"]
+    assert found == 2 * WEIGHTS + 2 * plan.size_bytes + TABLE + 4 * 4 * CHUNK_ELEMENTS
+
+
+@pytest.mark.parametrize("name", ["feedback", "signround"])
+def test_blocks_that_are_done_leave_memory(name: str, tmp_path: Path) -> None:
+    """The unquantized pass and training read original weights again, behind their layers."""
+    source = save_model(tiny_llama(), tmp_path / "model")
+    recipe = {
+        "feedback": replace(GPTQ, algorithm=(Step("gptq", {"feedback": 1.0, "refine": 0}),)),
+        "signround": replace(SIGNROUND, algorithm=(Step("rtn"), Step("signround", {"steps": 2}))),
+    }[name]
+    loaded = models.load_source(str(source))
+    plan = make_plan(recipe, loaded.model, samples=4, seq_len=32)
+    ids = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
+    calibrate(loaded, plan, CalibrationData(ids, "hash"), tmp_path / "work", release=True)
+    assert _mapped(source / "model.safetensors") < WEIGHTS // 2
+
+
+def _mapped(path: Path) -> int:
+    """Resident bytes of this file's mappings in this process."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ", 1)[0]:
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def test_the_dry_run_states_the_phases_of_a_gated_run(
+    tiny: Path, traffic: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe.write_text(RECIPE + "gate: {kl.mean: {max: 0.5}}\n")
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("where is my parcel " * 400)
+    command = arguments(
+        tiny, recipe, traffic, tmp_path / "out", "--text", str(held_out), "--dry-run", gate=True
+    )
+    assert run([*command, "--json"]) == 0
+    assert "evals" in json.loads(capsys.readouterr().out)["peak"]["phases"]
+    assert run(command) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "without keys and values of the texts that are scored" in told
 
 
 def test_the_largest_phase_is_the_peak() -> None:
@@ -82,12 +203,32 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-#: algorithm, command-line options.
+#: What follows the scheme in a recipe, and command-line options.
 RUNS = {
-    "gptq": ("gptq", ()),
-    "rtn": ("rtn", ()),
-    "spilled": ("gptq", ("--activation-memory", "0.2")),
-    "coupled": ("{gptq: {fisher: 0.5, outputs: coupled}}", ()),
+    "gptq": ("algorithm: gptq\nkeep: [lm_head]\n", ("--no-gate",)),
+    "rtn": ("algorithm: rtn\nkeep: [lm_head]\n", ("--no-gate",)),
+    "spilled": (
+        "algorithm: gptq\nkeep: [lm_head]\n",
+        ("--no-gate", "--activation-memory", "0.2"),
+    ),
+    "coupled": (
+        "algorithm: {gptq: {fisher: 0.5, outputs: coupled}}\nkeep: [lm_head]\n",
+        ("--no-gate",),
+    ),
+    "head": ("algorithm: gptq\nkeep: []\n", ("--no-gate",)),
+    "awq": ("algorithm: [{awq: {grid: 2}}, rtn]\nkeep: [lm_head]\n", ("--no-gate",)),
+    "signround": (
+        "algorithm: [rtn, {signround: {steps: 4}}]\nkeep: [lm_head]\n",
+        ("--no-gate",),
+    ),
+    "distill": (
+        "algorithm: [rtn, {distill: {steps: 2}}]\nkeep: [lm_head]\n",
+        ("--no-gate",),
+    ),
+    "evals": (
+        "algorithm: rtn\nkeep: [lm_head]\ngate: {kl.mean: {max: 100}}\n",
+        ("--text", "{held_out}", "--eval-seq-len", "256", "--eval-tokens", "512"),
+    ),
 }
 
 
@@ -96,15 +237,17 @@ RUNS = {
 def test_the_stated_peak_is_the_measured_one(
     name: str, wide: Path, traffic: Path, tmp_path: Path
 ) -> None:
-    algorithm, options = RUNS[name]
+    lines, options = RUNS[name]
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"scheme: w4a16-g64\nalgorithm: {algorithm}\nkeep: [lm_head]\n")
+    recipe.write_text(f"scheme: w4a16-g64\n{lines}")
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("where is my parcel " * 400)
     text = tmp_path / "text.txt"
     text.write_text(traffic.read_text() * 200)
     command = [
         sys.executable, "-m", "quantkit.cli.main", "calibrate", str(wide), "-r", str(recipe),
-        "--data", str(text), "--samples", "64", "--seq-len", "512", "--no-gate", "--json",
-        "-o", str(tmp_path / "out"), *options,
+        "--data", str(text), "--samples", "64", "--seq-len", "512", "--json",
+        "-o", str(tmp_path / "out"), *(option.format(held_out=held_out) for option in options),
     ]  # fmt: skip
     dry = subprocess.run([*command, "--dry-run"], check=True, capture_output=True, text=True)
     stated = json.loads(dry.stdout)["peak"]["bytes"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -168,13 +170,40 @@ def test_a_full_disk_is_no_fault_of_the_arguments(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
     try:
-        with pytest.raises(QuantkitError, match=r"cannot be written .*; free disk space") as caught:
+        with pytest.raises(
+            QuantkitError, match=r"cannot be written or mapped .*; free disk space"
+        ) as caught:
             files.keep("x", torch.zeros(1 << 20))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert caught.value.exit_code == 4
     assert torch.equal(kept, torch.ones(2))
     assert [p.name for p in (tmp_path / "hidden").iterdir()] == ["x.safetensors"]
+
+
+def test_a_file_that_cannot_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    monkeypatch.setattr("quantkit.spill.load_file", refuse)
+    files = HiddenFiles(tmp_path / "hidden")
+    with pytest.raises(QuantkitError, match=r"cannot be written or mapped \(Too many open files\)"):
+        files.keep("x", torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.ENOSPC, 4), (errno.EDQUOT, 4), (errno.EROFS, 2)]
+)
+def test_a_folder_that_cannot_be_made(
+    number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, **_: object) -> None:
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(QuantkitError, match="hidden: cannot be created") as caught:
+        HiddenFiles(tmp_path / "hidden")
+    assert caught.value.exit_code == code
 
 
 def test_the_command_line_states_both_and_keeps_the_bytes(

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantkit import memory
+from quantkit.checkpoint.read import INDEX
 
 #: Largest safetensors file, bytes, before another is begun: what an export holds in memory.
 SHARD_BYTES = 1000**3
@@ -66,4 +67,4 @@ def _name(folder: Path, written: list[tuple[Path, list[str]]], total: int) -> No
         listing |= dict.fromkeys(names, file)
     document = {"metadata": {"total_size": total}, "weight_map": listing}
     text = json.dumps(document, indent=2, sort_keys=True) + "\n"
-    (folder / "model.safetensors.index.json").write_text(text)
+    (folder / INDEX).write_text(text)

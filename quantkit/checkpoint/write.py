@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from quantkit import __version__, memory
@@ -69,7 +71,7 @@ def write_checkpoint(
 
     Raises:
         QuantkitError: NaN or infinity in any tensor, a size that is off its theory by more than
-            1 %, or a full disk.
+            1 %, a full disk, or one that takes no more for another reason.
         UsageError: the folder cannot be created.
     """
     missing = [layer.name for layer in plan.layers if layer.name not in layers]
@@ -180,7 +182,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """A checkpoint's ``quantkit.json``.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or it may not be read.
         QuantkitError: it is something else.
     """
     if not folder.is_dir():
@@ -191,7 +193,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     try:
         found = read_json(folder / MANIFEST)
-    except UsageError as e:  # the file is damaged, whatever was asked for
+    except UsageError as e:
+        if isinstance(e.__cause__, OSError):  # who may not read it is no better off with a copy
+            raise
+        # The file is damaged, whatever was asked for.
         raise QuantkitError(e.message, remedy="copy the checkpoint again") from e
     if not (isinstance(found, dict) and isinstance(found.get("files"), dict)):
         raise QuantkitError(
@@ -269,10 +274,15 @@ def guarded_disk(folder: Path) -> Iterator[None]:
         yield
     except BaseException as e:
         shutil.rmtree(folder, ignore_errors=True)
-        full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left on device" in str(e):
+        number = e.errno if isinstance(e, OSError) else _rust_errno(e)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise QuantkitError(
                 f"{folder}: the disk is full", remedy="free some space; nothing was left behind"
+            ) from e
+        if not isinstance(e, OSError) and (number or isinstance(e, SafetensorError)):
+            raise QuantkitError(
+                f"{folder}: cannot be written ({e})",
+                remedy="free some space, or choose another disk; nothing was left behind",
             ) from e
         if isinstance(e, OSError):
             place = Path(e.filename) if isinstance(e.filename, str | Path) else folder
@@ -282,6 +292,12 @@ def guarded_disk(folder: Path) -> Iterator[None]:
                 f"({e.strerror or e})"
             ) from e
         raise
+
+
+def _rust_errno(error: BaseException) -> int | None:
+    """The error number that safetensors and tokenizers, which raise no OSError, put in words."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def _parts(

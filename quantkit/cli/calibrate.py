@@ -266,6 +266,8 @@ def _show_plan(prepared: Prepared, processes: int) -> None:
         peak = _peak(prepared)
         phases = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in peak.phases.items())
         console.print(f"peak memory        {peak.bytes / 1e9:.2f} GB ({phases})")
+        if prepared.policy is not None:
+            console.print("                   without keys and values of the texts that are scored")
     if prepared.tokens is not None:
         console.print(
             f"calibration        {plan.samples} × {plan.seq_len} tokens"
@@ -293,7 +295,13 @@ def _peak(prepared: Prepared) -> Peak:
 
     spilled = spills(prepared.plan, prepared.job.activation_memory)
     data = prepared.tokens is not None
-    return peak_memory(prepared.plan, prepared.source.model, data=data, spilled=spilled)
+    return peak_memory(
+        prepared.plan,
+        prepared.source.model,
+        data=data,
+        spilled=spilled,
+        gated=prepared.policy is not None,
+    )
 
 
 def _kept(names: Sequence[str]) -> str:

@@ -58,12 +58,7 @@ class QuantkitLM(TokenLM):
         self, prompts: Sequence[list[int]], stops: Sequence[list[str]], limits: Sequence[int]
     ) -> list[str]:
         """See `TokenLM.continue_greedily`."""
-        config = self._runtime.model.generation_config
-        ends = (
-            config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        )
-        stop_ids = frozenset(int(i) for i in (*ends, self.tokenizer.eos_token_id) if i is not None)
-        greedy = make_greedy(self._runtime, stop_ids, pads=self._tree)
+        greedy = make_greedy(self._runtime, self._runtime.eos_ids, pads=self._tree)
 
         texts = [""] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))

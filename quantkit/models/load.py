@@ -76,11 +76,17 @@ def load_runtime(
             (`quantkit.models.streamed`); they compute in the reference kernels only.
 
     Raises:
-        UsageError: no such model, or a format quantkit does not run.
+        UsageError: no such model, a format quantkit does not run, or layers that are to stay on
+            disk in other kernels than the reference's.
         QuantkitError: a missing or damaged tensor.
         KernelMissingError: the native library is not built.
     """
     check_target(kernels, device)
+    if streamed and kernels != "reference":
+        raise UsageError(
+            f"kernels {kernels!r}: layers that stay on disk compute in the reference kernels only",
+            remedy="take kernels='reference', or streamed=False",
+        )
     path = Path(source)
     raw: Mapping[str, Any] | None = None
     if path.suffix != ".gguf" or path.is_dir():
@@ -293,8 +299,9 @@ def _fill(
     for name, scheme in schemes.items():
         linear = linears[name]
         shape = (linear.out_features, linear.in_features)
-        stored += sum(t.numel() * t.element_size() for t in files.layer(name).values())
-        if linear.bias is not None and "bias" not in files.layer(name):
+        parts = files.layer(name)
+        stored += sum(t.numel() * t.element_size() for t in parts.values())
+        if linear.bias is not None and "bias" not in parts:
             raise QuantkitError(
                 f"{name}.bias: missing from the checkpoint",
                 remedy="the file is incomplete; copy it again",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.models.load import load_runtime
 from tests.architectures import save
 from tests.checkpoint.format_writers import gptq, quantize, write
+from tests.conftest import byte_tokenizer
 from tests.run_helpers import leftovers
 
 CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
@@ -122,6 +125,35 @@ def test_a_folder_whose_parent_cannot_be_made(tmp_path: Path) -> None:
     folder = blocker / "deep" / "out"
     with pytest.raises(UsageError, match=f"{folder}: cannot be written"), guarded_disk(folder):
         folder.mkdir(parents=True)
+
+
+def test_a_limit_that_other_libraries_meet(tmp_path: Path) -> None:
+    """safetensors and tokenizers raise errors of their own, and no OSError."""
+    tokenizer = byte_tokenizer()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    folder = tmp_path / "out"
+
+    def save_tensors() -> None:
+        with guarded_disk(folder):
+            folder.mkdir()
+            save_file({"x": torch.zeros(1 << 16)}, folder / "model.safetensors")
+
+    def save_tokenizer() -> None:
+        with guarded_disk(folder):
+            folder.mkdir()
+            tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+
+    for save_part in (save_tensors, save_tokenizer):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, before[1]))
+        try:
+            with pytest.raises(QuantkitError) as caught:
+                save_part()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert re.search(r"/out: cannot be written \(.*File too large", str(caught.value))
+        assert caught.value.exit_code == 4
+        assert not folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from quantkit.checkpoint.fields import as_integer
 from quantkit.checkpoint.formats import open_format
 from quantkit.checkpoint.gguf_tokenizer import add_tokenizer
 from quantkit.checkpoint.read import read_quantization_config
+from quantkit.checkpoint.write import read_manifest
 from quantkit.engines.artifact import read_artifact
 from quantkit.errors import EXIT_RUNTIME, QuantkitError, UsageError
 from quantkit.models.verify import verify_files
@@ -119,6 +122,21 @@ def test_a_manifest_that_is_none(content: str, tmp_path: Path) -> None:
         ) as e:
             read(tmp_path)  # type: ignore[operator]
         assert e.value.exit_code == EXIT_RUNTIME
+
+
+def test_a_manifest_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the checkpoint would not help."""
+
+    def refuse(self: Path, *_: object, **__: object) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    (tmp_path / "quantkit.json").write_text('{"files": {}}')
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(
+        UsageError, match=r"quantkit\.json: cannot be read \(.*Permission denied"
+    ) as e:
+        read_manifest(tmp_path)
+    assert e.value.remedy is None
 
 
 @pytest.mark.parametrize(

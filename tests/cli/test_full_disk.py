@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from pathlib import Path
 
 import pytest
@@ -16,19 +14,26 @@ from tests.run_helpers import arguments, leftovers
 @pytest.mark.parametrize(
     ("writer", "error", "message"),
     [
+        # safetensors raises errors of its own, and no OSError.
         (
             "quantkit.checkpoint.shards.save_file",
-            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-            "the disk is full",
+            SafetensorError(
+                "Error while serializing: I/O error: Disk quota exceeded (os error 122)"
+            ),
+            "out.staging: the disk is full",
         ),
-        # safetensors raises an error of its own, and no OSError.
+        (
+            "quantkit.checkpoint.shards.save_file",
+            SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
+            "out.staging: cannot be written (Error while serializing: I/O error: File too large",
+        ),
         (
             "quantkit.work.save_file",
             SafetensorError("Error while serializing: I/O error: No space left on device"),
             "0000.safetensors: cannot be written (Error while serializing",
         ),
     ],
-    ids=["the export", "a finished block"],
+    ids=["the export", "too large an export", "a finished block"],
 )
 def test_full_disk(
     writer: str,

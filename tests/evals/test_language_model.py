@@ -116,6 +116,16 @@ def test_generation_is_that_of_hflm(
     assert ours == theirs
 
 
+def test_generation_of_a_model_without_a_generation_config(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"until": [], "max_gen_toks": 10, "do_sample": False}
+    prompts = requests("generate_until", [("where is my parcel", options)])
+    wanted = QuantkitLM(runtime).generate_until(prompts)
+    monkeypatch.setattr(runtime.model, "generation_config", None)
+    assert QuantkitLM(runtime).generate_until(prompts) == wanted
+
+
 def test_shared_prefixes_are_computed_once(runtime: Runtime) -> None:
     lm = QuantkitLM(runtime, budget=2048)
     computed = 0
