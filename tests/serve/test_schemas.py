@@ -39,7 +39,6 @@ ASKED = {
     "allowed_token_ids": [1, 2],
     "include_stop_str_in_output": True,
     "skip_special_tokens": False,
-    "return_tokens_as_token_ids": True,
 }
 
 
@@ -52,6 +51,13 @@ def test_what_would_change_the_answer_is_refused(
 ) -> None:
     with pytest.raises(ValidationError, match=f"'{name}' is not supported by this server"):
         kind.model_validate(body | {name: ASKED[name]})
+
+
+def test_only_completions_call_tokens_by_their_ids() -> None:
+    asked = {"return_tokens_as_token_ids": True}
+    assert CompletionRequest.model_validate({"prompt": "a"} | asked).return_tokens_as_token_ids
+    with pytest.raises(ValidationError, match="'return_tokens_as_token_ids' is not supported"):
+        ChatRequest.model_validate({"messages": [{"role": "user", "content": "a"}]} | asked)
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])

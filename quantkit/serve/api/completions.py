@@ -57,7 +57,11 @@ async def create(service: Service, body: CompletionRequest, http: HttpRequest) -
             echoes += [text] * n
     told = [prompt_ids for prompt_ids in ids for _ in range(n)] if body.return_token_ids else []
     writer = Writer(
-        service.encoder, echoes, with_logprobs=body.logprobs is not None, prompt_ids=told
+        service.encoder,
+        echoes,
+        with_logprobs=body.logprobs is not None,
+        names_are_ids=bool(body.return_tokens_as_token_ids),
+        prompt_ids=told,
     )
     texts = [{"prompt": p} if isinstance(p, str) else None for p in prompts for _ in range(n)]
     generation = Generation(http, service, requests, texts, sum(map(len, ids)), fields)
@@ -77,8 +81,9 @@ class Writer:
     """Writes choices of this endpoint's shape.
 
     ``echoes`` holds the prompt texts to repeat, one a choice, or nothing; ``prompt_ids`` the
-    prompts' tokens, one a choice, if ids are to be told. Offsets of streamed tokens continue from
-    chunk to chunk.
+    prompts' tokens, one a choice, if ids are to be told. Where ``names_are_ids``, log-probabilities
+    call a token by its id, and offsets count its text all the same. Offsets of streamed tokens
+    continue from chunk to chunk.
     """
 
     def __init__(
@@ -87,11 +92,13 @@ class Writer:
         echoes: list[str],
         *,
         with_logprobs: bool,
+        names_are_ids: bool = False,
         prompt_ids: Sequence[Sequence[int]] = (),
     ) -> None:
         self.encoder = encoder
         self.echoes = dict(enumerate(echoes))
         self.with_logprobs = with_logprobs
+        self.names_are_ids = names_are_ids
         self.with_ids = bool(prompt_ids)
         self.prompt_ids = dict(enumerate(prompt_ids))
         self._offsets: dict[int, int] = {}
@@ -138,16 +145,16 @@ class Writer:
             return None
         ids = {i for entry in entries for i in (entry.token_id, *(top for top, _ in entry.top))}
         ordered = sorted(ids)
-        names = dict(zip(ordered, await self.encoder.token_strings(ordered), strict=True))
+        texts = dict(zip(ordered, await self.encoder.token_strings(ordered), strict=True))
+        names = {i: f"token_id:{i}" for i in ordered} if self.names_are_ids else texts
         offset = self._offsets.get(index, 0)
         body: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for entry in entries:
-            name = names[entry.token_id]
-            body["tokens"].append(name)
+            body["tokens"].append(names[entry.token_id])
             body["token_logprobs"].append(entry.logprob)
             body["top_logprobs"].append(_alternatives(entry, names))
             body["text_offset"].append(offset)
-            offset += len(name)
+            offset += len(texts[entry.token_id])
         self._offsets[index] = offset
         return body
 

@@ -258,6 +258,8 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = None
     #: As in vLLM: ids beside the text; a stream has a chunk for each token, with text or without.
     return_token_ids: bool | None = None
+    #: As in vLLM: tokens of ``logprobs`` are called ``token_id:7``, which no two share.
+    return_tokens_as_token_ids: bool | None = None
 
 
 class ChatRequest(GenerationRequest):
