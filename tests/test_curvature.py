@@ -41,15 +41,21 @@ def measured(source: models.SourceModel, ids: Tensor) -> Curvature:
     return measure_curvature(source, ids, schemes(*LABELS), "rtn", keep=keep)
 
 
-def divergence(source: models.SourceModel, ids: Tensor, name: str, delta: Tensor) -> float:
-    """KL a token in fp64 logits of whole forward passes."""
+@torch.no_grad()
+def predictions(source: models.SourceModel, ids: Tensor) -> Tensor:
+    """Log-probabilities in fp64 of a whole forward pass."""
+    return source.model(ids).logits.double().log_softmax(-1)  # type: ignore[no-any-return]
+
+
+def divergence(
+    source: models.SourceModel, ids: Tensor, before: Tensor, name: str, delta: Tensor
+) -> float:
+    """KL a token of what one layer's change makes of the predictions."""
     module = models.linear_layers(source.model)[name]
-    with torch.no_grad():
-        before = source.model(ids).logits.double().log_softmax(-1)
-        weight = module.weight
-        module.weight = nn.Parameter(weight + delta, requires_grad=False)
-        after = source.model(ids).logits.double().log_softmax(-1)
-        module.weight = weight
+    weight = module.weight
+    module.weight = nn.Parameter(weight + delta, requires_grad=False)
+    after = predictions(source, ids)
+    module.weight = weight
     return float((before.exp() * (before - after)).sum(-1).mean())
 
 
@@ -59,8 +65,9 @@ def exact(
 ) -> dict[tuple[str, str], float]:
     """KL of a small step along ΔW, scaled back: ½⟨ΔW, F ΔW⟩ by finite differences."""
     half, step = ids[len(ids) // 2 :], 0.1
+    before = predictions(source, half)
     return {
-        (name, label): divergence(source, half, name, step * delta) / step**2
+        (name, label): divergence(source, half, before, name, step * delta) / step**2
         for (name, label), delta in measured.kept.items()
     }
 
@@ -109,7 +116,7 @@ def test_ablations_equal_whole_forward_passes(
     before = {n: m.weight for n, m in models.linear_layers(source.model).items()}
     alone, together = measure_ablations(source, ids[:3], deltas)
     for (name, label), kl in alone.items():
-        exact = divergence(source, ids[:3], name, deltas[name, label])
+        exact = divergence(source, ids[:3], predictions(source, ids[:3]), name, deltas[name, label])
         assert kl == pytest.approx(exact, rel=1e-3, abs=1e-7)
     assert 0.3 * sum(alone.values()) < together < 3 * sum(alone.values())
     assert all(m.weight is before[n] for n, m in models.linear_layers(source.model).items())
