@@ -246,7 +246,7 @@ def _check_filters(lines: SuiteLines) -> None:
             if name == "take_first":
                 lines.fail("filter_list", "take_first is not the last filter", "move it there")
             name = step.get("function") if isinstance(step, dict) else None
-            if name not in FILTERS:
+            if not isinstance(name, str) or name not in FILTERS:
                 lines.fail(
                     "filter_list",
                     f"unknown filter {step if name is None else name!r}",

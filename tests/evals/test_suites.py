@@ -98,6 +98,7 @@ BAD_YAML = [
     ({"metadata": {"traffic": "no.jsonl"}}, r"no.jsonl does not exist"),
     ({"metadata": "x"}, r"metadata: 'x' is not a mapping"),
     ({"filter_list": [{"name": "a", "filter": [{"function": "custom"}]}]}, r"unknown filter"),
+    ({"filter_list": [{"name": "a", "filter": [{"function": ["regex"]}]}]}, r"unknown filter"),
     (
         {"filter_list": [{"name": "a", "filter": [TAKE_FIRST, TAKE_FIRST]}]},
         r"take_first is not the last filter",
