@@ -237,7 +237,8 @@ def w8a8_linear(
     n, k = w_scale.numel(), xq.shape[-1]
     weight = unpack_w8(wq, n, k) if wq.dim() == 3 else wq
     # float64 holds every sum of 131071 products of two int8 exactly.
-    exact = (xq.reshape(-1, k).double() @ weight.t().double()).float()
+    # Nor is there a negative zero among whole numbers: BLAS makes one of 0 · (−3) at K = 1.
+    exact = (xq.reshape(-1, k).double() @ weight.t().double()).float() + 0.0
     y = exact * (x_scale.float().reshape(-1, 1) * w_scale.float().reshape(1, -1))
     if bias is not None:
         y = y + bias.float()

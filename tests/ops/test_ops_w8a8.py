@@ -29,6 +29,14 @@ def test_sums_are_exact(isa: str, m: int) -> None:
         assert torch.equal(y.double(), exact_sums(xq, wq))
 
 
+def test_nothing_times_something_negative_is_a_positive_zero() -> None:
+    xq, wq = torch.zeros(2, 1, dtype=torch.int8), torch.full((48, 1), -3, dtype=torch.int8)
+    for weight in (wq, ops.pack_w8(wq)):
+        arguments = (xq, torch.ones(1, 1), weight, torch.ones(48, 1), None, torch.float32)
+        assert not bool(reference.w8a8_linear(*arguments).signbit().any())
+        assert not bool(ops.w8a8_linear(*arguments).signbit().any())
+
+
 def test_extreme_codes_do_not_overflow(isa: str) -> None:
     # 70000 is past 65793, where unsigned activations would overflow a signed sum; then the longest.
     for k in (70_000, 131_071):
