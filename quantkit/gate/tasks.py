@@ -8,7 +8,7 @@ clustered bounds of the mean difference.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from quantkit.gate.noise_floor import noise_floor
 from quantkit.gate.policy import TaskGate
 from quantkit.gate.sample_size import fewest_items, infeasible, items_needed
 from quantkit.gate.statistics import (
+    ALPHA,
     Bounds,
     difference_bounds,
     holm,
@@ -76,7 +77,6 @@ def _non_inferiority(
     """PASS if the lower bound of D is above -margin, FAIL if the upper one is below it."""
     n, clusters = len(pairs), len({p.cluster for p in pairs})
     gains, losses = sum(p.gain for p in pairs), sum(p.loss for p in pairs)
-    binary = all(s in (0.0, 1.0) for p in pairs for s in (p.baseline.score, p.candidate.score))
     base, quant = (
         math.fsum(p.baseline.score for p in pairs) / n,
         math.fsum(p.candidate.score for p in pairs) / n,
@@ -94,14 +94,11 @@ def _non_inferiority(
     }
     if slices:
         details["slices"] = slices
-    if binary and clusters == n:
-        low, high = tango_bounds(gains, losses, n)
-        bounds = Bounds((gains - losses) / n, float(low), float(high), "Tango score")
+    bounds = paired_bounds(pairs)
+    if _flips_are_all(pairs):
         details["mcnemar_p"] = mcnemar_p(gains, losses)
         # Below this flip rate no model can lose the margin: there is no null to reject.
         details["margin_exceeds_flips"] = gate.margin > (gains + losses) / n
-    else:
-        bounds = difference_bounds([p.difference for p in pairs], [p.cluster for p in pairs])
     details["method"] = bounds.method
 
     outcome = outcome_of(bounds, -gate.margin, "margin")
@@ -125,6 +122,26 @@ def _non_inferiority(
         reason,
         details,
     )
+
+
+def paired_bounds(pairs: Sequence[Pair], alpha: float = ALPHA) -> Bounds:
+    """One-sided bounds at level ``1 - alpha`` of D, the mean score difference, as a share.
+
+    Tango's for right and wrong on items of their own, `difference_bounds` for the rest.
+    """
+    if not _flips_are_all(pairs):
+        differences = [p.difference for p in pairs]
+        return difference_bounds(differences, [p.cluster for p in pairs], alpha)
+    n = len(pairs)
+    gains, losses = sum(p.gain for p in pairs), sum(p.loss for p in pairs)
+    low, high = tango_bounds(gains, losses, n, alpha)
+    return Bounds((gains - losses) / n, float(low), float(high), "Tango score")
+
+
+def _flips_are_all(pairs: Sequence[Pair]) -> bool:
+    """Whether counts of flips say all: scores are 0 or 1, and no two items share a cluster."""
+    scores = {s for p in pairs for s in (p.baseline.score, p.candidate.score)}
+    return scores <= {0.0, 1.0} and len({p.cluster for p in pairs}) == len(pairs)
 
 
 def _slices(pairs: tuple[Pair, ...]) -> dict[str, dict[str, Any]]:
