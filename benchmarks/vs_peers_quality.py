@@ -5,13 +5,23 @@ calibration windows, one system after the other. All checkpoints are scored by t
 same kernels against the same original. The peers live in an environment of their own, because their
 pins differ: `python -m venv peer && peer/bin/pip install torch==2.13.0 llmcompressor auto-round`.
 
-    python benchmarks/vs_peers_quality.py MODEL --data c4.jsonl --text a.txt --text b.txt \
-        [--scheme w3a16-g64] --peer-python peer/bin/python -o results.json
+    python -m benchmarks.vs_peers_quality MODEL --data c4.jsonl --text a.txt --text b.txt \\
+        [--scheme w3a16-g64] --peer-python peer/bin/python [--gguf Q4_K_M=m.gguf] -o results.json
+
+``--scheme mixed-4.5`` and ``mixed-5.5`` hold mixtures of schemes beside uniform ones of as many
+bits. The sensitivity that mixtures are chosen by is measured once, on windows of the same file, and
+kept in a file of its own; what that costs is said apart from the rows. Both budgets may share it:
+``--sensitivity s.json``.
+
+``--gguf`` adds a file that llama-quantize made: its blocks' matrices, dequantized, in an otherwise
+untouched original. So its embedding and head are kept like everyone's, whatever the file has there.
+Mind ``original_on_a_grid`` in its row: see `benchmarks.quality_gguf`.
 
 The file holds the rows, and beside them what they were measured with: contents by hash, machine,
 versions on both sides. A row is written when it is done; a second call with the same inputs
 measures only rows that are missing. Seconds are those of calibrating and quantizing, without
-loading and saving. KL's ± is one standard error over windows of text.
+loading and saving. KL's ± is one standard error over windows of text. `benchmarks.quality_table`
+prints several files.
 """
 
 from __future__ import annotations
@@ -26,124 +36,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import quantkit
-from quantkit.schemes import SCHEMES, QuantSpec, Scheme
-
-#: Runs in the peer's environment. Tokens come from a file, so that all see the same.
-_PEER = """
-import json, resource, sys, time
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-{imports}
-
-model_path, ids_path, out = sys.argv[1:4]
-ids = torch.load(ids_path)
-began = time.monotonic()
-model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained(model_path)
-loaded = time.monotonic()
-{quantize}
-done = time.monotonic()
-{save}
-tokenizer.save_pretrained(out)
-print("PEER " + json.dumps({{
-    "quantize_seconds": done - loaded, "total_seconds": time.monotonic() - began,
-    "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}}))
-"""
-
-_LLM_COMPRESSOR = """
-data = Dataset.from_dict({{
-    "input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist(),
-}})
-scheme = {{"group_0": {{"targets": ["Linear"], **{group!r}}}}}
-settings = {{"config_groups": scheme, "ignore": ["lm_head"]}}
-oneshot(model=model, dataset=data, recipe={recipe}, max_seq_length=ids.shape[1],
-        num_calibration_samples=len(ids), shuffle_calibration_samples=False)
-"""
-
-_COMPRESSED = "model.save_pretrained(out, save_compressed=True)"
-
-#: Its defaults, but for the scheme and the length of its windows.
-_AUTO_ROUND = """
-rows = [{{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]}} for row in ids]
-tuner = AutoRound(model, tokenizer, bits={bits}, group_size={group_size}, sym={symmetric},
-                  iters=200, nsamples=len(ids), seqlen=ids.shape[1], batch_size=8, dataset=rows,
-                  device_map="cpu")
-tuner.quantize()
-"""
-
-
-def _llm_compressor(recipe: str) -> Callable[[Scheme], str]:
-    """A peer that runs llm-compressor's modifiers, written as Python over ``settings``."""
-    imports = (
-        "from datasets import Dataset\nfrom llmcompressor import oneshot\n"
-        "from llmcompressor.modifiers.gptq import GPTQModifier\n"
-        "from llmcompressor.modifiers.quantization import QuantizationModifier\n"
-        "from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier"
-    )
-
-    def script(scheme: Scheme) -> str:
-        group = {"weights": _arguments(scheme.weight)}
-        if scheme.input is not None:
-            group["input_activations"] = _arguments(scheme.input)
-        quantize = _LLM_COMPRESSOR.format(group=group, recipe=recipe)
-        return _PEER.format(imports=imports, quantize=quantize, save=_COMPRESSED)
-
-    return script
-
-
-def _arguments(spec: QuantSpec) -> dict[str, Any]:
-    """A spec in the words of compressed-tensors' ``QuantizationArgs``."""
-    return {
-        "num_bits": spec.bits,
-        "type": str(spec.dtype),
-        "symmetric": spec.symmetric,
-        "strategy": str(spec.granularity),
-        "dynamic": spec.dynamic,
-        **({} if spec.group_size is None else {"group_size": spec.group_size}),
-    }
-
-
-def _auto_round(scheme: Scheme) -> str:
-    """Its weights, dequantized: scored like any 16-bit model, counted as the bits that they are."""
-    return _PEER.format(
-        imports="from auto_round import AutoRound",
-        quantize=_AUTO_ROUND.format(
-            bits=scheme.weight.bits,
-            group_size=scheme.weight.group_size,
-            symmetric=scheme.weight.symmetric,
-        ),
-        save='tuner.save_quantized(out, format="fake", inplace=True)',
-    )
-
-
-_RTN = {"llm-compressor RTN": _llm_compressor("QuantizationModifier(**settings)")}
-_GPTQ = {"llm-compressor GPTQ": _llm_compressor("GPTQModifier(**settings)"), **_RTN}
-_SMOOTH_GPTQ = "[SmoothQuantModifier(smoothing_strength=0.8), GPTQModifier(**settings)]"
-
-#: Scheme → name → the script that runs in the peer's environment.
-PEERS: dict[str, dict[str, Callable[[Scheme], str]]] = {
-    "w4a16-g64": {**_GPTQ, "AutoRound": _auto_round},
-    "w3a16-g64": {**_GPTQ, "AutoRound": _auto_round},
-    # What its documentation recommends for int8 and for fp8.
-    "w8a8": {**_RTN, "llm-compressor SmoothQuant, GPTQ": _llm_compressor(_SMOOTH_GPTQ)},
-    "w8a8-static": {**_RTN, "llm-compressor SmoothQuant, GPTQ": _llm_compressor(_SMOOTH_GPTQ)},
-    "fp8": _RTN,
-    "fp8-static": _RTN,
-}
-
-#: What the peer's interpreter is asked for.
-PEER_VERSIONS = """
-import json, platform
-from importlib.metadata import version
-names = ("llmcompressor", "auto-round", "compressed-tensors", "transformers", "torch")
-print(json.dumps({"python": platform.python_version(), **{name: version(name) for name in names}}))
-"""
+from benchmarks import quality_recipes
+from benchmarks.quality_gguf import block_bits, graft, is_matrix, on_a_grid
+from benchmarks.quality_mixture import measure_once, write_mixture
+from benchmarks.quality_peers import PEER_VERSIONS, PEERS
+from benchmarks.quality_recipes import BUDGETS, RECIPES
+from benchmarks.quality_table import table
+from benchmarks.systems import named
+from quantkit.schemes import SCHEMES, QuantSpec
 
 #: Held-out text that all are scored on.
 WINDOWS, WINDOW_TOKENS = 24, 1024
@@ -151,37 +56,8 @@ WINDOWS, WINDOW_TOKENS = 24, 1024
 #: Activations as the scheme says, never int8 on top: the same for every system.
 KERNELS = "native-float"
 
-_FISHER = "{gptq: {fisher: 0.5, outputs: coupled}}"
-_WEIGHT_ONLY = {
-    "quantkit RTN": "rtn",
-    "quantkit GPTQ": "gptq",
-    "quantkit GPTQ, Fisher": _FISHER,
-    "quantkit GPTQ, Fisher, distill": f"[{_FISHER}, distill]",
-}
-_SMOOTH = "{smoothquant: {alpha: auto, pairs: all}}"
-_WITH_ACTIVATIONS = {
-    "quantkit RTN": "rtn",
-    "quantkit GPTQ": "gptq",
-    "quantkit SmoothQuant, RTN": f"[{_SMOOTH}, rtn]",
-    "quantkit SmoothQuant, GPTQ": f"[{_SMOOTH}, gptq]",
-    "quantkit rotate, GPTQ": "[rotate, gptq]",
-}
-_STATIC = {
-    "quantkit RTN": "rtn",
-    "quantkit SmoothQuant, RTN": f"[{_SMOOTH}, rtn]",
-    "quantkit outliers, RTN": "[outliers, rtn]",
-    "quantkit outliers, RTN, distill": "[outliers, rtn, distill]",
-}
-
-#: Scheme → name → the recipe's ``algorithm``.
-RECIPES: dict[str, dict[str, str]] = {
-    "w4a16-g64": _WEIGHT_ONLY,
-    "w3a16-g64": _WEIGHT_ONLY,
-    "w8a8": _WITH_ACTIVATIONS,
-    "w8a8-static": _STATIC,
-    "fp8": _WITH_ACTIVATIONS,
-    "fp8-static": _STATIC,
-}
+#: Facts that files of before lack. What they say shows in others: the seed in the windows' hash.
+ADDED = ("seed",)
 
 
 def main() -> None:
@@ -194,9 +70,20 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of windows")
     parser.add_argument("--peer-python", help="interpreter of an environment with the peers")
+    parser.add_argument(
+        "--gguf", metavar="NAME=FILE", type=named, action="append", default=[], help="a row more"
+    )
+    parser.add_argument(
+        "--sensitivity", type=Path, help="of mixtures; default: beside the results; made if missing"
+    )
+    parser.add_argument("--sensitivity-samples", type=int, default=256)
+    parser.add_argument("--sensitivity-seq-len", type=int, default=128)
     parser.add_argument("--only", action="append", help="names of rows to run")
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
+    if args.sensitivity is None:
+        stem = args.output.name.removesuffix(".json")
+        args.sensitivity = args.output.with_name(f"{stem}.sensitivity.json")
 
     model = resolve(args.model)
     with tempfile.TemporaryDirectory() as scratch:
@@ -204,17 +91,41 @@ def main() -> None:
         facts = describe(args, model, write_tokens(model, args, ids))
         document = unfinished(args.output, facts)
         rows = document["rows"]
-        for name in wanted(args):
-            if name not in rows:
-                rows[name] = measure(name, args, model, ids, Path(scratch))
-                save(args.output, document)
+        check_files(args.gguf, rows)
+        missing = [name for name in wanted(args) if name not in rows]
+        if any(is_mixed(args.scheme, name) for name in missing):
+            document["sensitivity_run"] = measure_once(args, model, document.get("sensitivity_run"))
+            save(args.output, document)
+        for name in missing:
+            rows[name] = measure(name, args, model, ids, Path(scratch))
+            save(args.output, document)
     print("\n" + json.dumps(facts, indent=1))
+    if "sensitivity_run" in document:
+        print(json.dumps({"sensitivity, apart from all rows": document["sensitivity_run"]}))
     print(table(rows))
+
+
+def is_mixed(scheme: str, name: str) -> bool:
+    """Whether a row takes the sensitivity file."""
+    return name in RECIPES[scheme] and RECIPES[scheme][name].mixed
+
+
+def check_files(files: list[tuple[str, str]], rows: dict[str, dict[str, Any]]) -> None:
+    """SystemExit where a row is of another GGUF file than the one that is given now."""
+    from quantkit import model as models
+
+    for name, path in files:
+        if name in rows and rows[name].get("sha256") != models.hash_file(Path(path)):
+            raise SystemExit(f"--gguf {name}={path}: the row is of another file; name it otherwise")
 
 
 def wanted(args: argparse.Namespace) -> list[str]:
     """Names of the rows to measure, in order. SystemExit for one that is not known."""
-    names = [*RECIPES[args.scheme], *(PEERS[args.scheme] if args.peer_python else ())]
+    peers = PEERS.get(args.scheme, {}) if args.peer_python else {}
+    names = [*RECIPES[args.scheme], *peers, *(name for name, _ in args.gguf)]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise SystemExit(f"--gguf {twice[0]}: there is a row of this name; choose another one")
     for name in args.only or ():
         if name not in names:
             raise SystemExit(f"--only {name!r}: known here: {', '.join(names)}")
@@ -226,10 +137,11 @@ def unfinished(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         return {**facts, "rows": {}}
     document: dict[str, Any] = json.loads(path.read_text())
+    document = {key: facts[key] for key in ADDED if key in facts} | document
     different = [key for key, value in facts.items() if document.get(key) != value]
     if different:
         raise SystemExit(f"{path}: was measured with another {different[0]}; give another -o")
-    return document
+    return {**facts, **document}
 
 
 def save(path: Path, document: dict[str, Any]) -> None:
@@ -238,28 +150,9 @@ def save(path: Path, document: dict[str, Any]) -> None:
     staging.replace(path)
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """One line a row and text."""
-    width = max(map(len, rows), default=0)
-    lines = [
-        f"{'system':{width}} {'s':>6} {'GB':>5} {'bits':>5} {'text':16} {'KL':>15} "
-        f"{'ppl':>7} {'top-1':>6}"
-    ]
-    for name, row in rows.items():
-        for text, score in row["texts"].items():
-            lines.append(
-                f"{name:{width}} {row['seconds']:6.0f} {row['peak_rss_bytes'] / 1e9:5.2f} "
-                f"{row['bits']:5.2f} {text:16} {score['kl']:.4f} ± {score['kl_error']:.4f} "
-                f"{score['ppl']:7.2f} {score['top1']:6.1%}"
-            )
-    return "\n".join(lines)
-
-
 def describe(args: argparse.Namespace, model: Path, tokens_hash: str) -> dict[str, Any]:
     """What the rows are measured with."""
     from quantkit import model as models
-    from quantkit import ops
-    from quantkit.evals.evaluate import cpu_model
 
     facts: dict[str, Any] = {
         "model": {
@@ -268,7 +161,8 @@ def describe(args: argparse.Namespace, model: Path, tokens_hash: str) -> dict[st
                 {path.name: models.hash_file(path) for path in model.glob("*.safetensors")}
             ),
         },
-        "scheme": f"{args.scheme}, {SCHEMES[args.scheme].describe()}, head kept",
+        "scheme": quality_recipes.describe(args.scheme),
+        "seed": args.seed,
         "calibration": {
             "file": Path(args.data).name,
             "samples": args.samples,
@@ -284,23 +178,42 @@ def describe(args: argparse.Namespace, model: Path, tokens_hash: str) -> dict[st
             }
             for text in args.text
         },
-        "machine": {
-            "cpu": cpu_model(),
-            "cores": os.cpu_count(),
-            "kernels": ops.get_isa(),
-            "system": platform.system(),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "compressed-tensors")},
-            "quantkit": quantkit.__version__,
-        },
+        "machine": machine(),
+        "versions": versions(),
     }
+    if args.scheme in BUDGETS:
+        facts["sensitivity"] = {
+            "samples": args.sensitivity_samples,
+            "seq_len": args.sensitivity_seq_len,
+            "solver": "gptq",
+        }
     if args.peer_python:
         command = [args.peer_python, "-c", PEER_VERSIONS]
         answer = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
         facts["peer_versions"] = json.loads(answer)
     return facts
+
+
+def machine() -> dict[str, Any]:
+    """What it ran on."""
+    from quantkit import ops
+    from quantkit.evals.evaluate import cpu_model
+
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "kernels": ops.get_isa(),
+        "system": platform.system(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what computes on quantkit's side."""
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "compressed-tensors")},
+        "quantkit": quantkit.__version__,
+    }
 
 
 def label(text: str) -> str:
@@ -314,7 +227,8 @@ def measure(
 ) -> dict[str, Any]:
     """One row: quantize, then score on every text."""
     out = scratch / "checkpoint"
-    run = _run_ours if name in RECIPES[args.scheme] else _run_peer
+    files = dict(args.gguf)
+    run = _run_ours if name in RECIPES[args.scheme] else _read_gguf if name in files else _run_peer
     row = run(name, args, model, ids, out)
     row["texts"] = {label(text): score(out, model, text) for text in args.text}
     shutil.rmtree(out)
@@ -324,15 +238,16 @@ def measure(
 def _run_ours(
     name: str, args: argparse.Namespace, model: Path, ids: Path, out: Path
 ) -> dict[str, Any]:
-    recipe = out.with_name("recipe.yaml")
-    recipe.write_text(
-        f"scheme: {args.scheme}\nalgorithm: {RECIPES[args.scheme][name]}\nkeep: [lm_head]\n"
-        f"calibrate: {{seed: {args.seed}}}\n"
-    )
+    ours, recipe = RECIPES[args.scheme][name], out.with_name("recipe.yaml")
+    facts: dict[str, Any] = {}
+    if ours.mixed:
+        facts["mixture"] = write_mixture(args.sensitivity, ours, recipe)
+    else:
+        recipe.write_text(ours.recipe())
     command = [
         sys.executable, "-m", "quantkit.cli.main", "calibrate", str(model), "-r", str(recipe),
         "--data", args.data, "--samples", str(args.samples), "--seq-len", str(args.seq_len),
-        "--no-gate", "--json", "-o", str(out),
+        "--seed", str(args.seed), "--no-gate", "--json", "-o", str(out),
     ]  # fmt: skip
     began = time.monotonic()
     document = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
@@ -342,7 +257,27 @@ def _run_ours(
         "seconds": seconds["calibrate"] + seconds["quantize"],
         "peak_rss_bytes": document["peak_rss_bytes"],
         "bits": document["bits_per_weight"],
+        **facts,
     }
+
+
+def _read_gguf(
+    name: str, args: argparse.Namespace, model: Path, ids: Path, out: Path
+) -> dict[str, Any]:
+    """Quantized elsewhere: nobody knows in what time."""
+    from quantkit import model as models
+
+    path = Path(dict(args.gguf)[name])
+    graft(path, model, out)
+    row = {
+        "seconds": None,
+        "peak_rss_bytes": None,
+        "bits": block_bits(path),
+        "sha256": models.hash_file(path),
+        "original_on_a_grid": on_a_grid(model),
+    }
+    print(name, json.dumps(row), flush=True)
+    return row
 
 
 def _run_peer(
@@ -370,7 +305,7 @@ def bits_per_weight(spec: QuantSpec, model: Path) -> float:
     for path in model.glob("*.safetensors"):
         with safe_open(path, framework="pt") as tensors:
             found = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
-        shapes += [x for key, x in found.items() if ".layers." in key and len(x) == 2]
+        shapes += [x for key, x in found.items() if is_matrix(key, x)]
     return sum(map(spec.stored_bits, shapes)) / sum(n * k for n, k in shapes)
 
 

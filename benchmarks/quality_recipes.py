@@ -1,0 +1,97 @@
+"""quantkit's rows beside its peers: which scheme and algorithm each name stands for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from quantkit.mixture import candidate
+from quantkit.schemes import SCHEMES
+
+_FISHER = "{gptq: {fisher: 0.5, outputs: coupled}}"
+_WEIGHT_ONLY = {
+    "quantkit RTN": "rtn",
+    "quantkit GPTQ": "gptq",
+    "quantkit GPTQ, Fisher": _FISHER,
+    "quantkit GPTQ, Fisher, distill": f"[{_FISHER}, distill]",
+}
+_SMOOTH = "{smoothquant: {alpha: auto, pairs: all}}"
+_WITH_ACTIVATIONS = {
+    "quantkit RTN": "rtn",
+    "quantkit GPTQ": "gptq",
+    "quantkit SmoothQuant, RTN": f"[{_SMOOTH}, rtn]",
+    "quantkit SmoothQuant, GPTQ": f"[{_SMOOTH}, gptq]",
+    "quantkit rotate, GPTQ": "[rotate, gptq]",
+}
+_STATIC = {
+    "quantkit RTN": "rtn",
+    "quantkit SmoothQuant, RTN": f"[{_SMOOTH}, rtn]",
+    "quantkit outliers, RTN": "[outliers, rtn]",
+    "quantkit outliers, RTN, distill": "[outliers, rtn, distill]",
+}
+
+#: ``--scheme`` of a mixture → the stored bits a weight that it may take.
+BUDGETS = {"mixed-4.5": 4.5, "mixed-5.5": 5.5}
+
+
+@dataclass(frozen=True)
+class Ours:
+    """One row.
+
+    Attributes:
+        scheme: a name of `quantkit.mixture.candidate`, or a key of `BUDGETS` for the mixture of
+            least predicted KL within it.
+        algorithm: as a recipe has it.
+    """
+
+    scheme: str
+    algorithm: str
+
+    @property
+    def mixed(self) -> bool:
+        return self.scheme in BUDGETS
+
+    def recipe(self) -> str:
+        """Of a uniform row; a mixture's is written by `quantkit inspect`."""
+        _, scheme = candidate(self.scheme)
+        return f"scheme: {json.dumps(scheme)}\nalgorithm: {self.algorithm}\nkeep: [lm_head]\n"
+
+
+def _uniform(scheme: str, algorithms: dict[str, str]) -> dict[str, Ours]:
+    return {name: Ours(scheme, algorithm) for name, algorithm in algorithms.items()}
+
+
+#: Scheme, or budget of a mixture → name → row.
+RECIPES: dict[str, dict[str, Ours]] = {
+    "w4a16-g64": _uniform("w4a16-g64", _WEIGHT_ONLY),
+    "w3a16-g64": _uniform("w3a16-g64", _WEIGHT_ONLY),
+    "w8a8": _uniform("w8a8", _WITH_ACTIVATIONS),
+    "w8a8-static": _uniform("w8a8-static", _STATIC),
+    "fp8": _uniform("fp8", _WITH_ACTIVATIONS),
+    "fp8-static": _uniform("fp8-static", _STATIC),
+    # A mixture beside what is uniform and takes as many bits, or one step less.
+    "mixed-4.5": {
+        "quantkit w4a16-g64, GPTQ": Ours("w4a16-g64", "gptq"),
+        "quantkit w4a16-g32, GPTQ": Ours("w4a16-g32", "gptq"),
+        "quantkit mixture, GPTQ": Ours("mixed-4.5", "gptq"),
+        "quantkit w4a16-g32, GPTQ, Fisher": Ours("w4a16-g32", _FISHER),
+        "quantkit mixture, GPTQ, Fisher": Ours("mixed-4.5", _FISHER),
+    },
+    "mixed-5.5": {
+        "quantkit w5a16-g64, RTN": Ours("w5a16-g64", "rtn"),
+        "quantkit w5a16-g32, RTN": Ours("w5a16-g32", "rtn"),
+        "quantkit w5a16-g64, GPTQ": Ours("w5a16-g64", "gptq"),
+        "quantkit w5a16-g32, GPTQ": Ours("w5a16-g32", "gptq"),
+        "quantkit mixture, GPTQ": Ours("mixed-5.5", "gptq"),
+        "quantkit w5a16-g32, GPTQ, Fisher": Ours("w5a16-g32", _FISHER),
+        "quantkit mixture, GPTQ, Fisher": Ours("mixed-5.5", _FISHER),
+    },
+}
+
+
+def describe(scheme: str) -> str:
+    """What ``--scheme`` means, for the results."""
+    if scheme in BUDGETS:
+        what = f"up to {BUDGETS[scheme]} bits a weight, uniform and mixed by measured sensitivity"
+        return f"{scheme}, {what}, head kept"
+    return f"{scheme}, {SCHEMES[scheme].describe()}, head kept"
