@@ -29,6 +29,8 @@ from quantkit.batches import BATCH_TOKENS, PROBE_WINDOWS
 from quantkit.checkpoint.shards import SHARD_BYTES
 from quantkit.importance import pass_bytes
 from quantkit.plan import Plan, PlannedLayer
+from quantkit.rescale import COSTED_TOKENS, SAMPLE_TOKENS
+from quantkit.steps import weighs_costs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -308,21 +310,23 @@ def _graph_bytes(layers: Sequence[PlannedLayer], tokens: int, element: int, hidd
 
 
 def _rescale_bytes(plan: Plan, block: int, element: int) -> int:
-    """What `quantkit.rescale.choose_scales` holds of a block: the sums of all inputs in fp64, and
-    for one of them H twice in fp32, its consumers' scaled weights, and of the largest six copies in
-    fp32 on the way to its error."""
+    """What `quantkit.rescale.choose_scales` holds of a block: the sums of all inputs in fp64 and
+    samples of their tokens, and for one of them H twice in fp32, its consumers' scaled weights, and
+    of the largest six copies in fp32 on the way to its error."""
     shapes = {layer.name: layer for layer in plan.layers}
-    sums = most = 0
+    seen = most = 0
     for fold in plan.folds_in(block):
         consumers = [shapes[name] for name in fold.consumers if name in shapes]
         columns = consumers[0].shape[1]
         needed = any(RESCALERS[step.name].needs_hessian for step in fold.steps)
-        sums += 8 * columns**2 if needed else 0
+        sampled = COSTED_TOKENS if weighs_costs(fold.steps) else SAMPLE_TOKENS
+        seen += min(sampled, plan.samples * plan.seq_len) * element * columns
+        seen += 8 * columns**2 if needed else 0
         scaled = element * sum(x.weights for x in consumers) + 6 * 4 * max(
             x.weights for x in consumers
         )
         most = max(most, scaled + (2 * 4 * columns**2 if needed else 0))
-    return sums + most
+    return seen + most
 
 
 def _signround_bytes(plan: Plan, element: int, hidden: int) -> int:

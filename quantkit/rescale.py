@@ -3,6 +3,9 @@
 One forward pass through the block, as the quantized blocks before it feed it, gives the
 statistics of every input that a scaling divides. Each rescaler then starts from what the one
 before it left: statistics are divided as the input is, so that no further pass is needed.
+
+Where one of an input's rescalers asks for costs, the searches of all of that input's go by them;
+where none does, all tokens are alike.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ def choose_scales(
         runs: a forward pass through the block for each batch.
         advance: called after each pass.
         together: the processes that run the other batches.
-        importance: what errors cost, for the rescalers that ask.
+        importance: what errors cost, for the inputs that a rescaler asks it for.
 
     Returns:
         fp32 ``[P]`` by producer, for `quantkit.folding.apply_scales`.

@@ -150,6 +150,11 @@ def _filled_in(step: Step, name: str) -> Step:
     options = {**defaults, **step.options}
     for key, value in options.items():
         _check_option(step.name, key, value)
+    if step.options.get("cost") == "fisher" and "auto" not in options.values():
+        raise UsageError(
+            f"{step.name}: cost 'fisher': nothing is searched, so that no error is weighed",
+            remedy=f"set {_searched(options)}: auto, or take cost out",
+        )
     if options.get("outputs") == "coupled" and not (options["fisher"] and options["refine"]):
         raise UsageError(
             f"{step.name}: outputs: coupled takes the gradients of fisher and the descent of "
@@ -157,6 +162,11 @@ def _filled_in(step: Step, name: str) -> Step:
             remedy="set both, such as fisher: 0.5 and refine: 3",
         )
     return Step(step.name, options)
+
+
+def _searched(options: Mapping[str, Any]) -> str:
+    """The option of a rescaler that a search by cost chooses."""
+    return next(key for key in ("alpha", "threshold") if key in options)
 
 
 #: Option → the words it takes, where the algorithm does not narrow them.

@@ -102,6 +102,23 @@ def test_a_quantized_head_is_a_copy_and_reads_every_window() -> None:
     assert phases(nearest)["head"] - phases(nearest, data=False)["head"] == one // 8
 
 
+def test_rescalers_keep_a_sample_of_every_input() -> None:
+    """512 tokens, or 2,048 where they have costs, and never more than there are."""
+    model = tiny_llama()
+    columns = 3 * 384 + 768
+
+    def found(samples: int, cost: str) -> int:
+        steps = (Step("outliers", {"cost": cost}), Step("rtn"))
+        recipe = replace(NEAREST, scheme=SCHEMES["w8a8-static"], algorithm=steps)
+        plan = make_plan(recipe, model, samples=samples, seq_len=128)
+        return peak._rescale_bytes(plan, 0, 2)
+
+    for samples, alike, costed in ((1, 128, 128), (8, 512, 1024), (64, 512, 2048)):
+        fixed = found(1, "output") - 128 * 2 * columns
+        assert found(samples, "output") - fixed == alike * 2 * columns
+        assert found(samples, "fisher") - fixed == costed * 2 * columns
+
+
 @pytest.mark.usefixtures("nothing_held")
 def test_distillation_keeps_the_whole_model_and_the_targets() -> None:
     # The same recipe without training holds one block; its windows are eight.

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from quantkit import model as models
 from quantkit import numerics
-from quantkit.algorithms import RESCALERS, awq, smoothquant
+from quantkit.algorithms import RESCALERS, Rescaler, awq, smoothquant
 from quantkit.algorithms.outliers import THRESHOLDS
-from quantkit.algorithms.scaling import Consumer, Scaling, output_errors
+from quantkit.algorithms.scaling import Consumer, Scaling, best_or_unscaled, output_errors
 from quantkit.calibrate import CalibrationData, calibrate
 from quantkit.cli.main import run as run_cli
 from quantkit.errors import UsageError
@@ -196,6 +196,17 @@ def test_smoothquant_auto_takes_the_least_error(scheme: str) -> None:
         assert found <= output_error(problem, smoothquant.scales(problem, {"alpha": alpha}))
 
 
+def test_no_scaling_is_taken_that_helps_nothing() -> None:
+    problem = scaling("w8a8-static")
+    unscaled = torch.ones(96)
+    worse = torch.ones(96)
+    worse[3] = 0.01  # the strong channel, stronger yet
+    better = OUTLIERS.scales(problem, {"threshold": 4.0})
+    assert best_or_unscaled(problem, [worse, better]) is better
+    for useless in ([worse], [2 * unscaled], []):  # twice all channels rounds alike
+        assert torch.equal(best_or_unscaled(problem, useless), unscaled)
+
+
 @pytest.mark.parametrize("repeats", [1, 4])
 @pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a16-asym-g64", "w4a16-channel"])
 def test_awq_equals_its_literal_search(scheme: str, repeats: int) -> None:
@@ -359,6 +370,34 @@ def test_costs_are_those_of_the_tokens_in_the_sample(
         torch.testing.assert_close(consumer.costs, squares[name] / len(consumer.weight))
 
 
+def test_costs_are_for_the_inputs_whose_rescaler_asks(
+    outliers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SmoothQuant asks for those of the norms' inputs; the other search there goes by them, too."""
+    seen: dict[str, list[Scaling]] = {"smoothquant": [], "outliers": []}
+
+    def watch(name: str) -> Rescaler:
+        def scales(problem: Scaling, options: Mapping[str, object]) -> Tensor:
+            seen[name].append(problem)
+            return torch.ones(problem.count)
+
+        return dataclasses.replace(RESCALERS[name], scales=scales)
+
+    for name in seen:
+        monkeypatch.setitem(RESCALERS, name, watch(name))
+    asks = Step("smoothquant", {"alpha": "auto", "cost": "fisher"})
+    takes_all_alike = Step("outliers", {"cost": "output"})
+    # Gradients of every layer are there, for GPTQ: who does not ask for costs gets none.
+    solver = Step("gptq", {"fisher": 0.5})
+    _, plan, _ = run(outliers, tmp_path / "w", recipe("w8a8-static", asks, takes_all_alike, solver))
+    assert all(layer.needs_gradients for layer in plan.layers)
+    assert {fold.of_norm for fold in plan.folds} == {True, False}
+    for fold, problem in zip(plan.folds, seen["outliers"], strict=True):
+        assert all((c.costs is not None) is fold.of_norm for c in problem.consumers), fold.label
+    assert len(seen["smoothquant"]) == 4
+    assert all(c.costs is not None for problem in seen["smoothquant"] for c in problem.consumers)
+
+
 def test_scalings_leave_the_function_alone(outliers: Path, tmp_path: Path) -> None:
     """With 8 bits a weight and the exact scalings of a run, only rounding is left."""
     before = logits(models.load_source(str(outliers)).model)
@@ -448,6 +487,14 @@ def test_what_cannot_be_scaled_is_printed(
         (recipe("w8a8", Step("rtn"), Step("awq")), "exactly one solver is needed, behind any"),
         (recipe("w8a8", Step("awq")), "exactly one solver"),
         (recipe("w8a8", Step("smoothquant", {"alpha": 2}), Step("rtn")), "alpha 2: is auto or"),
+        (
+            recipe("w8a8", Step("smoothquant", {"cost": "fisher"}), Step("rtn")),
+            "smoothquant: cost 'fisher': nothing is searched.*set alpha: auto",
+        ),
+        (
+            recipe("w8a8", Step("outliers", {"cost": "fisher", "threshold": 4}), Step("rtn")),
+            "outliers: cost 'fisher': nothing is searched.*set threshold: auto",
+        ),
         (recipe("w8a8", Step("awq", {"grid": 0}), Step("rtn")), "grid 0: is a whole number"),
         (recipe("w8a8", Step("awq", {"pairs": "x"}), Step("rtn")), "pairs 'x': is norms or all"),
         (

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.algorithms.scaling import Scaling, least_error
+from quantkit.algorithms.scaling import Scaling, best_or_unscaled
 
 #: threshold: t, in units of the median over channels of max |X_j|; ``auto`` takes the best of
 #:     `THRESHOLDS`, or leaves an input unscaled.
@@ -43,8 +43,7 @@ def scales(scaling: Scaling, options: Mapping[str, Any]) -> Tensor:
     threshold = options["threshold"]
     if threshold != "auto":
         return suppression(scaling, float(threshold))
-    unscaled = torch.ones(scaling.count, device=scaling.channels.device)
-    return least_error(scaling, [unscaled, *(suppression(scaling, t) for t in THRESHOLDS)])
+    return best_or_unscaled(scaling, [suppression(scaling, t) for t in THRESHOLDS])
 
 
 def suppression(scaling: Scaling, threshold: float) -> Tensor:

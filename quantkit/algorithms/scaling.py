@@ -132,6 +132,12 @@ def least_error(scaling: Scaling, candidates: Sequence[Tensor]) -> Tensor:
     return candidates[min(range(len(errors)), key=errors.__getitem__)]
 
 
+def best_or_unscaled(scaling: Scaling, candidates: Sequence[Tensor]) -> Tensor:
+    """`least_error`, or ones ``[P]`` where no candidate's error is below the unscaled input's."""
+    unscaled = torch.ones(scaling.count, device=scaling.channels.device)
+    return least_error(scaling, [unscaled, *candidates])
+
+
 def _is_sampled(scaling: Scaling, consumer: Consumer) -> bool:
     """Whether the consumer's error is measured on the sample."""
     exact = consumer.inputs is None and consumer.costs is None

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.algorithms.scaling import Scaling, least_error
+from quantkit.algorithms.scaling import Scaling, best_or_unscaled
 
 #: alpha: share of the difficulty that moves into the weights, 0 to 1; ``auto`` takes the one
 #:     with the least measured output error of the quantized layers, or leaves a pair unscaled.
@@ -47,8 +47,7 @@ def scales(scaling: Scaling, options: Mapping[str, Any]) -> Tensor:
     alpha = options["alpha"]
     if alpha != "auto":
         return smoothing(scaling, float(alpha))
-    unscaled = torch.ones(scaling.count, device=scaling.channels.device)
-    return least_error(scaling, [unscaled, *(smoothing(scaling, a) for a in ALPHAS)])
+    return best_or_unscaled(scaling, [smoothing(scaling, a) for a in ALPHAS])
 
 
 def smoothing(scaling: Scaling, alpha: float) -> Tensor:

@@ -62,6 +62,18 @@ class _Entry:
     make: Callable[[], tuple[np.ndarray, Rounding]]
 
 
+class _Written(np.ndarray[Any, np.dtype[Any]]):
+    """An array that the gguf library writes to a file as Python does.
+
+    numpy's own ``tofile`` raises errors without a number, and says nothing where the disk fills up
+    as its buffer is written out.
+    """
+
+    def tofile(self, fid: Any, /, sep: str = "", format: str = "%s") -> None:
+        """Write the bytes to a binary file."""
+        fid.write(np.ascontiguousarray(self).data)
+
+
 def write_gguf(source: OpenCheckpoint, path: Path) -> tuple[dict[str, int], Rounding, list[str]]:
     """Write a GGUF file: quantized layers as blocks of their own codes, norms and biases in fp32,
     all else in its own dtype.
@@ -105,7 +117,7 @@ def write_gguf(source: OpenCheckpoint, path: Path) -> tuple[dict[str, int], Roun
         for entry in entries.values():
             data, cost = entry.make()
             assert data.shape == entry.shape
-            writer.write_tensor_data(data)
+            writer.write_tensor_data(data.view(_Written))
             rounding += cost
     finally:
         writer.close()

@@ -279,9 +279,10 @@ def guarded_disk(folder: Path) -> Iterator[None]:
             raise QuantkitError(
                 f"{folder}: the disk is full", remedy="free some space; nothing was left behind"
             ) from e
-        if not isinstance(e, OSError) and (number or isinstance(e, SafetensorError)):
+        others = not isinstance(e, OSError) and (number or isinstance(e, SafetensorError))
+        if others or number == errno.EFBIG:
             raise QuantkitError(
-                f"{folder}: cannot be written ({e})",
+                f"{folder}: cannot be written ({getattr(e, 'strerror', None) or e})",
                 remedy="free some space, or choose another disk; nothing was left behind",
             ) from e
         if isinstance(e, OSError):

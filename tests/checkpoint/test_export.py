@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,26 @@ def test_gguf_file(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(fields["tokenizer.ggml.tokens"]) == 272
     assert fields["tokenizer.ggml.tokens"][-1] == "[PAD271]"
     assert fields["tokenizer.chat_template"] == merging_tokenizer().chat_template
+
+
+def test_a_gguf_file_that_the_disk_cannot_hold(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever the room ends: in the header, inside a large tensor, one byte before the end."""
+    out = tmp_path / "model.gguf"
+    assert run(["export", str(packed), "--format", "gguf", "-o", str(out)]) == 0
+    size = out.stat().st_size
+    out.unlink()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (100, size // 2, size - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        try:
+            code = run(["export", str(packed), "--format", "gguf", "-o", str(out)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert code == 4, room
+        assert "cannot be written (File too large); free some space" in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
