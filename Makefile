@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 STAMP := $(VENV)/.ready
 
-.PHONY: demo walkthrough test test-all setup native cuda sanitize interop soak check format bench clean
+.PHONY: demo walkthrough test test-all setup native cuda sanitize interop soak equality check format bench clean
 
 demo: setup          ## set up, then calibrate, gate and serve the real model
 	$(BIN)/python examples/demo.py
@@ -53,6 +53,10 @@ interop: setup       ## every scheme in other engines; writes docs/interop.md
 # MODEL names a checkpoint.
 soak: setup          ## half an hour of faults against the server, and what must hold
 	$(BIN)/python -m benchmarks.soak "$(MODEL)" --minutes 30
+
+# MODEL names a weight-only checkpoint, TEXT what prompts are cut from.
+equality: setup      ## 200 answers of a busy server against transformers.generate, in fp32
+	$(BIN)/python -m benchmarks.serve_equality "$(MODEL)" --text "$(TEXT)"
 
 check: setup cuda    ## format, lint, types, boundaries, CUDA compile
 	$(BIN)/ruff format --check .

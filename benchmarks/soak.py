@@ -10,6 +10,7 @@ each round:
   an answer that looks whole;
 - every request has exactly one terminal event, and nothing after it;
 - when all is quiet, nothing is live, runs or waits, and every page has gone back;
+- from the first pass through all faults on, memory, threads and open files no longer grow;
 - the server is ready, unless work does not move forward: then it says so, and lives.
 
 In the end SIGTERM comes while answers stream: they are finished, and the server ends. The first
@@ -29,12 +30,12 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
-import psutil
 
 from benchmarks.soak_faults import BREAKING, FAULTS
 from benchmarks.soak_server import (
     COMPLETIONS,
     BrokenError,
+    Footprint,
     Soak,
     body_of,
     hold,
@@ -170,19 +171,27 @@ def run(
             text = await ask(soak, prompt, stream=False)
             hold(text is not None, "an idle server failed")
             soak.expected[prompt] = str(text)
-        began, rounds, process = time.monotonic(), 0, psutil.Process()
+        began, rounds = time.monotonic(), 0
+        first: Footprint | None = None
         while rounds < len(FAULTS) or time.monotonic() - began < seconds:
             left = rounds % len(FAULTS)
             if left == 0:
                 order = soak.rng.sample(list(FAULTS), len(FAULTS))
             await play(soak, order[left], clients)
             rounds += 1
+            held = Footprint.now()
+            if rounds % len(FAULTS) == 0:
+                first = first or held
+                grown = held.exceeds(first)
+                hold(grown is None, f"quiet after {rounds} rounds: {grown}")
             told(
                 f"{time.monotonic() - began:6.0f} s  round {rounds} {order[left]}: "
                 f"{dict(soak.answers)}, {len(soak.ledger.ended)} requests, "
-                f"{process.memory_info().rss / 1e6:.0f} MB"
+                f"{held.memory / 1e6:.0f} MB"
             )
         await end_by_signal(soak, 6)
+        watched = len(soak.ledger.ended)
+        hold(watched > soak.answers.total(), f"{watched} requests were watched, fewer than asked")
 
     with serving(runtime, seed) as soak:
         asyncio.run(everything(soak))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import threading
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import psutil
 
 from quantkit.models.runtime import Runtime
 from quantkit.serve.api.app import create_app
@@ -26,6 +28,12 @@ from quantkit.serve.request import Request, Sink
 COMPLETIONS = "/v1/completions"
 ANSWER_TOKENS = 24
 STALL_SECONDS = 0.5
+
+#: What a quiet server may hold beyond what it held after the first pass through all faults: the
+#: allocator's own unevenness, workers of thread pools that start one by one, sockets that linger.
+SPARE_MEMORY = 64 * 2**20
+SPARE_THREADS = 2 * min(32, (os.cpu_count() or 1) + 4)
+SPARE_FILES = 8
 
 
 class BrokenError(Exception):
@@ -47,7 +55,7 @@ class Ledger:
 
     def watch(self, engine: Engine) -> None:
         """Look at each event of each request from now on."""
-        submit = engine.submit
+        enqueue = engine.enqueue  # what every way into the engine ends in
 
         def watched(request: Request, sink: Sink) -> None:
             def see(event: Event) -> None:
@@ -60,12 +68,37 @@ class Ledger:
 
             self.open.add(request.id)
             try:
-                submit(request, see)
+                enqueue(request, see)
             except BaseException:
                 self.open.discard(request.id)
                 raise
 
-        engine.submit = watched  # type: ignore[method-assign]
+        engine.enqueue = watched  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What the process holds: bytes of memory, threads, and open files, sockets among them."""
+
+    memory: int
+    threads: int
+    files: int
+
+    @staticmethod
+    def now() -> Footprint:
+        process = psutil.Process()
+        with process.oneshot():
+            return Footprint(process.memory_info().rss, process.num_threads(), process.num_fds())
+
+    def exceeds(self, first: Footprint) -> str | None:
+        """What has grown beyond what an earlier one leaves room for, or None."""
+        if self.memory > first.memory + SPARE_MEMORY:
+            return f"memory grew from {first.memory / 1e6:.0f} to {self.memory / 1e6:.0f} MB"
+        if self.threads > first.threads + SPARE_THREADS:
+            return f"threads grew from {first.threads} to {self.threads}"
+        if self.files > first.files + SPARE_FILES:
+            return f"open files grew from {first.files} to {self.files}"
+        return None
 
 
 @dataclass

@@ -9,7 +9,14 @@ import pytest
 
 from benchmarks import soak
 from benchmarks.soak_faults import nothing
-from benchmarks.soak_server import BrokenError
+from benchmarks.soak_server import (
+    SPARE_FILES,
+    SPARE_MEMORY,
+    SPARE_THREADS,
+    BrokenError,
+    Footprint,
+    Soak,
+)
 from quantkit.models.runtime import Runtime
 from quantkit.serve.detokenizer import Detokenizer
 from quantkit.serve.engine import Engine
@@ -17,9 +24,8 @@ from quantkit.serve.events import Event, Failed
 from quantkit.serve.memory import PageMemory
 from quantkit.serve.request import Sequence
 
-pytestmark = pytest.mark.slow
 
-
+@pytest.mark.slow
 def test_every_fault_once(native: Runtime) -> None:
     rounds: list[str] = []
     answers = soak.run(native, seconds=0, clients=4, seed=0, told=rounds.append)
@@ -57,6 +63,7 @@ def say_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Detokenizer, "push", lambda self, token_id: next(letters))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
@@ -75,3 +82,38 @@ def test_it_notices(
     harm(monkeypatch)
     with pytest.raises(BrokenError, match=message):
         soak.run(native, seconds=0, clients=2, seed=0)
+
+
+@pytest.mark.slow
+def test_it_notices_what_grows(native: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each round keeps more than it may; the second one ends the run."""
+    kept: list[bytearray] = []
+
+    async def leak(soak: Soak) -> None:
+        kept.append(bytearray(b"x" * 2 * SPARE_MEMORY))
+
+    monkeypatch.setattr(soak, "FAULTS", {"leak": leak})
+    with pytest.raises(BrokenError, match="quiet after 2 rounds: memory grew"):
+        soak.run(native, seconds=60, clients=1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("grown", "message"),
+    [
+        (Footprint(SPARE_MEMORY, SPARE_THREADS, SPARE_FILES), None),
+        (Footprint(SPARE_MEMORY + 1, 0, 0), "memory"),
+        (Footprint(0, SPARE_THREADS + 1, 0), "threads"),
+        (Footprint(0, 0, SPARE_FILES + 1), "open files"),
+    ],
+)
+def test_each_kind_of_growth_is_told(grown: Footprint, message: str | None) -> None:
+    told = grown.exceeds(Footprint(0, 0, 0))
+    assert (told is None) == (message is None)
+    assert message is None or message in str(told)
+
+
+def test_its_own_footprint_is_one() -> None:
+    found = Footprint.now()
+    assert found.memory > 2**20
+    assert found.threads >= 1
+    assert found.files >= 3
