@@ -259,7 +259,9 @@ _ROWS: tuple[Scheme, ...] = (
         QuantSpec(8, DType.FLOAT, Granularity.GROUP, group_size=128, dynamic=True),
     ),
     *(_weight_only(4, g, sym) for sym in (True, False) for g in (32, 64, 96, 128, None)),
-    *(_weight_only(3, g) for g in (32, 64, 96, 128, None)),
+    *(_weight_only(3, g, sym) for sym in (True, False) for g in (32, 64, 96, 128, None)),
+    # No row for channels of two bits: beside their largest weights most would be zero.
+    *(_weight_only(2, g, sym) for sym in (True, False) for g in (32, 64, 128)),
     Scheme(
         "nvfp4a16",
         QuantSpec(4, DType.FLOAT, Granularity.GROUP, group_size=16, scale=ScaleFormat.E4M3),

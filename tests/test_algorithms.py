@@ -20,7 +20,8 @@ SPECS = {
     name: SCHEMES[name].weight
     for name in (
         "w8a16", "w4a16-g32", "w4a16-g64", "w4a16-channel", "w4a16-asym-g64", "w3a16-g96",
-        "fp8", "fp8-static", "fp8-block", "nvfp4a16", "mxfp4a16",
+        "w3a16-asym-g32", "w2a16-g64", "w2a16-asym-g64", "fp8", "fp8-static", "fp8-block",
+        "nvfp4a16", "mxfp4a16",
     )
 }  # fmt: skip
 
@@ -131,6 +132,45 @@ def test_clipping_never_raises_the_rounding_error(name: str) -> None:
         return float((numerics.dequantize(q, torch.float32) - weight).square().sum())
 
     assert error(clipped) <= error(plain) * (1 + 1e-6)
+
+
+def test_a_zero_point_of_two_bits_costs_nothing() -> None:
+    """A scale of either sign chooses between two windows of values, a zero point between more."""
+    total = {"w2a16-g64": 0.0, "w2a16-asym-g64": 0.0}
+    for seed in range(4):
+        weight, hessian = problem(seed)
+        for name in total:
+            q = gptq.solve(weight, Stats(hessian, 512), SPECS[name], gptq.OPTIONS)
+            total[name] += loss(weight, q, hessian)
+    assert total["w2a16-asym-g64"] <= 1.03 * total["w2a16-g64"]
+
+
+@pytest.mark.parametrize("name", ["w2a16-asym-g64", "w3a16-asym-g32"])
+def test_zero_points_beside_that_of_the_range_are_tried(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = SPECS[name]
+    weight, _ = problem(8)
+
+    def error() -> float:
+        scale, zero, _ = mse_scales(weight, spec)
+        q = numerics.quantize(weight, scale, zero, spec)
+        assert zero is not None
+        assert spec.qmin <= int(zero.min()) <= int(zero.max()) <= spec.qmax
+        return float((numerics.dequantize(q, torch.float32) - weight).square().sum())
+
+    tried = error()
+    monkeypatch.setattr("quantkit.algorithms.clip.shifts", lambda spec: (0,))
+    assert tried < 0.998 * error()
+
+
+def test_two_bits_look_at_less_than_half_of_the_range() -> None:
+    """Their best step is about the standard deviation, wherever the largest weight is."""
+    spec = SCHEMES["w2a16-g128"].weight
+    weight = torch.randn(16, 384, generator=torch.Generator().manual_seed(9))
+    weight[:, ::128] = 5.0
+    scale, _, _ = mse_scales(weight, spec)
+    assert 0.7 < float(scale.abs().median()) < 1.5  # half of min-max's is 1.67
 
 
 def test_clipping_weighs_columns_by_importance() -> None:

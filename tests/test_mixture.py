@@ -120,6 +120,7 @@ def test_a_scheme_that_fits_one_layer_of_a_group_only_is_not_given_to_it() -> No
         ("w4a16-g64", 4, 64, True),
         ("w5a16-g64", 5, 64, True),
         ("w3a16-asym-g32", 3, 32, False),
+        ("w5a16-asym-g32", 5, 32, False),
         ("w6a16-channel", 6, None, True),
     ],
 )

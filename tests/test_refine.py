@@ -20,7 +20,10 @@ from quantkit.steps import layer_steps
 from tests.conftest import tiny_llama
 from tests.test_algorithms import SPECS, problem
 
-GROUPED = ["w4a16-g32", "w4a16-asym-g64", "w3a16-g96", "w4a16-channel", "fp8"]
+GROUPED = [
+    "w4a16-g32", "w4a16-asym-g64", "w3a16-g96", "w2a16-g64", "w2a16-asym-g64", "w4a16-channel",
+    "fp8",
+]  # fmt: skip
 
 
 def coupling(n: int, seed: int = 0, directions: int = 4) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantkit.paused import head_input
-from quantkit.reload import decoder_agrees, unsteadiness
+from quantkit.reload import decoder_agrees, tells_apart, unsteadiness
 from tests.conftest import tiny_llama
 
 
@@ -51,3 +51,13 @@ def test_unsteadiness_is_what_the_last_digit_of_the_embedding_does() -> None:
 )
 def test_a_decoder_agrees_as_far_as_can_be_told(error: float, moved: float, agrees: bool) -> None:
     assert decoder_agrees(error, moved) is agrees
+
+
+@pytest.mark.parametrize(
+    ("moved", "tells"),
+    [(0.0, True), (0.35, True), (0.36, False), (math.inf, False), (math.nan, True)],
+)
+def test_a_model_that_one_rounding_moves_far_says_nothing_of_a_decoder(
+    moved: float, tells: bool
+) -> None:
+    assert tells_apart(moved) is tells

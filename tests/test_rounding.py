@@ -37,7 +37,10 @@ def solve(name: str, weight: torch.Tensor, stats: Stats, solver: str, **options:
     return row.solve(weight, stats, SCHEMES[name].weight, {**row.options, **options})
 
 
-SAMPLE = ["w4a16-g64", "w8a16", "w3a16-channel", "w4a16-asym-g32", "fp8-block", "nvfp4a16"]
+SAMPLE = [
+    "w4a16-g64", "w8a16", "w3a16-channel", "w4a16-asym-g32", "w2a16-g32", "w2a16-asym-g64",
+    "fp8-block", "nvfp4a16",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("feedback", [0.0, 1.0])

@@ -195,8 +195,12 @@ def test_rounding_errors_do_not_depend_on_threads(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "name", ["w4a16-g32", "w4a16-channel", "w4a16-asym-g64", "fp8", "nvfp4a16", "mxfp4a16"]
-)
+    "name",
+    [
+        "w4a16-g32", "w4a16-channel", "w4a16-asym-g64", "w3a16-asym-g32", "w2a16-g64",
+        "w2a16-asym-g32", "fp8", "nvfp4a16", "mxfp4a16",
+    ],
+)  # fmt: skip
 def test_search_is_as_good_as_its_plain_form(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
