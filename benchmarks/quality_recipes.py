@@ -25,6 +25,7 @@ _WITH_ACTIVATIONS = {
 }
 _STATIC = {
     "quantkit RTN": "rtn",
+    "quantkit GPTQ": "gptq",
     "quantkit SmoothQuant, RTN": f"[{_SMOOTH}, rtn]",
     "quantkit outliers, RTN": "[outliers, rtn]",
     "quantkit outliers, RTN, distill": "[outliers, rtn, distill]",
