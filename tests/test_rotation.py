@@ -277,8 +277,7 @@ def run(source: Path, work: Path, how: Recipe, **options: object) -> tuple[PreTr
     "steps",
     [
         (Step("rotate"), Step("rtn")),
-        (Step("rotate", {"seed": 3}), Step("awq"), Step("gptq", {"feedback": 0.5})),
-        (Step("rotate", {"mlp": True}), Step("awq"), Step("gptq", {"feedback": 0.5})),
+        (Step("rotate", {"seed": 3, "mlp": True}), Step("awq"), Step("gptq", {"feedback": 0.5})),
     ],
 )
 @pytest.mark.parametrize("kept_blocks", [0, 1, 2])
