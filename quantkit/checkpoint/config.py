@@ -40,7 +40,8 @@ _BYTES = ("int-quantized", "naive-quantized")
 #: no other program knows, so that none runs the layers without.
 ROTATED = "rotated-"
 
-#: Beside it: which inputs, and by what.
+#: Beside it: which inputs, and by what. As a key of every group's weights it keeps out those who
+#: never look at the format (vLLM at 4-bit floats): compressed-tensors takes no unknown one there.
 ROTATED_INPUTS = "rotated_inputs"
 
 #: H = S ⊗ B over √order, by `quantkit.hadamard`: the one kind there is.
@@ -176,6 +177,8 @@ def build_config(
     if hadamards:
         for labelled in (found, *found["config_groups"].values()):
             labelled["format"] = ROTATED + getattr(labelled["format"], "value", labelled["format"])
+        for group in found["config_groups"].values():
+            group["weights"][ROTATED_INPUTS] = True
         found[ROTATED_INPUTS] = {"matrix": _MATRIX, "orders": dict(hadamards)}
     return found
 
@@ -260,17 +263,27 @@ def _labels(raw: Mapping[str, Any]) -> list[str]:
 
 def _plain(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The config as compressed-tensors knows it, with the formats in which codes are stored."""
+    found = _unmarked(raw)
+    if isinstance(found.get("config_groups"), dict):
+        found["config_groups"] = {
+            name: _plain_group(group) if isinstance(group, dict) else group
+            for name, group in found["config_groups"].items()
+        }
+    return found
 
-    def label(part: Any) -> Any:
-        if not isinstance(part, dict) or not isinstance(part.get("format"), str):
-            return part
-        return {**part, "format": part["format"].removeprefix(ROTATED)}
 
-    plain = {key: value for key, value in raw.items() if key != ROTATED_INPUTS}
-    if plain.get("config_groups"):
-        groups = as_object(plain["config_groups"], "config_groups")
-        plain["config_groups"] = {name: label(group) for name, group in groups.items()}
-    found: dict[str, Any] = label(plain)
+def _plain_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    found = _unmarked(group)
+    if isinstance(found.get("weights"), dict):
+        found["weights"] = _unmarked(found["weights"])
+    return found
+
+
+def _unmarked(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what says that inputs are rotated."""
+    found = {key: value for key, value in part.items() if key != ROTATED_INPUTS}
+    if isinstance(found.get("format"), str):
+        found["format"] = found["format"].removeprefix(ROTATED)
     return found
 
 

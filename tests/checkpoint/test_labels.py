@@ -7,7 +7,11 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+)
 from torch import Tensor
 
 from quantkit.checkpoint.config import build_config, to_args
@@ -152,9 +156,14 @@ def test_rotated_inputs_come_back() -> None:
 
 
 def test_compressed_tensors_itself_refuses_rotated_inputs() -> None:
-    """So does everything that parses its configs with it: transformers and vLLM."""
+    """So does everything that parses its configs with it, as transformers does; and its parts, as
+    vLLM does, whose 4-bit floats never meet the format."""
+    raw = rotated().raw
     with pytest.raises(ValueError, match="rotated-int-quantized"):
-        QuantizationConfig(**{k: v for k, v in rotated().raw.items() if v is not None})
+        QuantizationConfig(**{k: v for k, v in raw.items() if v is not None})
+    for group in raw["config_groups"].values():
+        with pytest.raises(ValueError, match="rotated_inputs"):
+            QuantizationArgs(**group["weights"])
 
 
 @pytest.mark.parametrize(
