@@ -100,6 +100,8 @@ def find_blame(
     if not sequences:
         raise UsageError("no text to measure on", remedy="give --text FILE")
     reason = _not_exchangeable(candidate.model, original.model)
+    if reason is None and candidate.manifest.get("rotation"):
+        reason = "the layers of a block are rotated together"
     trial = _Trial(candidate, original, sequences)
     spine = trial.spine
     blocks = [f"{spine.prefix}.{i}" for i in range(len(spine.blocks))]

@@ -97,6 +97,24 @@ def multiply(x: Tensor, order: int) -> Tensor:
 
 
 @cache
+def factor(order: int) -> Tensor:
+    """H / √order without Sylvester's part, as the kernels take it (`quantkit.ops.hadamard`).
+
+    Returns:
+        fp32 ``[B, B rounded up to a multiple of 16]``, zeros from column B on. H of this order is
+        S ⊗ the rest: B is `base_order`, or up to 16 where that is 1, for the kernels' registers.
+
+    Raises:
+        UsageError: no matrix of this order is built.
+    """
+    base = base_order(order)
+    matrix = hadamard_matrix(min(16, order) if base == 1 else base or order)
+    padded = torch.zeros(len(matrix), -(-len(matrix) // 16) * 16)
+    padded[:, : len(matrix)] = matrix / math.sqrt(order)
+    return padded
+
+
+@cache
 def _base_matrix(order: int) -> Tensor:
     """Paley's matrix of this order, or [[1]]."""
     if order == 1:

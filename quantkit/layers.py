@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantkit import hadamard as hadamards
 from quantkit import numerics, ops
 from quantkit.numerics import QTensor
 from quantkit.schemes import DType, Granularity, QuantSpec, Scheme
@@ -29,6 +30,8 @@ class QuantLinear(nn.Module):
         kernels: ``native`` or ``reference``.
         order: int64 ``[K]``: column j of the weight multiplies input ``order[j]``; None where
             columns lie as the inputs do.
+        hadamard: order of the Hadamard matrix by which inputs are multiplied before all else, run
+            by run (`quantkit.hadamard.multiply`); 0 for none. Computed in fp32, rounded once.
     """
 
     # Buffers are registered by name, so their types are told to the checker here.
@@ -40,6 +43,7 @@ class QuantLinear(nn.Module):
     global_scale: Tensor | None
     input_scale: Tensor | None
     order: Tensor | None
+    factor: Tensor | None
 
     #: T5's feed-forward layers ask for its dtype, and take no tensor for an answer.
     weight = None
@@ -53,6 +57,7 @@ class QuantLinear(nn.Module):
         *,
         kernels: str = "native",
         order: Tensor | None = None,
+        hadamard: int = 0,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = q.shape
@@ -62,6 +67,8 @@ class QuantLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._keep("input_scale", input_scale)
         self._keep("order", order)
+        self.hadamard = hadamard
+        self._keep("factor", hadamards.factor(hadamard) if hadamard else None)
         if kernels == "reference":
             for name in ("codes", "scale", "zero", "global_scale"):
                 self._keep(name, getattr(q, name))
@@ -84,6 +91,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` → ``[..., N]`` in x's dtype."""
+        if self.factor is not None:
+            x = ops.get_backend(self.kernels).hadamard(x, self.factor, self.hadamard)
         if self.order is not None:
             x = x.index_select(-1, self.order)
         if self.kind == "w8a8":
@@ -119,6 +128,7 @@ class QuantLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"scheme={self.scheme.name}, kernels={self.kernels}/{self.kind}"
+            + (f", hadamard={self.hadamard}" if self.hadamard else "")
         )
 
 

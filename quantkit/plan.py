@@ -54,6 +54,7 @@ class PlannedLayer:
         reconstructed: its rounding is trained once its block's layers are solved.
         distilled: its scales are trained once every layer is solved.
         rotated: whether the model's rotation turns its weight.
+        hadamard: order of the Hadamard matrix that multiplies its input at inference, 0 for none.
     """
 
     name: str
@@ -66,6 +67,7 @@ class PlannedLayer:
     reconstructed: bool = False
     distilled: bool = False
     rotated: bool = False
+    hadamard: int = 0
 
     @property
     def weights(self) -> int:
@@ -287,17 +289,19 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
     # Refused before any work, not at the first static layer.
     Candidates.of(recipe.calibrate.observer.name, recipe.calibrate.observer.options)
     check_family(model, layers)
+    rotation = plan_rotation(recipe, model, [layer.name for layer in layers])
+    if rotation is not None:
+        layers = [
+            replace(
+                layer,
+                rotated=rotation.turns(layer.name, model),
+                hadamard=rotation.order(layer.name, layer.shape[1]),
+            )
+            for layer in layers
+        ]
     folds, unscaled = _plan_folds(model, layers)
     scaled = {name: fold.steps for fold in folds for name in fold.consumers}
-    rotation = plan_rotation(recipe, model, [layer.name for layer in layers])
-    layers = [
-        replace(
-            layer,
-            rescalers=scaled.get(layer.name, ()),
-            rotated=rotation is not None and rotation.turns(layer.name, model),
-        )
-        for layer in layers
-    ]
+    layers = [replace(layer, rescalers=scaled.get(layer.name, ())) for layer in layers]
     quantized_head = any(layer.name == head for layer in layers)
     turned_head = rotation is not None and rotation.residual
     unties = (quantized_head or turned_head) and models.is_tied(model)
@@ -394,7 +398,9 @@ def _plan_folds(
                 )
         if not fold.of_norm:
             steps = tuple(step for step in steps if step.options["pairs"] == "all")
-        if steps:
+        if steps and any(layer.hadamard for layer in members):
+            unscaled[fold.label] = "a rotation stands between, which runs at inference"
+        elif steps:
             producer = planned.get(fold.producer)
             if producer is not None and producer.coupled:
                 raise UsageError(

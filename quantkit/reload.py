@@ -59,9 +59,9 @@ def check_layers(runtime: Runtime, plan: Plan) -> None:
     Raises:
         QuantkitError: it does not.
     """
-    planned = {layer.name: _stored_as(layer.scheme) for layer in plan.layers}
+    planned = {layer.name: _stored_as(layer.scheme, layer.hadamard) for layer in plan.layers}
     loaded = {
-        name: _stored_as(module.scheme)
+        name: _stored_as(module.scheme, module.hadamard)
         for name, module in runtime.model.named_modules()
         if isinstance(module, QuantLinear)
     }
@@ -74,10 +74,11 @@ def check_layers(runtime: Runtime, plan: Plan) -> None:
             )
 
 
-def _stored_as(scheme: Scheme) -> str:
-    """What a file says of a scheme: not how its scales were chosen."""
+def _stored_as(scheme: Scheme, hadamard: int) -> str:
+    """What a file says of a layer: not how its scales were chosen."""
     inputs = f" × {scheme.input.label()}" if scheme.input else ""
-    return scheme.weight.label() + inputs
+    rotated = f" behind a Hadamard matrix of order {hadamard}" if hadamard else ""
+    return scheme.weight.label() + inputs + rotated
 
 
 def check_reload(folder: Path, runtime: Runtime, probe: Probe, device: str) -> None:

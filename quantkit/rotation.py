@@ -1,4 +1,4 @@
-"""Rotations of a whole model that fold into its weights.
+"""Rotations of a whole model, folded into its weights.
 
 `STREAMS` says for each architecture who reads and who writes the residual stream in a block. An
 RMS norm without weights commutes with any rotation of its input, so that each norm's weight first
@@ -8,6 +8,10 @@ moves into the layers behind it. What is rotated then is, in fp64 and rounded on
 
 and between v_proj and o_proj, whose heads attention mixes by tokens and never by channels, each
 head's own columns. The head is no longer the embedding's transpose: it needs bytes of its own.
+
+Between up_proj and down_proj the gate multiplies channel by channel. It commutes with the signs of
+Q = diag(s) H / √n, which fold into up_proj's rows, and not with H, which multiplies the input of
+down_proj (W Q) at inference: `quantkit.ops.hadamard`.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from quantkit import memory, numerics
+from quantkit import hadamard, memory, numerics, ops
 from quantkit import model as models
 from quantkit.algorithms import ROTATE
 from quantkit.algorithms.rotate import Rotation, filled_in, turned
@@ -39,12 +43,14 @@ class Streams:
         readers: norm → the layers that read its output; all of them.
         writers: the layers whose output is added to the residual stream.
         values: the layer that makes the values of attention, and the one that reads its result.
+        up: the layer whose last rows the gate is multiplied by.
         no_residual, no_heads: why the residual stream, or the heads, cannot be rotated.
     """
 
     readers: dict[str, tuple[str, ...]]
     writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     values: tuple[str, str] = ("self_attn.v_proj", "self_attn.o_proj")
+    up: str = "mlp.up_proj"
     no_residual: str = ""
     no_heads: str = ""
 
@@ -77,6 +83,7 @@ STREAMS: dict[str, Streams] = {
             "input_layernorm": ("self_attn.qkv_proj",),
             "post_attention_layernorm": ("mlp.gate_up_proj",),
         },
+        up="mlp.gate_up_proj",
         no_heads="the values are some rows of a fused layer",
     ),
 }
@@ -87,19 +94,31 @@ class PlannedRotation:
     """What is rotated.
 
     Attributes:
-        residual, heads, seed: the options of `quantkit.algorithms.rotate`.
+        residual, heads, mlp, seed: the options of `quantkit.algorithms.rotate`.
         head_bytes: what the untied head adds to the export; 0 if it was not tied, or is quantized.
+        down: the layers whose inputs are multiplied by a Hadamard matrix at inference; those that
+            are kept at 16 bits stay as they are.
     """
 
     residual: bool
     heads: bool
     seed: int
+    mlp: bool = False
     head_bytes: int = 0
+    down: tuple[str, ...] = ()
 
     def turns(self, name: str, model: PreTrainedModel) -> bool:
-        """Whether a linear layer's weight is rotated: all of them, or those of the values."""
-        values = STREAMS[_kind(model)].values
-        return self.residual or (self.heads and name.endswith(values))
+        """Whether a linear layer's weight is rotated: all of them, or those of the values and of
+        the MLP."""
+        streams = STREAMS[_kind(model)]
+        folded = self.residual or (self.heads and name.endswith(streams.values))
+        down = name.removesuffix(streams.up) + streams.writers[-1]
+        return folded or name in self.down or down in self.down
+
+    def order(self, name: str, inputs: int) -> int:
+        """Of the Hadamard matrix that multiplies a layer's ``inputs`` channels at inference, 0 for
+        none."""
+        return hadamard.largest_order(inputs) if name in self.down else 0
 
 
 def plan_rotation(
@@ -134,7 +153,21 @@ def plan_rotation(
     if rotation.residual and models.is_tied(model) and models.head_name(model) not in quantized:
         weight: Any = model.get_output_embeddings().weight
         rotation = replace(rotation, head_bytes=weight.numel() * weight.element_size())
-    return rotation
+    return replace(rotation, down=_down(model, quantized)) if rotation.mlp else rotation
+
+
+def _down(model: PreTrainedModel, quantized: Collection[str]) -> tuple[str, ...]:
+    """The quantized layers behind a gate. Raises UsageError where there is none."""
+    prefix, blocks = models.find_blocks(model)
+    leaf = STREAMS[_kind(model)].writers[-1]
+    names = [f"{prefix}.{index}.{leaf}" for index in range(len(blocks))]
+    found = tuple(name for name in names if name in quantized)
+    if not found:
+        raise UsageError(
+            f"rotate: mlp: turns the inputs of quantized layers, and no {leaf} is quantized",
+            remedy="set `mlp: false`, or quantize it",
+        )
+    return found
 
 
 def _check_folds(model: PreTrainedModel, rotation: PlannedRotation) -> None:
@@ -180,6 +213,8 @@ def _check_folds(model: PreTrainedModel, rotation: PlannedRotation) -> None:
         _residual(model, rotation)
     if rotation.heads:
         _heads(model, rotation, 0)
+    if rotation.mlp:
+        _middle(model, rotation, 0)
 
 
 def rotate_ends(model: PreTrainedModel, rotation: PlannedRotation) -> None:
@@ -204,12 +239,18 @@ def rotate_ends(model: PreTrainedModel, rotation: PlannedRotation) -> None:
 
 
 def rotate_block(model: PreTrainedModel, index: int, rotation: PlannedRotation) -> None:
-    """Rotate one block's weights and fold its norms; see `rotate_ends`."""
+    """Rotate one block's weights and fold its norms; see `rotate_ends`.
+
+    From now on the inputs of `PlannedRotation.down` are multiplied, in front of every other hook.
+    """
     prefix, blocks = models.find_blocks(model)
     block = blocks[index]
     streams = STREAMS[_kind(model)]
     residual = _residual(model, rotation) if rotation.residual else None
     heads = _heads(model, rotation, index) if rotation.heads else None
+    down = streams.writers[-1]
+    online = f"{prefix}.{index}.{down}" in rotation.down
+    middle = _middle(model, rotation, index) if online else None
     norms = {name: norm for norm, names in streams.readers.items() for name in names}
     for name in (*norms, *streams.writers):
         made, read = (heads if name == value else None for value in streams.values)
@@ -218,13 +259,16 @@ def rotate_block(model: PreTrainedModel, index: int, rotation: PlannedRotation) 
             inputs, outputs = residual, made
             scale = _taken(block.get_submodule(norms[name]), model) if residual else None
         else:
-            inputs, outputs = read, residual
+            inputs, outputs = middle if name == down else read, residual
         if inputs is not None or outputs is not None:
             layer = block.get_submodule(name)
             _turn(layer, f"{prefix}.{index}.{name}", scale, inputs, outputs)
     if residual is not None:
         for name in streams.readers:
             _clear(block.get_submodule(name), model)
+    if middle is not None:
+        _flip(block.get_submodule(streams.up), f"{prefix}.{index}.{streams.up}", middle.signs)
+        _multiply_input(block.get_submodule(down), middle.order)
 
 
 def residual_writer(model: PreTrainedModel) -> str | None:
@@ -247,6 +291,32 @@ def _heads(model: PreTrainedModel, rotation: PlannedRotation, index: int) -> Rot
     config = model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Rotation.random(width, rotation.seed, f"the heads of block {index}")
+
+
+def _middle(model: PreTrainedModel, rotation: PlannedRotation, index: int) -> Rotation:
+    down: Any = models.find_blocks(model)[1][index].get_submodule(STREAMS[_kind(model)].writers[-1])
+    return Rotation.random(down.in_features, rotation.seed, f"the MLP of block {index}")
+
+
+def _flip(layer: Any, name: str, signs: Tensor) -> None:
+    """Multiply a layer's last outputs by signs: exact in every dtype."""
+    rows = torch.ones(layer.out_features, dtype=signs.dtype)
+    rows[-len(signs) :] = signs
+    rows = rows.to(layer.weight)
+    _replace(layer, "weight", layer.weight * rows[:, None], name)
+    if layer.bias is not None:
+        _replace(layer, "bias", layer.bias * rows, name)
+
+
+def _multiply_input(layer: Any, order: int) -> None:
+    """Multiply a layer's input by H / √order, in what the reference kernels compute."""
+    factor = hadamard.factor(order).to(layer.weight.device)
+    product = ops.get_backend("reference").hadamard
+
+    def turn(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (product(inputs[0], factor, order), *inputs[1:])
+
+    layer.register_forward_pre_hook(turn, prepend=True)
 
 
 def _taken(norm: Any, model: PreTrainedModel) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,18 @@ def test_moved_norms_leave_only_whole_blocks(pair: tuple[Runtime, Runtime]) -> N
     assert "input_layernorm" in found.whole_blocks
     assert not found.layers
     assert found.chosen[0].name.startswith("model.layers.")
+
+
+def test_rotated_layers_leave_only_whole_blocks(pair: tuple[Runtime, Runtime]) -> None:
+    """Heads and MLPs are rotated inside of a block, which shows in quantized layers alone."""
+    candidate, original = pair
+    rotation = {"residual": False, "heads": True, "mlp": True}
+    found = find_blame(
+        replace(candidate, manifest={"rotation": rotation}), original, _sequences(), count=1
+    )
+    assert found.whole_blocks == "the layers of a block are rotated together"
+    assert not found.layers
+    assert found.chosen[0].name == "model.layers.1"
 
 
 def test_refuses_a_stream_that_is_another(pair: tuple[Runtime, Runtime]) -> None:

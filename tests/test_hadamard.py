@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.linalg import hadamard as sylvester
 
 from quantkit.errors import UsageError
-from quantkit.hadamard import base_order, hadamard_matrix, largest_order, multiply
+from quantkit.hadamard import base_order, factor, hadamard_matrix, largest_order, multiply
 
 #: Widths of real models: hidden sizes, head sizes.
 WIDTHS = (64, 80, 96, 128, 576, 640, 768, 896, 960, 1152, 1536, 2048, 2304, 2560, 3072, 3584)
@@ -52,6 +52,19 @@ def test_the_fast_product_is_the_literal_one(order: int, blocks: int, rows: int,
         torch.testing.assert_close(multiply(x, order).norm(), x.norm())
 
 
+@pytest.mark.parametrize("order", [1, 2, 8, 16, 64, 12, 24, 576, 280, 1536])
+def test_the_kernels_factor_makes_up_the_matrix(order: int) -> None:
+    found = factor(order)
+    base = len(found)
+    assert found.dtype == torch.float32
+    assert found.shape == (base, -(-base // 16) * 16)
+    assert not found[:, base:].any()
+    assert base == order if order < 16 else base >= 12
+    blocks = torch.from_numpy(sylvester(order // base)).double()
+    whole = torch.kron(blocks, found[:, :base].double()) * order**0.5
+    torch.testing.assert_close(whole, hadamard_matrix(order), rtol=0, atol=1e-6)
+
+
 def test_lengths_survive_in_every_dtype() -> None:
     x = torch.full((2, 576), 300.0)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
@@ -68,3 +81,5 @@ def test_other_sizes_name_the_largest_order_within(n: int, least: int) -> None:
         hadamard_matrix(n)
     with pytest.raises(UsageError, match=rf"order {n}"):
         multiply(torch.ones(1, n), n)
+    with pytest.raises(UsageError, match=rf"order {n}"):
+        factor(n)

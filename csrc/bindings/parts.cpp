@@ -168,6 +168,34 @@ Tensor gated_activation(Tensor gate_up, int64_t kind) {
   return y.tensor;
 }
 
+Tensor hadamard(Tensor x, Tensor factor, int64_t order) {
+  const char* op = "hadamard";
+  require(factor.dim() == 2 && factor.size(0) >= 1 && factor.size(0) <= QK_LARGEST_BASE &&
+              factor.size(1) == (factor.size(0) + 15) / 16 * 16,
+          op, "factor has shape ", shape_of(factor),
+          ", must be [B, B rounded up to a multiple of 16] with B in 1..", int{QK_LARGEST_BASE},
+          "; make it with quantkit.hadamard.factor");
+  const int64_t base = factor.size(0), runs = order / base;
+  require(order > 0 && order % base == 0 && (runs & (runs - 1)) == 0, op, "order ", order,
+          " must be a power of two times ", base, ", the rows of factor");
+  const Rows rows = rows_of(op, "x", x);
+  require(rows.k > 0 && rows.k % order == 0, op, "x has shape ", shape_of(x),
+          ", its last dimension must be a multiple of the order ", order);
+  const Tensor dense_factor = table(op, "factor", factor, {base, factor.size(1)});
+  qk_hadamard_args args{};
+  args.hadamard = {order, base, floats(dense_factor)};
+  args.m = rows.m;
+  args.n = args.ldy = rows.k;
+  args.x = rows.data;
+  args.ldx = rows.stride;
+  Output y(with_last(x, args.n), float_dtype(op, "x", x), x);
+  args.dtype = y.dtype;
+  args.y = y.data;
+  follow_torch_threads();
+  finish(op, qk_hadamard_rows(&args));
+  return y.tensor;
+}
+
 Tensor embed(Tensor tokens, Tensor table, double scale) {
   const char* op = "embed";
   require(table.dim() == 2 && table.size(1) > 0, op, "table has shape ", shape_of(table),
@@ -292,6 +320,7 @@ STABLE_TORCH_LIBRARY_IMPL(quantkit, CPU, m) {
   using namespace quantkit::binding;
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
   m.impl("gated_activation", TORCH_BOX(&gated_activation));
+  m.impl("hadamard", TORCH_BOX(&hadamard));
   m.impl("embed", TORCH_BOX(&embed));
   m.impl("rope_store_kv", TORCH_BOX(&rope_store_kv));
   m.impl("paged_attention", TORCH_BOX(&paged_attention));

@@ -101,6 +101,7 @@ struct Projection {
 struct Layer {
   qk_decoder_layer spec;
   Projection qkv, attention_out, gate_up, down;
+  qk_hadamard down_rotation{};  // order 0: none
 };
 
 class Clock {
@@ -573,6 +574,7 @@ struct qk_decoder {
       for_rows(rows, [&](int64_t m) {
         float* gate = out + m * y_stride;
         r.gate(gate, gate + c.ffn, c.ffn, c.gate, gate);
+        if (layer.down_rotation.order > 0) r.hadamard(gate, c.ffn, layer.down_rotation);
         fill_forms(layer.down, gate, m);
       });
       clock.lap(QK_PART_GATE);
@@ -680,6 +682,15 @@ int qk_decoder_create(const qk_decoder_config* config, const qk_decoder_layer* l
 }
 
 void qk_decoder_destroy(qk_decoder* decoder) { delete decoder; }
+
+int qk_decoder_rotate_down(qk_decoder* decoder, int64_t layer, const qk_hadamard* hadamard) {
+  if (decoder == nullptr || hadamard == nullptr || layer < 0 || layer >= decoder->config.layers ||
+      !fits(*hadamard, decoder->config.ffn)) {
+    return QK_INVALID_ARGUMENT;
+  }
+  decoder->layers[static_cast<size_t>(layer)].down_rotation = *hadamard;
+  return QK_OK;
+}
 
 int qk_decoder_forward(qk_decoder* decoder, const qk_batch* batch) {
   if (decoder == nullptr || batch == nullptr) return QK_INVALID_ARGUMENT;

@@ -80,6 +80,7 @@ struct RowKernels {
   void (*add)(float* x, const float* y, int64_t n);
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float epsilon, float* out);
   void (*gate)(const float* gate, const float* up, int64_t n, int32_t kind, float* out);
+  void (*hadamard)(float* x, int64_t n, const qk_hadamard& hadamard);
   void (*rope)(float* x, const float* cos, const float* sin, int64_t dim);
   void (*bf16_words)(const float* x, int64_t n, uint16_t* out);
   void (*round_bf16)(const float* x, int64_t n, float* out);
@@ -89,6 +90,17 @@ struct RowKernels {
   void (*float_sums)(const float* x, int64_t n, int64_t step, float* sums);
   void (*load)(float* out, const void* x, int32_t dtype, int64_t first, int64_t n);
 };
+
+namespace {
+
+// Whether rows of n values can be multiplied so.
+inline bool fits(const qk_hadamard& h, int64_t n) {
+  if (h.factor == nullptr || h.base < 1 || h.base > QK_LARGEST_BASE) return false;
+  const int64_t runs = h.order / h.base;
+  return runs > 0 && (runs & (runs - 1)) == 0 && h.order % h.base == 0 && n % h.order == 0;
+}
+
+}  // namespace
 
 // Pages whose keys share one softmax before spans are merged: long enough to fill the registers
 // of a tile, short enough that a context of a few hundred tokens is work for several threads.

@@ -106,6 +106,21 @@ int qk_gated_activation(const qk_gate_args* args) {
   });
 }
 
+int qk_hadamard_rows(const qk_hadamard_args* args) {
+  const qk_hadamard_args& a = *args;
+  if (a.m < 0 || a.n <= 0 || !fits(a.hadamard, a.n)) return QK_INVALID_ARGUMENT;
+  if (!known_dtype(a.dtype)) return QK_UNSUPPORTED;
+  if (a.m == 0) return QK_OK;
+  if (a.x == nullptr || a.y == nullptr) return QK_INVALID_ARGUMENT;
+  const RowKernels& r = kernels().rows;
+  return for_rows_with_memory(a.m, a.n, [&](int64_t m, float* memory) {
+    float* row = result_of(a.y, a.dtype, m * a.ldy, memory);
+    r.load(row, a.x, a.dtype, m * a.ldx, a.n);
+    r.hadamard(row, a.n, a.hadamard);
+    store_result(a.y, a.dtype, m * a.ldy, a.n, memory);
+  });
+}
+
 int qk_embed(const qk_embed_args* args) {
   const qk_embed_args& a = *args;
   if (a.count < 0 || a.vocab < 0 || a.n <= 0) return QK_INVALID_ARGUMENT;

@@ -61,6 +61,59 @@ inline void gate_row(const float* gate, const float* up, int64_t n, int32_t kind
   }
 }
 
+// Each run of `base` values times the factor, sixteen columns in a register at a time.
+inline void base_product(float* x, const qk_hadamard& h) {
+  const int64_t width = ceil_div(h.base, 16) * 16;
+  float in[QK_LARGEST_BASE], out[16];
+  for (int64_t run = 0; run < h.order; run += h.base) {
+    std::memcpy(in, x + run, static_cast<size_t>(h.base) * 4);
+    for (int64_t j = 0; j < h.base; j += 16) {
+      F32Math::Acc sum = F32Math::zero();
+      for (int64_t i = 0; i < h.base; ++i) {
+        sum = F32Math::fma(F32Math::splat(in[i]), F32Math::load(h.factor + i * width + j), sum);
+      }
+      F32Math::store(out, sum);
+      std::memcpy(x + run + j, out, static_cast<size_t>(min_of(16, h.base - j)) * 4);
+    }
+  }
+}
+
+// The product with S: stages of sums and differences, `half` values apart, two stages a pass.
+inline void butterflies(float* x, int64_t order, int64_t half) {
+  for (; 4 * half <= order; half *= 4) {
+    for (int64_t first = 0; first < order; first += 4 * half) {
+      float* __restrict a = x + first;
+      float* __restrict b = a + half;
+      float* __restrict c = b + half;
+      float* __restrict d = c + half;
+      for (int64_t i = 0; i < half; ++i) {
+        const float more = a[i] + b[i], less = a[i] - b[i];
+        const float more_behind = c[i] + d[i], less_behind = c[i] - d[i];
+        a[i] = more + more_behind;
+        b[i] = less + less_behind;
+        c[i] = more - more_behind;
+        d[i] = less - less_behind;
+      }
+    }
+  }
+  if (2 * half > order) return;
+  float* __restrict a = x;  // of an odd number of stages one is left, across the whole run
+  float* __restrict b = x + half;
+  for (int64_t i = 0; i < half; ++i) {
+    const float more = a[i] + b[i], less = a[i] - b[i];
+    a[i] = more;
+    b[i] = less;
+  }
+}
+
+// In place, n a multiple of the order. The row stays in L1 from the gate to the rounding.
+inline void hadamard_row(float* x, int64_t n, const qk_hadamard& h) {
+  for (int64_t first = 0; first < n; first += h.order) {
+    base_product(x + first, h);
+    butterflies(x + first, h.order, h.base);
+  }
+}
+
 // Pairs (i, i + dim/2) of the first `dim` values are turned by the angle of i.
 inline void rope_row(float* x, const float* cos, const float* sin, int64_t dim) {
   const int64_t half = dim / 2;
@@ -143,8 +196,9 @@ inline void float_sums_row(const float* x, int64_t n, int64_t step, float* sums)
 }
 
 inline RowKernels row_kernels() {
-  return {add_row, rms_norm_row,   gate_row, rope_row,      bf16_words_row,
-          round_bf16_row, int8_row, fp8_row,  int8_sums_row, float_sums_row, load_row};
+  return {add_row,        rms_norm_row,   gate_row, hadamard_row, rope_row,
+          bf16_words_row, round_bf16_row, int8_row, fp8_row,      int8_sums_row,
+          float_sums_row, load_row};
 }
 
 }  // namespace

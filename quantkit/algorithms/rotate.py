@@ -1,8 +1,9 @@
 """Rotations: what an outlier channel holds is spread over all channels, before anything is rounded.
 
 Ashkboos, Mohtashami, Croci, Li, Cameron, Jaggi, Alistarh, Hoefler, Hensman: "QuaRot: Outlier-Free
-4-Bit Inference in Rotated LLMs", arXiv 2404.00456, §4, stages 1a and 1c; Liu et al.: "SpinQuant:
-LLM quantization with learned rotations", arXiv 2405.16406, §3.1 (R1 and R2, not learned here).
+4-Bit Inference in Rotated LLMs", arXiv 2404.00456, §4, stages 1a, 1c and 1d; Liu et al.:
+"SpinQuant: LLM quantization with learned rotations", arXiv 2405.16406, §3.1 (R1, R2 and R4, not
+learned here).
 
 A rotation is Q = diag(s) · H / √n with random signs s and a Hadamard matrix H. Layers that read a
 rotated tensor x Q have W Q for W; layers that write it have Qᵀ W.
@@ -23,8 +24,9 @@ from quantkit.errors import UsageError
 
 #: residual: rotate the residual stream (R1); unties the head.
 #: heads: rotate what each attention head takes from its values, between v_proj and o_proj (R2).
+#: mlp: rotate the input of every quantized down_proj (R4); its Hadamard matrix runs at inference.
 #: seed: of the signs.
-OPTIONS: dict[str, Any] = {"residual": True, "heads": True, "seed": 0}
+OPTIONS: dict[str, Any] = {"residual": True, "heads": True, "mlp": False, "seed": 0}
 
 #: Rows, or columns, that are rotated together.
 ROWS = 4096
@@ -89,7 +91,7 @@ def turned(
         return turned(weight.t(), inputs=outputs).t().contiguous()
     result = torch.empty_like(weight)
     # What is independent is done in parts: an embedding in fp64 would be large. Layers that read
-    # and write rotated tensors are attention's, the small ones.
+    # and write rotated tensors are two of a block at most, and smaller.
     step = ROWS if outputs is None else len(weight)
     for first in range(0, len(weight), step):
         part = weight[first : first + step].double()
@@ -115,15 +117,15 @@ def filled_in(options: Mapping[str, Any]) -> dict[str, Any]:
             f"rotate: unknown option {min(unknown)!r}", remedy=f"known: {', '.join(OPTIONS)}"
         )
     given = {**OPTIONS, **options}
-    for key in ("residual", "heads"):
+    for key in ("residual", "heads", "mlp"):
         if not isinstance(given[key], bool):
             raise UsageError(f"rotate: {key} {given[key]!r}: is true or false")
     seed = given["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UsageError(f"rotate: seed {seed!r}: is a whole number from 0")
-    if not (given["residual"] or given["heads"]):
+    if not (given["residual"] or given["heads"] or given["mlp"]):
         raise UsageError(
-            "rotate: residual and heads are both false: nothing is rotated",
+            "rotate: residual, heads and mlp are all false: nothing is rotated",
             remedy="take rotate out of the algorithm list",
         )
     return given

@@ -77,6 +77,10 @@ class AwqReader:
         """None: the format holds no scales of keys and values."""
         return None
 
+    def hadamards(self) -> Mapping[str, int]:
+        """None: the format holds no rotations."""
+        return {}
+
 
 def open_awq(raw: Mapping[str, Any]) -> AwqReader:
     """A reader for config.json's ``quantization_config``.

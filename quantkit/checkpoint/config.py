@@ -15,8 +15,9 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.utils.match import match_name
 
-from quantkit.checkpoint.fields import as_object
+from quantkit.checkpoint.fields import as_integer, as_object
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.hadamard import base_order
 from quantkit.recipe import KV_CACHES
 from quantkit.schemes import SCHEMES, DType, Granularity, QuantSpec, ScaleFormat, Scheme
 
@@ -34,6 +35,17 @@ FORMATS = (
 #: How integers are stored: several a word, or one a byte.
 _PACKED = "pack-quantized"
 _BYTES = ("int-quantized", "naive-quantized")
+
+#: In front of every format of a checkpoint in which inputs are rotated at inference: a label that
+#: no other program knows, so that none runs the layers without.
+ROTATED = "rotated-"
+
+#: Beside it: which inputs, and by what. As a key of every group's weights it keeps out those who
+#: never look at the format (vLLM at 4-bit floats): compressed-tensors takes no unknown one there.
+ROTATED_INPUTS = "rotated_inputs"
+
+#: H = S ⊗ B over √order, by `quantkit.hadamard`: the one kind there is.
+_MATRIX = "sylvester-paley"
 
 #: Labels that say nothing of a layer's tensors; the last is what compressed-tensors fills in where
 #: a config names no format.
@@ -117,6 +129,7 @@ def build_config(
     linears: Sequence[str],
     kv: QuantSpec | None = None,
     on_disk: Callable[[str], str] = str,
+    hadamards: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """``quantization_config`` for config.json.
 
@@ -129,6 +142,8 @@ def build_config(
             not quantized are listed in ``ignore``.
         kv: spec of the KV cache.
         on_disk: a module's name on disk by its name in memory.
+        hadamards: order of the Hadamard matrix that multiplies a layer's input, by the names in
+            memory of the layers that have one.
     """
     distinct: dict[tuple[QuantSpec, QuantSpec | None], list[str]] = {}
     # transformers gives fused experts the scheme of the first group that names layers.
@@ -158,7 +173,14 @@ def build_config(
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=both([name for name in linears if name not in layers]),
     )
-    return config.to_dict()
+    found: dict[str, Any] = config.to_dict()
+    if hadamards:
+        for labelled in (found, *found["config_groups"].values()):
+            labelled["format"] = ROTATED + getattr(labelled["format"], "value", labelled["format"])
+        for group in found["config_groups"].values():
+            group["weights"][ROTATED_INPUTS] = True
+        found[ROTATED_INPUTS] = {"matrix": _MATRIX, "orders": dict(hadamards)}
+    return found
 
 
 def read_config(
@@ -186,7 +208,83 @@ def read_config(
                 found.setdefault(name, (label, scheme))
     for name, (label, scheme) in found.items():
         _check_stored(label, scheme, name, stored)
+    for name in read_hadamards(raw):
+        if name not in found:
+            raise QuantkitError(
+                f"{ROTATED_INPUTS}: {name} is no quantized layer of the model",
+                remedy="the config is of another checkpoint, or was edited; copy it again",
+            )
     return {name: scheme for name, (_, scheme) in found.items()}
+
+
+def read_hadamards(raw: Mapping[str, Any]) -> dict[str, int]:
+    """The order of the Hadamard matrix that multiplies a layer's input, for those that have one.
+
+    Args:
+        raw: config.json's ``quantization_config``.
+
+    Raises:
+        UsageError: another matrix, an order that is not built, or labels that do not agree.
+    """
+    labels = _labels(raw)
+    given = raw.get(ROTATED_INPUTS)
+    marked = [label.startswith(ROTATED) for label in labels]
+    if any(marked) if given is None else not (marked and all(marked)):
+        raise UsageError(
+            f"quantization_config: formats {sorted(set(labels))} "
+            f"{'without' if given is None else 'with'} {ROTATED_INPUTS}",
+            remedy=f"all begin with {ROTATED!r} where inputs are rotated, and none elsewhere",
+        )
+    if given is None:
+        return {}
+    found = as_object(given, ROTATED_INPUTS)
+    if found.get("matrix") != _MATRIX or set(found) != {"matrix", "orders"}:
+        raise UsageError(
+            f"{ROTATED_INPUTS}: {found.get('matrix')!r} with {sorted(found)}: quantkit multiplies "
+            f"by {_MATRIX!r}, with orders",
+            remedy="a newer quantkit may read it",
+        )
+    listed = as_object(found["orders"], f"{ROTATED_INPUTS}: orders")
+    orders = {name: as_integer(n, f"{ROTATED_INPUTS}: {name}") for name, n in listed.items()}
+    for name, order in orders.items():
+        if order < 2 or base_order(order) is None:
+            raise UsageError(f"{ROTATED_INPUTS}: {name}: no Hadamard matrix of order {order}")
+    if not orders:
+        raise UsageError(f"{ROTATED_INPUTS}: names no layer")
+    return orders
+
+
+def _labels(raw: Mapping[str, Any]) -> list[str]:
+    """Every format that a config names, of the whole and of its groups."""
+    groups = as_object(raw.get("config_groups") or {}, "config_groups")
+    named = [raw.get("format"), *(g.get("format") for g in groups.values() if isinstance(g, dict))]
+    return [str(label) for label in named if label is not None]
+
+
+def _plain(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as compressed-tensors knows it, with the formats in which codes are stored."""
+    found = _unmarked(raw)
+    if isinstance(found.get("config_groups"), dict):
+        found["config_groups"] = {
+            name: _plain_group(group) if isinstance(group, dict) else group
+            for name, group in found["config_groups"].items()
+        }
+    return found
+
+
+def _plain_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    found = _unmarked(group)
+    if isinstance(found.get("weights"), dict):
+        found["weights"] = _unmarked(found["weights"])
+    return found
+
+
+def _unmarked(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what says that inputs are rotated."""
+    found = {key: value for key, value in part.items() if key != ROTATED_INPUTS}
+    if isinstance(found.get("format"), str):
+        found["format"] = found["format"].removeprefix(ROTATED)
+    return found
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -211,7 +309,7 @@ def read_schemes(raw: Mapping[str, Any]) -> list[Scheme]:
 def _parse(raw: Mapping[str, Any]) -> QuantizationConfig:
     _check_readable(raw)
     try:
-        return QuantizationConfig(**{k: v for k, v in raw.items() if v is not None})
+        return QuantizationConfig(**{k: v for k, v in _plain(raw).items() if v is not None})
     except Exception as e:  # pydantic's own error types vary with its version
         raise UsageError(f"quantization_config cannot be read: {e}") from e
 
@@ -294,18 +392,17 @@ def read_cache_spec(raw: Mapping[str, Any]) -> QuantSpec | None:
 
 def _check_readable(raw: Mapping[str, Any]) -> None:
     """Raise UsageError for what would change a layer's output and is not in its tensors."""
-    groups = as_object(raw.get("config_groups") or {}, "config_groups")
-    named = [raw.get("format"), *(g.get("format") for g in groups.values() if isinstance(g, dict))]
-    for fmt in named:
-        if fmt is not None and fmt not in FORMATS:
+    read_hadamards(raw)
+    for fmt in _labels(raw):
+        if fmt.removeprefix(ROTATED) not in FORMATS:
             raise UsageError(
                 f"format {fmt!r}: not one that quantkit reads",
                 remedy=f"known: {', '.join(FORMATS)}",
             )
     if raw.get("transform_config"):
         raise UsageError(
-            "transform_config: rotations that run at inference are not a format that quantkit runs",
-            remedy="fold them into the weights, as quantkit's own `rotate` does",
+            "transform_config: not a form of rotations at inference that quantkit runs",
+            remedy="quantkit's own `rotate` folds them into the weights, or runs them (`mlp`)",
         )
     sparsity = as_object(raw.get("sparsity_config") or {}, "sparsity_config")
     if sparsity.get("format", "dense") != "dense":

@@ -68,6 +68,13 @@ def export(folder: Path, fmt: str, out: Path) -> Exported:
                     f"{folder}: has calibrated scales of keys and values, which {fmt} cannot hold",
                     remedy="calibrate without kv_cache, and give the server a cache type",
                 )
+            if source.reader.hadamards():
+                name, order = next(iter(source.reader.hadamards().items()))
+                raise UsageError(
+                    f"{folder}: the input of {name} is multiplied by a Hadamard matrix of order "
+                    f"{order} at inference, which no program that reads {fmt} does",
+                    remedy="calibrate with rotate's `mlp: false`",
+                )
             tensors, rounding, notes = EXPORTERS[fmt](source, staging)
             os.replace(staging, out)
     finally:

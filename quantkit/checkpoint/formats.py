@@ -7,18 +7,19 @@ dequantized: what no scheme can hold is an error. See docs/formats.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from quantkit.checkpoint.auto_round import open_auto_round
 from quantkit.checkpoint.awq import open_awq
-from quantkit.checkpoint.config import read_cache_spec, read_config
+from quantkit.checkpoint.config import read_cache_spec, read_config, read_hadamards
 from quantkit.checkpoint.gptq import open_gptq
 from quantkit.checkpoint.layer import StoredLayer
 from quantkit.checkpoint.tensors import from_disk
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.schemes import QuantSpec, Scheme
 
 
@@ -39,6 +40,9 @@ class Reader(Protocol):
     def cache_spec(self) -> QuantSpec | None:
         """How keys and values are quantized, or None."""
 
+    def hadamards(self) -> Mapping[str, int]:
+        """The order of the Hadamard matrix that multiplies a layer's input, for those with one."""
+
 
 @dataclass(frozen=True)
 class CompressedTensorsReader:
@@ -58,12 +62,27 @@ class CompressedTensorsReader:
     def layer(
         self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str
     ) -> StoredLayer:
-        """See `quantkit.checkpoint.tensors.from_disk`."""
-        return from_disk(tensors, scheme, shape, name)
+        """See `quantkit.checkpoint.tensors.from_disk`. Raises QuantkitError for a Hadamard matrix
+        whose order does not divide the layer's inputs."""
+        order = self._hadamards.get(name, 0)
+        if order and shape[1] % order:
+            raise QuantkitError(
+                f"{name}: a Hadamard matrix of order {order} for {shape[1]} inputs",
+                remedy="the config is of another checkpoint, or was edited; copy it again",
+            )
+        return replace(from_disk(tensors, scheme, shape, name), hadamard=order)
 
     def cache_spec(self) -> QuantSpec | None:
         """See `quantkit.checkpoint.config.read_cache_spec`."""
         return read_cache_spec(self.raw)
+
+    def hadamards(self) -> Mapping[str, int]:
+        """See `quantkit.checkpoint.config.read_hadamards`."""
+        return self._hadamards
+
+    @cached_property
+    def _hadamards(self) -> Mapping[str, int]:
+        return read_hadamards(self.raw)
 
 
 #: ``quant_method`` → what makes a reader of config.json's ``quantization_config``. To add a format,

@@ -82,6 +82,10 @@ class GptqReader:
         """None: the format holds no scales of keys and values."""
         return None
 
+    def hadamards(self) -> Mapping[str, int]:
+        """None: the format holds no rotations."""
+        return {}
+
     def _zero(self, stored: Tensor, spec: QuantSpec, name: str) -> Tensor | None:
         """Signed zero points, or None for a symmetric layer, where all must be in the middle."""
         if self.zero_offset and bool((stored == int(spec.qmax)).any()):

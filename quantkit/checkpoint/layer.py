@@ -21,11 +21,13 @@ class StoredLayer:
         input_scale: ``[1]``, for static activations.
         order: int64 ``[K]``: column j of ``weight`` multiplies input ``order[j]``. None where
             columns lie as the model has them.
+        hadamard: order of the Hadamard matrix that multiplies its input, 0 for none.
     """
 
     weight: QTensor
     input_scale: Tensor | None = None
     order: Tensor | None = None
+    hadamard: int = 0
 
 
 class LayerTensors:

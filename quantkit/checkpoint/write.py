@@ -93,6 +93,7 @@ def write_checkpoint(
             [*models.linear_layers(source.model), *models.routers(source.model)],
             plan.kv,
             on_disk=lambda name: models.disk_module(source.model, name),
+            hadamards={layer.name: layer.hadamard for layer in plan.layers if layer.hadamard},
         )
         for part in (config, config.get("text_config", {})):
             if part is config or "tie_word_embeddings" in part:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from quantkit.peak import Peak
     from quantkit.recipe import Recipe
+    from quantkit.rotation import PlannedRotation
     from quantkit.run import Outcomes, Prepared
 
 
@@ -237,13 +238,7 @@ def _show_plan(prepared: Prepared, processes: int) -> None:
     console.print(table)
     console.print(f"kept as they are   {_kept(plan.kept) or 'none'}")
     if plan.rotation is not None:
-        what = ["the residual stream"] if plan.rotation.residual else []
-        what += ["the heads' values"] if plan.rotation.heads else []
-        untied = plan.rotation.head_bytes
-        console.print(
-            f"rotation           {' and '.join(what)}, folded into the weights"
-            + (f"; the head is untied: {untied / 1e6:.1f} MB more" if untied else "")
-        )
+        console.print(f"rotation           {_rotated(plan.rotation)}")
     if plan.folds:
         console.print(f"scalings           {len(plan.folds)} inputs, folded into their producers")
     for reason, labels in _by_reason(plan.unscaled).items():
@@ -309,6 +304,20 @@ def _kept(names: Sequence[str]) -> str:
     parts = Counter(re.split(r"\.\d+\.", name, maxsplit=1)[0] for name in names)
     listed = [f"{part} ({n} layers)" if n > 1 else part for part, n in parts.items()]
     return ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if listed[6:] else "")
+
+
+def _rotated(rotation: PlannedRotation) -> str:
+    """What is rotated, where, and what it costs."""
+    what = ["the residual stream"] if rotation.residual else []
+    what += ["the heads' values"] if rotation.heads else []
+    parts = [f"{' and '.join(what)}, folded into the weights"] if what else []
+    if rotation.mlp:
+        parts.append(
+            f"the inputs of down_proj ({len(rotation.down)}), at inference: quantkit alone"
+        )
+    if rotation.head_bytes:
+        parts.append(f"the head is untied: {rotation.head_bytes / 1e6:.1f} MB more")
+    return "; ".join(parts)
 
 
 def _by_reason(unscaled: Mapping[str, str]) -> dict[str, list[str]]:

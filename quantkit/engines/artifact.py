@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import model as models
-from quantkit.checkpoint.config import read_cache_spec, read_schemes
+from quantkit.checkpoint.config import read_cache_spec, read_hadamards, read_schemes
 from quantkit.checkpoint.fields import as_integer, as_object, read_object
 from quantkit.checkpoint.read import original_hash
 from quantkit.checkpoint.write import manifest_if_any
@@ -27,6 +27,7 @@ class Artifact:
         size_bytes: of the weight files.
         bits_per_weight: by the manifest, or None.
         original: sha256 of the weights that it was made from, by the manifest, or None.
+        rotated: whether inputs of layers are rotated at inference.
     """
 
     folder: Path
@@ -37,6 +38,7 @@ class Artifact:
     size_bytes: int
     bits_per_weight: float | None
     original: str | None = None
+    rotated: bool = False
 
     @property
     def name(self) -> str:
@@ -82,4 +84,5 @@ def read_artifact(source: str) -> Artifact:
         size_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         bits_per_weight=manifest.get("bits_per_weight"),
         original=original_hash(manifest),
+        rotated=bool(raw and read_hadamards(raw)),
     )

@@ -83,8 +83,14 @@ def check(artifact: Artifact, host: Host) -> None:
     """Refuse what vLLM is known not to run.
 
     Raises:
-        UsageError: names the scheme and the reason.
+        UsageError: names the scheme, or the rotation, and the reason.
     """
+    if artifact.rotated:
+        raise UsageError(
+            f"{artifact.folder}: vLLM does not run rotated inputs (rotate's `mlp`): it knows no "
+            "such format",
+            remedy="serve it with quantkit, or calibrate with `mlp: false`",
+        )
     found = [(scheme.name, why_not(scheme, host)) for scheme in artifact.schemes]
     if artifact.kv is not None:
         found.append((f"kv_cache {artifact.kv.label()}", why_not_cache(artifact.kv)))

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from quantkit import ops
 from quantkit.layers import QuantLinear
-from quantkit.ops.decoder import CacheScales, Layer, Linear, NativeDecoder, PageStore, Shape
+from quantkit.ops.decoder import (
+    CacheScales,
+    Hadamard,
+    Layer,
+    Linear,
+    NativeDecoder,
+    PageStore,
+    Shape,
+)
 from quantkit.schemes import DType, Granularity, QuantSpec
 
 #: Columns that share an int8 activation scale where a weight's group is longer.
@@ -202,6 +210,8 @@ def why_not(model: Any) -> str | None:
             if module.kind == "reference":
                 return "the reference kernels were asked for"
             reason = _unknown_input(module)
+            if module.hadamard and not name.endswith("mlp.down_proj"):
+                reason = "its input is rotated, which is native in front of down_proj only"
             if reason:
                 return f"{name}: {reason}"
     return None
@@ -252,6 +262,8 @@ def build_decoder(
         cache_scales,
     )
     numerics = linears.numerics()
+    if any(_hadamard(block.mlp.down_proj) for block in base.layers):
+        numerics += "+rotated-down"
     if cache_scales is not None:
         numerics += f"+kv-{cache_scales.dtype}-static"
     return Decoder(native, numerics)
@@ -506,4 +518,12 @@ def _layer(
         post_mlp_norm=(
             _norm(block.post_feedforward_layernorm, family) if family.branch_norms else None
         ),
+        down_hadamard=_hadamard(block.mlp.down_proj),
     )
+
+
+def _hadamard(module: nn.Module) -> Hadamard | None:
+    """What multiplies a linear layer's input."""
+    if not isinstance(module, QuantLinear) or module.factor is None:
+        return None
+    return Hadamard(module.hadamard, module.factor)

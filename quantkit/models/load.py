@@ -25,7 +25,7 @@ from quantkit.checkpoint.read import (
     read_quantization_config,
 )
 from quantkit.checkpoint.write import manifest_if_any
-from quantkit.errors import QuantkitError, UsageError
+from quantkit.errors import KernelMissingError, QuantkitError, UsageError
 from quantkit.kv_cache import SIDES, CacheEntry, find_attentions, install_entry
 from quantkit.layers import QuantLinear
 from quantkit.models.decoder import build_decoder, why_not
@@ -170,6 +170,11 @@ def _load_quantized(
     *,
     streamed: bool,
 ) -> Runtime:
+    if reader.hadamards() and device != "cpu" and kernels == "native":
+        raise KernelMissingError(
+            f"{folder}: inputs are multiplied by Hadamard matrices, which has no CUDA kernel",
+            remedy="use --device cpu, or --kernels reference",
+        )
     config = models.load_config(folder, str(folder))
     wanted = config.dtype if dtype == "auto" else dtype
     wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted or torch.float32
@@ -198,6 +203,8 @@ def _load_quantized(
     loaded = models.SourceModel(model, tokenizer, source, folder, hashes)
     kinds = sorted({m.kind for m in model.modules() if isinstance(m, QuantLinear)})
     numerics = f"{kernels}/{'+'.join(kinds)}" if kernels == "native" else kernels
+    if reader.hadamards():
+        numerics += "+rotated"
     if cache_spec is not None:
         numerics += f"+kv-{_cache_dtype(cache_spec)}-static"
     return Runtime(
@@ -341,6 +348,7 @@ def _read_layer(
         found.input_scale,
         kernels=kernels,
         order=found.order,
+        hadamard=found.hadamard,
     )
     for tensor in stored:
         if tensor.numel() * tensor.element_size() >= _FORGOTTEN:

@@ -80,6 +80,10 @@ class _CLayer(ctypes.Structure):
     )
 
 
+class _CHadamard(ctypes.Structure):
+    _fields_ = (("order", _i64), ("base", _i64), ("factor", _pointer))
+
+
 class _CConfig(ctypes.Structure):
     _fields_ = (
         ("precision", _i32),
@@ -187,8 +191,17 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Hadamard:
+    """A product of a layer's input: see `quantkit.ops.hadamard`."""
+
+    order: int
+    factor: Tensor
+
+
+@dataclass(frozen=True)
 class Layer:
-    """One block. Norm weights are fp32; rope tables fp32 ``[positions, rotary_dim / 2]``."""
+    """One block. Norm weights are fp32; rope tables fp32 ``[positions, rotary_dim / 2]``; what
+    multiplies the input of ``down``, or None."""
 
     attention_norm: Tensor
     qkv: tuple[Linear, ...]
@@ -203,6 +216,7 @@ class Layer:
     k_norm: Tensor | None = None
     post_attention_norm: Tensor | None = None
     post_mlp_norm: Tensor | None = None
+    down_hadamard: Hadamard | None = None
 
     def linears(self) -> tuple[Linear, ...]:
         return (*self.qkv, *self.attention_out, *self.gate_up, *self.down)
@@ -319,6 +333,15 @@ class NativeDecoder:
             "the description of the model",
         )
         self._handle = handle
+        for index, layer in enumerate(layers):
+            if layer.down_hadamard is not None:
+                self._rotate_down(index, layer.down_hadamard)
+
+    def _rotate_down(self, index: int, hadamard: Hadamard) -> None:
+        base = hadamard.factor.shape[0]
+        told = _CHadamard(hadamard.order, base, self._floats(hadamard.factor))
+        status = self._library.qk_decoder_rotate_down(self._handle, _i64(index), ctypes.byref(told))
+        self._check(status, f"a Hadamard matrix of order {hadamard.order} in layer {index}")
 
     def __del__(self) -> None:
         self.close()

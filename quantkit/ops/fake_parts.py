@@ -20,6 +20,11 @@ def _gated_activation(gate_up: Tensor, kind: int) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
+@torch.library.register_fake("quantkit::hadamard")
+def _hadamard(x: Tensor, factor: Tensor, order: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 @torch.library.register_fake("quantkit::embed")
 def _embed(tokens: Tensor, table: Tensor, scale: float) -> Tensor:
     return table.new_empty((*tokens.shape, table.shape[1]), dtype=torch.float32)

@@ -65,6 +65,22 @@ def gated_activation(gate_up: Tensor, kind: int | str) -> Tensor:
     return _ops.gated_activation.default(gate_up, schema.gate_code(kind))
 
 
+def hadamard(x: Tensor, factor: Tensor, order: int) -> Tensor:
+    """Each run of ``order`` columns of a row times S ⊗ F: a rotation, with the right F.
+
+    Args:
+        x: float32, float16 or bfloat16 [..., N], N a multiple of ``order``.
+        factor: float32 [B, B rounded up to a multiple of 16], F and columns of zeros, from
+            :func:`quantkit.hadamard.factor`.
+        order: B · 2^k; S is Sylvester's Hadamard matrix of order 2^k.
+
+    Returns:
+        [..., N] in the dtype of x.
+    """
+    require_cpu_kernel("hadamard", x)
+    return _ops.hadamard.default(x, factor, order)
+
+
 def embed(tokens: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
     """Rows of an embedding table, times ``scale``.
 

@@ -6,6 +6,8 @@ sequence at a time.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,23 @@ def gated_activation(gate_up: Tensor, kind: int | str) -> Tensor:
     else:
         gate = torch.nn.functional.gelu(gate, approximate="tanh")
     return (gate * up).to(gate_up.dtype)
+
+
+def hadamard(x: Tensor, factor: Tensor, order: int) -> Tensor:
+    """Differentiable in x, as plain torch is; on any device."""
+    base = factor.shape[0]
+    runs = _wide(x).unflatten(-1, (-1, order // base, base))
+    runs = runs @ factor[:, :base].to(runs)
+    return (_sylvester(order // base).to(runs) @ runs).reshape(x.shape).to(x.dtype)
+
+
+@cache
+def _sylvester(order: int) -> Tensor:
+    """fp64 ``[order, order]`` for a power of two: −1 where i and j share an odd number of bits."""
+    signs = torch.ones(1, 1, dtype=torch.float64)
+    while len(signs) < order:
+        signs = torch.cat((torch.cat((signs, signs), 1), torch.cat((signs, -signs), 1)))
+    return signs
 
 
 def embed(tokens: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:

@@ -86,6 +86,7 @@ SCHEMAS = {
     "gated_activation_quantize": (
         "(Tensor gate_up, int gate, int kind, int group) -> (Tensor, Tensor)"
     ),
+    "hadamard": "(Tensor x, Tensor factor, int order) -> Tensor",
     "embed": "(Tensor tokens, Tensor table, float scale) -> Tensor",
     "rope_store_kv": (
         "(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin, Tensor starts,"

@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+)
 from torch import Tensor
 
-from quantkit.checkpoint.config import to_args
+from quantkit.checkpoint.config import build_config, to_args
 from quantkit.checkpoint.formats import CompressedTensorsReader
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.numerics import QTensor, quantize_weight
@@ -117,3 +121,77 @@ def test_a_label_of_another_layout(name: str, label: str, packed: bool, actual: 
     with pytest.raises(QuantkitError, match=message) as caught:
         reader(scheme, label, in_group=True).schemes(["a"], {f"a.{key}" for key in tensors})
     assert not isinstance(caught.value, UsageError)
+
+
+# Rotated inputs
+
+
+def rotated(**change: Any) -> CompressedTensorsReader:
+    """What quantkit writes for two layers, one with rotated inputs; and what is changed of it."""
+    layers = {"a": SCHEME["w8a8"], "b": SCHEME["w4a16-g32"]}
+    raw = build_config(layers, ["a", "b", "c"], hadamards={"a": 96})
+    for key, value in change.items():
+        if value is None:
+            raw.pop(key, None)
+        elif isinstance(value, dict) and key in raw:
+            raw[key] = {**raw[key], **value}
+        else:
+            raw[key] = value
+    return CompressedTensorsReader(raw)
+
+
+def test_rotated_inputs_come_back() -> None:
+    found = rotated()
+    assert found.hadamards() == {"a": 96}
+    assert found.schemes(["a", "b", "c"], set()) == {"a": SCHEME["w8a8"], "b": SCHEME["w4a16-g32"]}
+    groups = found.raw["config_groups"].values()
+    assert sorted(g["format"] for g in groups) == [
+        "rotated-int-quantized",
+        "rotated-pack-quantized",
+    ]
+    assert found.raw["format"] == "rotated-mixed-precision"
+    _, tensors = stored(SCHEME["w8a8"], packed=False)
+    assert found.layer(tensors, SCHEME["w8a8"], SHAPE, "a").hadamard == 96
+    assert found.layer(tensors, SCHEME["w8a8"], SHAPE, "b").hadamard == 0
+
+
+def test_compressed_tensors_itself_refuses_rotated_inputs() -> None:
+    """So does everything that parses its configs with it, as transformers does; and its parts, as
+    vLLM does, whose 4-bit floats never meet the format."""
+    raw = rotated().raw
+    with pytest.raises(ValueError, match="rotated-int-quantized"):
+        QuantizationConfig(**{k: v for k, v in raw.items() if v is not None})
+    for group in raw["config_groups"].values():
+        with pytest.raises(ValueError, match="rotated_inputs"):
+            QuantizationArgs(**group["weights"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rotated_inputs": None}, "formats .*rotated-mixed-precision.* without rotated_inputs"),
+        (
+            {"format": "mixed-precision"},
+            "formats .* with rotated_inputs; all begin with 'rotated-'",
+        ),
+        ({"format": "rotated-marlin"}, "format 'rotated-marlin': not one"),
+        ({"rotated_inputs": {"matrix": "random"}}, "rotated_inputs: 'random' with"),
+        ({"rotated_inputs": {"seed": 3}}, r"rotated_inputs: 'sylvester-paley' with .*'seed'"),
+        ({"rotated_inputs": {"orders": {}}}, "rotated_inputs: names no layer"),
+        ({"rotated_inputs": {"orders": {"a": 1}}}, "a: no Hadamard matrix of order 1"),
+        ({"rotated_inputs": {"orders": {"a": 18}}}, "a: no Hadamard matrix of order 18"),
+        ({"rotated_inputs": {"orders": {"a": "many"}}}, "rotated_inputs: a"),
+        ({"rotated_inputs": {"orders": {"c": 96}}}, "c is no quantized layer of the model"),
+        ({"rotated_inputs": {"orders": {"d": 96}}}, "d is no quantized layer of the model"),
+    ],
+)
+def test_rotated_inputs_that_do_not_agree(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(QuantkitError, match=message):
+        rotated(**change).schemes(["a", "b", "c"], set())
+
+
+def test_an_order_that_does_not_divide_the_inputs() -> None:
+    _, tensors = stored(SCHEME["w8a8"], packed=False)
+    found = rotated(rotated_inputs={"orders": {"a": 64}})
+    with pytest.raises(QuantkitError, match="a: a Hadamard matrix of order 64 for 96 inputs"):
+        found.layer(tensors, SCHEME["w8a8"], SHAPE, "a")

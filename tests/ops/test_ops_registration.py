@@ -13,6 +13,7 @@ from ops_cases import random_layer, same_bits
 
 from quantkit import ops
 from quantkit.errors import KernelMissingError, UsageError
+from quantkit.hadamard import factor
 from quantkit.ops import library, reference, schema
 
 
@@ -110,6 +111,7 @@ def example_arguments() -> dict[str, tuple]:
         "add_rms_norm_quantize": (x.clone(), x.bfloat16(), torch.ones(64), 1e-6, Dtype(2), 2, -1),
         "gated_activation": (x, 1),
         "gated_activation_quantize": (x.half(), 0, 1, -1),
+        "hadamard": (x, factor(32), 32),
         "embed": (torch.tensor([[1, 2, 0]]), x, 2.0),
         "rope_store_kv": (
             torch.randn(3, 96),

@@ -129,12 +129,26 @@ typedef struct qk_batch {
   float* states;             // [all new tokens, hidden] after the final norm, or NULL
 } qk_batch;
 
+// An orthogonal product with each run of `order` values of a row: run · (S ⊗ factor), S Sylvester's
+// Hadamard matrix of order `order` / `base`. With B / sqrt(order) for the factor, B a Hadamard
+// matrix of order `base`, lengths stay as they are.
+enum { QK_LARGEST_BASE = 512 };
+typedef struct qk_hadamard {
+  int64_t order;        // base * 2^k; divides the row
+  int64_t base;         // 1 .. QK_LARGEST_BASE
+  const float* factor;  // [base][ceil(base / 16) * 16], zeros from column `base` on
+} qk_hadamard;
+
 typedef struct qk_decoder qk_decoder;
 
 // Copies the descriptions, not the weights, which must outlive the decoder.
 QK_EXPORT int qk_decoder_create(const qk_decoder_config* config, const qk_decoder_layer* layers,
                                 qk_decoder** decoder);
 QK_EXPORT void qk_decoder_destroy(qk_decoder* decoder);
+// From now on the input of a layer's `down` is multiplied by a Hadamard matrix, between the gate and
+// the rounding. The factor must outlive the decoder.
+QK_EXPORT int qk_decoder_rotate_down(qk_decoder* decoder, int64_t layer,
+                                     const qk_hadamard* hadamard);
 // One call at a time for one decoder.
 QK_EXPORT int qk_decoder_forward(qk_decoder* decoder, const qk_batch* batch);
 // logits [rows, vocab] of states [rows, hidden] that a forward pass returned.
@@ -197,6 +211,17 @@ typedef struct qk_gate_args {
   void* y;        // [m, n]
   int64_t ldy;
 } qk_gate_args;
+
+// y = x times a Hadamard matrix, each row.
+typedef struct qk_hadamard_args {
+  qk_hadamard hadamard;
+  int64_t m, n;
+  const void* x;  // [m, n]
+  int64_t ldx;
+  int32_t dtype;  // of x and y
+  void* y;        // [m, n], elsewhere than x
+  int64_t ldy;
+} qk_hadamard_args;
 
 // y[i] = table[tokens[i]] * scale.
 typedef struct qk_embed_args {
@@ -265,6 +290,7 @@ typedef struct qk_attention_args {
 
 QK_EXPORT int qk_add_rms_norm(const qk_add_rms_norm_args* args);
 QK_EXPORT int qk_gated_activation(const qk_gate_args* args);
+QK_EXPORT int qk_hadamard_rows(const qk_hadamard_args* args);
 QK_EXPORT int qk_embed(const qk_embed_args* args);
 QK_EXPORT int qk_quantize_int8(const qk_quantize_int8_args* args);
 QK_EXPORT int qk_rope_store(const qk_rope_store_args* args);
