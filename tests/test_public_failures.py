@@ -154,6 +154,15 @@ def test_a_layer_that_computes_something_else(
     assert "w4a16-g64 may be off by 50%" in message
 
 
+def test_a_layer_of_zeros_at_two_bits(
+    stopped: Callable[..., str], recipe: Path, patch: pytest.MonkeyPatch
+) -> None:
+    recipe.write_text(RECIPE.replace("gptq", "rtn").replace("w4a16-g64", "w2a16-g32"))
+    replace_solver(patch, "rtn", lambda q, _: replace(q, codes=torch.zeros_like(q.codes)))
+    message = stopped()
+    assert "its output is off by 100.0%, and w2a16-g32 may be off by 90%" in message
+
+
 def test_a_layer_that_was_skipped(stopped: Callable[..., str], patch: pytest.MonkeyPatch) -> None:
     honest = collector.quantize_group
 

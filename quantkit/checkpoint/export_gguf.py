@@ -23,6 +23,7 @@ from quantkit.checkpoint.gguf_tokenizer import add_tokenizer
 from quantkit.checkpoint.half import Rounding
 from quantkit.checkpoint.opened import OpenCheckpoint
 from quantkit.errors import UsageError
+from quantkit.schemes import DType
 
 if TYPE_CHECKING:
     import gguf
@@ -269,6 +270,11 @@ def _add_metadata(
     notes = []
     if any(scheme.input for scheme in source.schemes.values()):
         notes.append("weights only: llama.cpp rounds activations in its own way (Q8_0 blocks)")
+    weights = [scheme.weight for scheme in source.schemes.values()]
+    if any(spec.dtype is DType.INT and spec.bits < 4 for spec in weights):
+        notes.append(
+            "codes of fewer than 4 bits take 4: GGUF's own types of them round scales, too"
+        )
     if context < config.max_position_embeddings:
         notes.append(
             f"context {context}: the model's sliding window, beyond which llama.cpp would attend"

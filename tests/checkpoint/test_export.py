@@ -73,11 +73,11 @@ def test_blocks_are_codes_times_scales(name: str) -> None:
         assert np.array_equal(theirs, ours)
         return
     # An offset is a product of 8 and 4 bits, and fp16 has 11: half a unit in the last place.
-    # The wide groups' zero points are all near the middle, where the product fits.
-    assert (rounding.changed > 0) == name.endswith("g32")
+    # Fewer bits fit, as do the wide groups' zero points, which are all near the middle.
+    assert (rounding.changed > 0) == (name == "w4a16-asym-g32")
     assert rounding.worst <= 2**-11
     assert q.zero is not None
-    offset = numerics.float_scale(q) * (q.zero.float() + 8)
+    offset = numerics.float_scale(q) * (q.zero.float() + 2 ** (q.spec.bits - 1))
     bound = offset.repeat_interleave(q.shape[1] // offset.shape[1], 1).numpy() * 2**-11
     assert (np.abs(theirs - ours) <= bound * (1 + 1e-5)).all()
 
@@ -256,6 +256,22 @@ def test_a_gguf_file_that_the_disk_cannot_hold(
         assert code == 4, room
         assert "cannot be written (File too large); free some space" in capsys.readouterr().err
         assert list(tmp_path.iterdir()) == []
+
+
+def test_two_bits_take_four_in_gguf_and_two_in_gptq(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out, again = tmp_path / "ckpt", tmp_path / "model.gguf", tmp_path / "gptq"
+    calibrated(small, SCHEMES["w2a16-asym-g32"], folder)
+    assert run(["export", str(folder), "--format", "gguf", "-o", str(out), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["tensors"]["Q4_1"] == 7
+    assert document["notes"] == [
+        "codes of fewer than 4 bits take 4: GGUF's own types of them round scales, too"
+    ]
+    assert run(["export", str(folder), "--format", "gptq", "-o", str(again), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tensors"]["int2"] == 7
+    assert torch.equal(load_runtime(folder).logits(IDS), load_runtime(again).logits(IDS))
 
 
 @pytest.mark.slow
