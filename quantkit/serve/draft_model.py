@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from quantkit.errors import UsageError
 from quantkit.models.paged import PagedRunner, PagedSequence, Work, pages_for
-from quantkit.ops.decoder import argmax
+from quantkit.ops.argmax import argmax
 from quantkit.serve.goodput import PassCost
 
 if TYPE_CHECKING:

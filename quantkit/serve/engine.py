@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from quantkit.errors import QuantkitError
 from quantkit.models.page_pool import pages_for
-from quantkit.ops.decoder import PAGE_TOKENS
+from quantkit.ops.page_store import PAGE_TOKENS
 from quantkit.serve.answer import Answer
 from quantkit.serve.counters import Counters
 from quantkit.serve.events import Event, Failed, Finished, FinishReason
