@@ -34,7 +34,7 @@ import torch
 from quantkit.models.decoder import Batch, Decoder
 from quantkit.models.load import load_runtime
 from quantkit.ops import measure
-from quantkit.ops.decoder import PAGE_TOKENS
+from quantkit.ops.page_store import PAGE_TOKENS
 
 LENGTHS = (128, 256, 512, 1024, 2048, 3072, 4096)
 

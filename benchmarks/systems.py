@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +70,17 @@ def gguf_size(path: Path) -> Size:
 
     sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(path).tensors}
     return count(sizes, embedding="token_embd.weight", head="output.")
+
+
+def gguf_types(path: Path) -> str:
+    """Types of its matrices, of the most weights first: ``Q4_0, Q6_K``."""
+    from gguf import GGUFReader
+
+    weights: Counter[str] = Counter()
+    for tensor in GGUFReader(path).tensors:
+        if len(tensor.shape) > 1:
+            weights[tensor.tensor_type.name] += int(tensor.n_elements)
+    return ", ".join(name for name, _ in weights.most_common())
 
 
 def count(sizes: dict[str, int], *, embedding: str, head: str) -> Size:

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import hardware
-from benchmarks.systems import named
+from benchmarks.systems import gguf_types, named
 from quantkit.engines.artifact import Artifact, read_artifact
 from quantkit.engines.process import EngineProcess, free_port, start
 from quantkit.engines.vllm import VllmOptions, find_vllm
@@ -139,7 +139,8 @@ def start_all(args: argparse.Namespace, phase: str) -> Iterator[list[Peer]]:
             add("quantkit", process, schemes=schemes_of(read_artifact(str(args.ckpt))))
         if args.llama_server:
             process = stack.enter_context(start_llama(args, cached, slots, context))
-            add("llama-server", process, version=llama_version(args.llama_server))
+            about = {"schemes": gguf_types(args.gguf), "version": llama_version(args.llama_server)}
+            add("llama-server", process, **about)
         if args.vllm_python:
             artifact = read_artifact(str(args.vllm_model or args.ckpt))
             process = stack.enter_context(start_vllm(args, artifact, cached, slots))

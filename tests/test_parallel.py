@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from quantkit import model as models
+from quantkit.algorithms import RESCALERS
+from quantkit.algorithms.scaling import Scaling
 from quantkit.batches import cut_batches
 from quantkit.calibrate import CalibrationData, calibrate
 from quantkit.checkpoint.opened import open_checkpoint
@@ -49,6 +52,12 @@ RECIPES = {
     "static": parse_recipe(
         "scheme: w8a8-static\nalgorithm: [smoothquant, gptq]\nkv_cache: fp8\n"
         "rules: [{match: '*.down_proj', scheme: w4a16-g64}]\n"
+    ),
+    # Searched by what errors cost at each token, of which every process has its own.
+    "outliers": Recipe(
+        SCHEMES["w8a8-static"],
+        algorithm=(Step("outliers", {"cost": "fisher"}), Step("rtn")),
+        keep=("lm_head",),
     ),
     "distill": Recipe(SCHEMES["w4a16-g64"], algorithm=(Step("rtn"), Step("distill", {"steps": 3}))),
 }
@@ -146,7 +155,10 @@ def same_codes(a: dict[str, QuantizedLayer], b: dict[str, QuantizedLayer]) -> fl
     return equal / sum(x.numel() for x, _ in pairs)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=pytest.mark.slow) if x == "outliers" else x for x in RECIPES],
+)
 def test_two_give_the_codes_of_one(name: str, tiny: Path, tmp_path: Path) -> None:
     alone = run(tiny, tmp_path / "alone", RECIPES[name])
     first, second = together(2, lambda w: run(tiny, tmp_path / "work", RECIPES[name], w))
@@ -160,6 +172,31 @@ def test_two_give_the_codes_of_one(name: str, tiny: Path, tmp_path: Path) -> Non
     assert {x: c.scales(torch.float32) for x, c in first.caches.items()} == {
         x: c.scales(torch.float32) for x, c in alone.caches.items()
     }
+
+
+def test_tokens_keep_their_costs(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a search in two processes sees is what it sees in one: every token beside its cost."""
+    seen: list[Scaling] = []
+
+    def watch(problem: Scaling, options: Mapping[str, Any]) -> Tensor:
+        seen.append(problem)
+        return torch.ones(problem.count)
+
+    monkeypatch.setattr("quantkit.rescale.COSTED_TOKENS", 100 * IDS.numel())  # take them all
+    monkeypatch.setitem(RESCALERS, "outliers", replace(RESCALERS["outliers"], scales=watch))
+    run(tiny, tmp_path / "alone", RECIPES["outliers"])
+    alone, seen[:] = list(seen), []
+    together(2, lambda w: run(tiny, tmp_path / "work", RECIPES["outliers"], w))
+    assert len(seen) == len(alone) == 8
+    for one, two in zip(alone, seen, strict=True):
+        assert len(one.sample) == IDS.numel()
+        torch.testing.assert_close(two.sample, one.sample, rtol=0.05, atol=0.02)
+        for a, b in zip(one.consumers, two.consumers, strict=True):
+            assert a.costs is not None
+            assert float(a.costs.max()) > 2 * float(a.costs.min())
+            torch.testing.assert_close(b.costs, a.costs, rtol=1e-3, atol=0)
 
 
 def test_what_needs_all_windows_runs_in_one_process(

@@ -21,7 +21,7 @@ from quantkit.evals.token_tree import Chain, TreeRow
 from quantkit.models.decoder import Decoder
 from quantkit.models.paged import PagedRunner, PagedSequence, Work, pages_for
 from quantkit.models.runtime import Runtime
-from quantkit.ops.decoder import PAGE_TOKENS
+from quantkit.ops.page_store import PAGE_TOKENS
 
 #: Architectures in which a token attends exactly where a 4-D mask says, at the position it is
 #: given: rotary (or no) positions, full attention, no recurrent state. They are scored as

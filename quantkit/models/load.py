@@ -31,7 +31,7 @@ from quantkit.layers import QuantLinear
 from quantkit.models.decoder import build_decoder, why_not
 from quantkit.models.runtime import Runtime
 from quantkit.models.streamed import StreamedLinear
-from quantkit.ops.decoder import CacheScales
+from quantkit.ops.page_store import CacheScales
 from quantkit.schemes import DType, QuantSpec, Scheme
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def _set_generation(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _cache_dtype(spec: QuantSpec) -> str:
-    """A key of `quantkit.ops.decoder.KV_DTYPES`."""
+    """A key of `quantkit.ops.page_store.KV_DTYPES`."""
     return "fp8" if spec.dtype is DType.FLOAT else "int8"
 
 

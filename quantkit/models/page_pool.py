@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from quantkit.errors import QuantkitError
-from quantkit.ops.decoder import PAGE_TOKENS
+from quantkit.ops.page_store import PAGE_TOKENS
 
 
 def pages_for(tokens: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from quantkit.errors import QuantkitError
 from quantkit.models.decoder import Batch, Decoder
 from quantkit.models.page_pool import PagedSequence, PagePool, pages_for
-from quantkit.ops.decoder import PAGE_TOKENS
+from quantkit.ops.page_store import PAGE_TOKENS
 
 __all__ = ["PagedRunner", "PagedSequence", "Work", "pages_for"]
 

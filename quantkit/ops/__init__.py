@@ -16,7 +16,8 @@ torch.compile, ``library`` loading, ``memory`` huge pages, ``status`` what is bu
 ``solvers``, ``reference_solvers`` and ``fake_solvers`` are the same for the operators of
 calibration; ``parts``, ``reference_parts`` and ``fake_parts`` for those between the linear layers
 of a decoder; ``gpu``, ``gpu_attention``, their references, ``reference_fp4`` and ``fake_gpu`` for
-those that only a GPU has.
+those that only a GPU has. ``decoder`` runs a whole model in one call, on pages of ``page_store``;
+``argmax`` takes its likeliest token.
 """
 
 from __future__ import annotations

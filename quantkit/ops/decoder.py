@@ -8,23 +8,17 @@ business.
 from __future__ import annotations
 
 import ctypes
-import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
 from quantkit.ops.library import CPU
-from quantkit.ops.memory import empty_in_huge_pages
-
-#: Tokens of a page of the key-value cache.
-PAGE_TOKENS = 64
+from quantkit.ops.page_store import KV_DTYPES, PAGE_TOKENS, CacheScales, CCache, PageStore
 
 FORMATS: Mapping[str, int] = MappingProxyType({"w4": 0, "int8": 1, "fp8": 2, "bf16": 3, "fp32": 4})
 ACTIVATIONS: Mapping[str, int] = MappingProxyType(
@@ -32,7 +26,6 @@ ACTIVATIONS: Mapping[str, int] = MappingProxyType(
 )
 GATES: Mapping[str, int] = MappingProxyType({"silu": 0, "gelu_tanh": 1})
 PRECISIONS: Mapping[str, int] = MappingProxyType({"fp32": 0, "bf16": 1})
-KV_DTYPES: Mapping[str, int] = MappingProxyType({"fp32": 0, "bf16": 1, "int8": 2, "fp8": 3})
 PARTS = ("norm", "linear", "rope", "attention", "gate", "head", "total", "lifetime")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -109,16 +102,6 @@ class _CConfig(ctypes.Structure):
     )
 
 
-class _CCache(ctypes.Structure):
-    _fields_ = (
-        ("dtype", _i32),
-        ("pages", _i64),
-        ("data", _pointer),
-        ("scale", _pointer),
-        ("fixed", _pointer),
-    )
-
-
 class _CBatch(ctypes.Structure):
     _fields_ = (
         ("sequences", _i64),
@@ -127,30 +110,12 @@ class _CBatch(ctypes.Structure):
         ("past", _pointer),
         ("pages", _pointer),
         ("page_stride", _i64),
-        ("kv", ctypes.POINTER(_CCache)),
+        ("kv", ctypes.POINTER(CCache)),
         ("logit_rows", _pointer),
         ("logit_count", _i64),
         ("logits", _pointer),
         ("states", _pointer),
     )
-
-
-def argmax(row: Tensor) -> int:
-    """Index of the first largest of fp32 ``[n]`` on the CPU, or of the first NaN.
-
-    One thread is enough for a row of logits. torch's own wakes its threads, which then spin for
-    milliseconds on the cores that the next forward pass needs.
-    """
-    if row.dtype != torch.float32 or row.device.type != "cpu" or not row.is_contiguous():
-        raise ValueError("argmax takes contiguous fp32 on the CPU")
-    return int(_argmax()(row.data_ptr(), row.numel()))
-
-
-@cache
-def _argmax() -> Any:
-    function = CPU.require().qk_argmax
-    function.argtypes, function.restype = (_pointer, _i64), _i64
-    return function
 
 
 @dataclass(frozen=True)
@@ -220,19 +185,6 @@ class Layer:
 
     def linears(self) -> tuple[Linear, ...]:
         return (*self.qkv, *self.attention_out, *self.gate_up, *self.down)
-
-
-@dataclass(frozen=True)
-class CacheScales:
-    """Calibrated scales of a key-value cache.
-
-    Attributes:
-        dtype: ``int8`` or ``fp8``.
-        fixed: fp32 ``[layers, 2]``, above zero: of each layer's keys and values.
-    """
-
-    dtype: str
-    fixed: Tensor
 
 
 @dataclass(frozen=True)
@@ -514,59 +466,3 @@ class NativeDecoder:
             rope_sin=self._floats(layer.rope_sin),
             window=layer.window,
         )
-
-
-class PageStore:
-    """Memory of a key-value cache: pages of `PAGE_TOKENS` tokens; see ``qk_kv_cache``.
-
-    It is not initialized, so that the system provides it page by page as it is written.
-
-    Attributes:
-        data: uint8 ``[layers, pages, kv_heads, 2, page bytes]``.
-        scale: fp32 ``[layers, pages, kv_heads, 2, PAGE_TOKENS]`` of 8-bit caches, or None.
-        dtype: a key of `KV_DTYPES`.
-        fixed: fp32 ``[layers, 2]``, calibrated scales of keys and values; None gives each token
-            its own.
-    """
-
-    def __init__(
-        self,
-        layers: int,
-        pages: int,
-        kv_heads: int,
-        page_bytes: int,
-        dtype: str,
-        fixed: Tensor | None = None,
-    ) -> None:
-        self.pages = pages
-        self.dtype = dtype
-        if fixed is not None and fixed.shape != (layers, 2):
-            raise ValueError(f"cache scales {tuple(fixed.shape)} where {(layers, 2)} are needed")
-        self.fixed = None if fixed is None else fixed.float().contiguous()
-        shape = (layers, pages, kv_heads, 2, page_bytes)
-        self.data = empty_in_huge_pages(math.prod(shape)).view(shape)
-        self.scale = (
-            torch.empty(layers, pages, kv_heads, 2, PAGE_TOKENS)
-            if dtype in ("int8", "fp8")
-            else None
-        )
-        self._struct = _CCache(
-            dtype=KV_DTYPES[dtype],
-            pages=pages,
-            data=self.data.data_ptr(),
-            scale=None if self.scale is None else self.scale.data_ptr(),
-            fixed=None if self.fixed is None else self.fixed.data_ptr(),
-        )
-        self.pointer = ctypes.pointer(self._struct)
-
-    @property
-    def page_nbytes(self) -> int:
-        """Bytes of one page over all layers and heads."""
-        tensors = (self.data,) if self.scale is None else (self.data, self.scale)
-        return sum(t.nbytes for t in tensors) // max(1, self.pages)
-
-    def copy_page(self, source: int, target: int) -> None:
-        """Make page ``target`` a copy of page ``source``, in every layer."""
-        self.data[:, target] = self.data[:, source]
-        if self.scale is not None:
-            self.scale[:, target] = self.scale[:, source]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from quantkit.errors import UsageError
 from quantkit.models.paged import PagedRunner, PagedSequence, Work, pages_for
-from quantkit.ops.decoder import argmax
+from quantkit.ops.argmax import argmax
 from quantkit.serve.goodput import PassCost
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ def make_draft_model(
             f"the draft {draft.name} has {sizes[0]} logits where {runtime.name} has {sizes[1]}",
             remedy="take a draft of the same family",
         )
-    longest = draft.decoder.shape.max_positions
+    # What it was trained for: its decoder's tables may go on beyond that.
+    longest = int(draft.model.config.get_text_config().max_position_embeddings)
     if longest < max_context:
         raise UsageError(
             f"the draft {draft.name} reads {longest} tokens, the context holds {max_context}",

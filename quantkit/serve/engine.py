@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from quantkit.errors import QuantkitError
 from quantkit.models.page_pool import pages_for
-from quantkit.ops.decoder import PAGE_TOKENS
+from quantkit.ops.page_store import PAGE_TOKENS
 from quantkit.serve.answer import Answer
 from quantkit.serve.counters import Counters
 from quantkit.serve.events import Event, Failed, Finished, FinishReason
@@ -364,21 +364,23 @@ class Engine:
         if sequence.done:
             return
         sequence.done = True
-        try:
-            self.scheduler.remove(sequence, sound=outcome != "error")
+        sequence.answer = None
+        with contextlib.ExitStack() as steps:  # the last first; each, whatever another one raises
+            steps.callback(self._say, sequence, event)  # somebody waits for it
+            steps.callback(lambda: self.metrics.requests.labels(outcome).inc())
             if self.speculator is not None:
-                self.speculator.forget(sequence)
-        finally:  # whatever is wrong with the memory, somebody waits for this event
-            sequence.answer = None
-            self.metrics.requests.labels(outcome).inc()
-            with self._wake:
-                # Under the lock, so that `drain` returns only after the last event went out.
-                self._live.pop(sequence.request.id, None)
-                # Or it would stop the next request of that name.
-                self._cancelled.discard(sequence.request.id)
-                self.emit(sequence, event)
-                self.flush()
-                self._wake.notify_all()
+                steps.callback(self.speculator.forget, sequence)
+            steps.callback(self.scheduler.remove, sequence, sound=outcome != "error")
+
+    def _say(self, sequence: Sequence, event: Finished | Failed) -> None:
+        with self._wake:
+            # Under the lock, so that `drain` returns only after the last event went out.
+            self._live.pop(sequence.request.id, None)
+            # Or it would stop the next request of that name.
+            self._cancelled.discard(sequence.request.id)
+            self._wake.notify_all()
+            self.emit(sequence, event)
+            self.flush()
 
     def emit(self, sequence: Sequence, event: Event) -> None:
         """Pass an event on to whoever submitted the request."""

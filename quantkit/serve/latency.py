@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.models.paged import pages_for
-from quantkit.ops.decoder import PAGE_TOKENS
+from quantkit.ops.page_store import PAGE_TOKENS
 from quantkit.progress import Progress, silent
 from quantkit.serve.engine import Engine, EngineConfig
 from quantkit.serve.events import Event, Failed, Finished, TokenEvent

@@ -11,7 +11,7 @@ import torch
 
 from quantkit.errors import UsageError
 from quantkit.models.paged import pages_for
-from quantkit.ops.decoder import PAGE_TOKENS
+from quantkit.ops.page_store import PAGE_TOKENS
 from quantkit.serve import sampler
 from quantkit.serve.engine import EngineConfig
 from quantkit.serve.request import SamplingParams

@@ -11,7 +11,7 @@ import logging
 from typing import Protocol
 
 from quantkit.models.page_pool import PagedSequence, PagePool, pages_for
-from quantkit.ops.decoder import PAGE_TOKENS
+from quantkit.ops.page_store import PAGE_TOKENS
 from quantkit.serve.counters import Counters
 from quantkit.serve.prefix_cache import PrefixCache, extend_keys
 from quantkit.serve.request import Sequence

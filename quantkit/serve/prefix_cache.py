@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from quantkit.models.page_pool import PagePool
-from quantkit.ops.decoder import PAGE_TOKENS
+from quantkit.ops.page_store import PAGE_TOKENS
 
 _DIGEST = 32
 

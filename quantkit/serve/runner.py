@@ -14,7 +14,7 @@ from quantkit.errors import UsageError
 from quantkit.models.page_pool import PagePool
 from quantkit.models.paged import PagedRunner, PagedSequence, pages_for
 from quantkit.models.paged import Work as PagedWork
-from quantkit.ops.decoder import KV_DTYPES
+from quantkit.ops.page_store import KV_DTYPES
 from quantkit.serve.kv_cache import KVCache
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def make_runner(
     Args:
         runtime: the model.
         kv_tokens: tokens that there must be room for.
-        kv_dtype: of keys and values, a key of `quantkit.ops.decoder.KV_DTYPES`; by default the
+        kv_dtype: of keys and values, a key of `quantkit.ops.page_store.KV_DTYPES`; by default the
             model's own.
 
     Raises:

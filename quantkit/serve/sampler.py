@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
-from quantkit.ops.decoder import argmax
+from quantkit.ops.argmax import argmax
 from quantkit.serve.events import TokenLogprob
 from quantkit.serve.request import SamplingParams
 

@@ -13,7 +13,15 @@ from safetensors.torch import save_file
 
 from benchmarks import vs_llamacpp as vs
 from benchmarks.logit_distance import Distance, compare
-from benchmarks.systems import Size, System, count_parameters, folder_size, gguf_size, list_systems
+from benchmarks.systems import (
+    Size,
+    System,
+    count_parameters,
+    folder_size,
+    gguf_size,
+    gguf_types,
+    list_systems,
+)
 from benchmarks.workloads import WORKLOADS, check
 
 
@@ -52,6 +60,23 @@ def test_gguf_sizes_are_of_tensors(tmp_path: Path, untied: bool) -> None:
     writer.write_tensors_to_file()
     writer.close()
     assert gguf_size(path) == (Size(512, 384) if untied else Size(384, 384))
+
+
+def test_gguf_types_are_of_matrices(tmp_path: Path) -> None:
+    import gguf
+
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    types = gguf.GGMLQuantizationType
+    writer.add_tensor("output_norm.weight", np.zeros(999, np.float32))
+    for name, rows, kind in (("a", 2, types.Q8_0), ("b", 9, types.Q4_0), ("c", 4, types.Q8_0)):
+        data = gguf.quants.quantize(np.zeros((rows, 32), np.float32), kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert gguf_types(path) == "Q4_0, Q8_0"
 
 
 def test_distance_by_hand() -> None:

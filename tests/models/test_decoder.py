@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from quantkit import ops
 from quantkit.kv_cache import SIDES, CacheEntry, install_entry
 from quantkit.models.decoder import FAMILIES, Batch, Decoder, build_decoder, why_not
-from quantkit.ops.decoder import CacheScales, argmax
+from quantkit.ops.argmax import argmax
+from quantkit.ops.page_store import CacheScales
 from quantkit.recipe import KV_CACHES
 
 COMMON = {

@@ -10,7 +10,7 @@ import pytest
 
 from quantkit.serve.daemon_executor import DaemonExecutor
 
-HANGS = """
+EXECUTOR_HANGS = """
 import threading
 from quantkit.serve.daemon_executor import DaemonExecutor
 
@@ -19,9 +19,32 @@ DaemonExecutor("hung").submit(lambda: (begun.set(), threading.Event().wait()))
 assert begun.wait(60)
 """
 
+TOKENIZER_HANGS = """
+import asyncio, threading
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+from quantkit.serve.api.prompts import PromptEncoder
 
-def test_work_that_hangs_does_not_keep_the_process_alive() -> None:
-    subprocess.run([sys.executable, "-c", HANGS], check=True, timeout=120)
+begun = threading.Event()
+
+class Hung(PreTrainedTokenizerFast):
+    def encode(self, *arguments, **options):
+        begun.set()
+        threading.Event().wait()
+
+async def ask():
+    encoder = PromptEncoder(Hung(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a"))))
+    asked = asyncio.create_task(encoder.text("a"))
+    assert await asyncio.to_thread(begun.wait, 60)
+    asked.cancel()
+
+asyncio.run(ask())
+"""
+
+
+@pytest.mark.parametrize("code", [EXECUTOR_HANGS, TOKENIZER_HANGS], ids=["work", "tokenizer"])
+def test_what_hangs_does_not_keep_the_process_alive(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_work_is_done_in_order_by_one_thread_at_a_time() -> None:

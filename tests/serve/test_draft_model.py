@@ -190,6 +190,17 @@ def test_drafts_that_do_not_fit(native: Runtime, change: dict[str, object], matc
         stepped(native, draft=replace(native, **change))  # type: ignore[arg-type]
 
 
+def test_a_draft_of_a_shorter_context_does_not_fit(native: Runtime, runtime: Runtime) -> None:
+    """However far the tables of its decoder go."""
+    config = copy.deepcopy(runtime.model.config)
+    config.max_position_embeddings = 256
+    model = LlamaForCausalLM(config).eval()
+    draft = replace(runtime, model=model, decoder=build_decoder(model))
+    with pytest.raises(UsageError, match="reads 256 tokens, the context holds 512; give --max-con"):
+        stepped(native, draft=draft)
+    assert stepped(native, draft=draft, max_context=256).capacity.max_context == 256
+
+
 def test_a_draft_with_other_logits_does_not_fit(native: Runtime, runtime: Runtime) -> None:
     config = copy.deepcopy(runtime.model.config)
     config.vocab_size += 16

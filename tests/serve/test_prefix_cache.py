@@ -9,7 +9,7 @@ from serve_helpers import before_forward, generate, request, running
 
 from quantkit.models.page_pool import PagePool
 from quantkit.models.runtime import Runtime
-from quantkit.ops.decoder import PAGE_TOKENS
+from quantkit.ops.page_store import PAGE_TOKENS
 from quantkit.serve.events import Failed
 from quantkit.serve.prefix_cache import PrefixCache, extend_keys
 from quantkit.serve.request import Request

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from serve_helpers import finish, generate, request, running, stepped, submit
+from serve_helpers import always_guess, finish, generate, request, running, stepped, submit
 
 from quantkit.models.runtime import Runtime
 from quantkit.serve.detokenizer import Detokenizer
@@ -55,6 +55,28 @@ def test_an_end_is_told_even_where_memory_is_unsound(native: Runtime, monkeypatc
         engine._fail_all(Failed("a step failed"))
     for outcome in outcomes:
         assert outcome.terminal.message == "a step failed"  # type: ignore[union-attr]
+    assert engine.live == 0
+
+
+def test_every_step_of_an_end_is_tried(native: Runtime, monkeypatch) -> None:
+    """Memory that is unsound leaves the draft nothing to hold on to, and nobody waiting."""
+
+    def broken(*arguments: object, **options: object) -> None:
+        raise RuntimeError("no such page")
+
+    always_guess(monkeypatch)
+    engine = stepped(native, draft=native)
+    outcome = submit(engine, request("a", [5, 6, 7], max_tokens=50))
+    engine._take_orders()
+    for _ in range(3):
+        engine.step()
+    draft = engine.speculator.model  # type: ignore[union-attr]
+    assert draft.used_pages  # type: ignore[union-attr]
+    monkeypatch.setattr(engine.scheduler, "remove", broken)
+    with pytest.raises(RuntimeError, match="no such page"):
+        engine._fail_all(Failed("a step failed"))
+    assert draft.used_pages == 0  # type: ignore[union-attr]
+    assert outcome.terminal.message == "a step failed"  # type: ignore[union-attr]
     assert engine.live == 0
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from serve_helpers import Scattered, request
 
 from quantkit.models.page_pool import PagePool
-from quantkit.ops.decoder import PAGE_TOKENS
+from quantkit.ops.page_store import PAGE_TOKENS
 from quantkit.serve.counters import Counters
 from quantkit.serve.memory import Memory, PageMemory, ReservedMemory
 from quantkit.serve.policy.order import Entry, FirstCome

@@ -18,7 +18,6 @@ import asyncio
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jinja2 import TemplateError
@@ -27,6 +26,7 @@ from quantkit.errors import QuantkitError
 from quantkit.serve.api.chat_format import template_text
 from quantkit.serve.api.control_tokens import KeyGuard
 from quantkit.serve.api.switches import check_switches, switches
+from quantkit.serve.daemon_executor import DaemonExecutor
 from quantkit.serve.request import RequestError
 
 if TYPE_CHECKING:
@@ -42,8 +42,9 @@ TAIL_TOKENS = 64
 class PromptEncoder:
     """Tokenizes on one thread of its own.
 
-    Long prompts take seconds, which the event loop must not spend. Encoding also changes settings
-    inside a fast tokenizer, so this is a copy: the engine decodes with the original meanwhile.
+    Long prompts take seconds, which the event loop must not spend; one that hangs must not keep the
+    process alive. Encoding also changes settings inside a fast tokenizer, so this is a copy: the
+    engine decodes with the original meanwhile.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -59,7 +60,7 @@ class PromptEncoder:
         self._tokenizer = copy.deepcopy(tokenizer)
         self._keys = KeyGuard(tokenizer, template_text(tokenizer))
         self._switches = switches(tokenizer)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="quantkit-tokenizer")
+        self._thread = DaemonExecutor("quantkit-tokenizer")
 
     @property
     def size(self) -> int:
@@ -142,4 +143,4 @@ class PromptEncoder:
         return tuple(ids)
 
     async def _run(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        return await asyncio.wrap_future(self._thread.submit(work))
