@@ -1,9 +1,9 @@
-"""What serving costs and saves on this machine: guesses, shared beginnings, HTTP.
+"""What guesses and shared beginnings save on this machine.
 
     python -m benchmarks.serve_speculation CKPT [--draft CKPT] [--rounds 5] [--threads 1]
-        [--clock wall|cpu] [--prompts N] [--new-tokens N] [--only edit|chat|prefix|http] [--json]
+        [--clock wall|cpu] [--prompts N] [--new-tokens N] [--only edit|chat|prefix] [--json]
 
-Four comparisons, each interleaved round by round, ratios of medians:
+Three comparisons, each interleaved round by round, ratios of medians:
 
     edit         answers that quote their prompt, with guesses against without. The answers are
                  forced, because a small model does not copy: each token's logit is raised before it
@@ -12,23 +12,17 @@ Four comparisons, each interleaved round by round, ratios of medians:
                  greedy, and sampled at temperature 0.8.
     prefix       time to the first token behind 1,024 tokens that were read before, against the
                  same prompt read for the first time.
-    http         streamed answers over HTTP against the same work in `measure_decode`, for 1 and 8
-                 at once. The client is this process, the server one of its own; so with as many
-                 threads as cores, the client's work is in the overhead.
 
 Answers with and without guesses are compared token by token before anything is timed. With
-``--clock cpu``, all but http is timed, and guesses are judged, in seconds of the engine's thread:
-for machines where other processes run, with one thread.
+``--clock cpu``, all is timed, and guesses are judged, in seconds of the engine's thread: for
+machines where other processes run, with one thread.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,7 +36,6 @@ from quantkit.models.load import load_runtime
 from quantkit.models.runtime import Runtime
 from quantkit.serve.engine import Engine, EngineConfig
 from quantkit.serve.events import Event, Failed, Finished, TokenEvent
-from quantkit.serve.measure import measure_decode
 from quantkit.serve.request import Request, SamplingParams, Sequence
 from quantkit.serve.speculation import SpeculativeConfig
 
@@ -60,8 +53,6 @@ PARAGRAPHS = [
     "newspapers are read in the house. Whoever loses a book pays for a new copy and a fee of five "
     "crowns, and whoever finds a lost one is given a coffee in the hall.",
 ]
-#: Over HTTP.
-PROMPT_TOKENS, NEW_TOKENS = 64, 128
 EDITS = [("The", "This"), ("and", "as well as"), ("forty", "fifty"), ("four", "six")]
 QUESTIONS = [
     "What is the capital of Norway, and what is it known for?",
@@ -278,73 +269,6 @@ def measure_prefix(setting: Setting) -> dict[str, float]:
     }
 
 
-async def stream(host: str, port: int, body: bytes) -> None:
-    """Send a request and read its answer to the end; a client as cheap as can be."""
-    reader, writer = await asyncio.open_connection(host, port)
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    writer.write(head.encode() + body)
-    status = await reader.readline()
-    if b"200" not in status:
-        raise SystemExit(f"the server says {status.decode().strip()}")
-    while (line := await reader.readline()) and not line.startswith(b"data: [DONE]"):
-        if line.startswith(b'data: {"error"'):
-            raise SystemExit(line.decode())
-    writer.close()
-
-
-def measure_http(source: str, runtime: Runtime, rounds: int, threads: int) -> dict[str, object]:
-    """Seconds from sending to the last byte of answers of `NEW_TOKENS`, against reading the same
-    prompts and decoding as much in this process."""
-    command = [sys.executable, "-m", "quantkit.cli.main", "serve", source, "--port", "0", "--json"]
-    command += ["--threads", str(threads), "--no-prefix-caching", "--speculative-tokens", "0"]
-    found: dict[str, object] = {}
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
-        try:
-            assert server.stdout is not None
-            address = json.loads(server.stdout.readline())["url"].removeprefix("http://")
-            host, _, port = address.rpartition(":")
-            for batch in (1, 8):
-                served, direct = [], []
-                for number in range(rounds + 1):
-                    speed = measure_decode(
-                        runtime,
-                        prompt_tokens=PROMPT_TOKENS,
-                        new_tokens=NEW_TOKENS - 1,  # the first comes out of the prompt's pass
-                        batch=batch,
-                        repeats=1,
-                    )
-                    reading = batch * PROMPT_TOKENS / speed.prefill_tok_s
-                    decoding = batch * (NEW_TOKENS - 1) / speed.decode_tok_s
-                    seconds = asyncio.run(_served(host, int(port), batch, number, runtime))
-                    if number:  # the first round warms up
-                        direct.append(reading + decoding)
-                        served.append(seconds)
-                found[str(batch)] = {
-                    "overhead": round(median(served) / median(direct) - 1, 4),
-                    "direct_tok_s": round(batch * NEW_TOKENS / median(direct), 1),
-                    "served_tok_s": round(batch * NEW_TOKENS / median(served), 1),
-                }
-        finally:
-            server.terminate()
-    return found
-
-
-async def _served(host: str, port: int, batch: int, number: int, runtime: Runtime) -> float:
-    vocab = int(runtime.model.config.get_text_config().vocab_size)
-    dice = torch.Generator().manual_seed(number)
-    bodies = []
-    for _ in range(batch):
-        ids = torch.randint(vocab, (PROMPT_TOKENS,), generator=dice).tolist()
-        options = {"max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
-        bodies.append(json.dumps({"prompt": ids, **options}).encode())
-    begun = time.perf_counter()
-    await asyncio.gather(*(stream(host, port, body) for body in bodies))
-    return time.perf_counter() - begun
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkpoint")
@@ -354,7 +278,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--prompts", type=int, default=8, help="at most, of each comparison")
     parser.add_argument("--new-tokens", type=int, default=160, help="of an answer in chat")
-    parser.add_argument("--only", choices=("edit", "chat", "prefix", "http"))
+    parser.add_argument("--only", choices=("edit", "chat", "prefix"))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -369,7 +293,6 @@ def main() -> None:
             f"{n} at {t}": measure_chat(setting, n, t) for n, t in ((1, 0.0), (1, 0.8), (8, 0.0))
         },
         "prefix": lambda: measure_prefix(setting),
-        "http": lambda: measure_http(options.checkpoint, runtime, rounds, options.threads),
     }
     found: dict[str, object] = {
         "model": runtime.name,

@@ -16,6 +16,12 @@ turn it is runs, the others are stopped (SIGSTOP). In a round each of them is as
 at each concurrency (a closed loop), one server right after the other, and every other round runs
 backwards. Each figure is the median over rounds, a ratio the median of the ratios within rounds.
 Nobody guesses tokens unless told to: greedy answers that go past the end of text repeat themselves.
+
+With ``--vllm-search`` vLLM is started in every way of `vllm_configs.CONFIGS` first, alone, and
+loaded for a short time; the one with the highest geometric mean of tokens a second over all
+concurrencies is measured, in both phases. ``--vllm-config NAME='VARIABLE=x --flag y'`` adds a way
+or, alone, is the only one.
+
 Two phases, each with servers of its own:
 
     off   prompts have nothing in common, and prefix caches are switched off
@@ -40,10 +46,12 @@ from typing import Any
 
 from benchmarks.machine import hardware
 from benchmarks.systems import gguf_types, named
+from benchmarks.vllm_configs import CONFIGS, Config, Trial, best, read_config
 from quantkit.engines.artifact import Artifact, read_artifact
 from quantkit.engines.process import EngineProcess, free_port, start
 from quantkit.engines.vllm import VllmOptions, find_vllm
 from quantkit.engines.vllm import running as running_vllm
+from quantkit.errors import QuantkitError
 from quantkit.evals.endpoint import EndpointConfig, connect
 from quantkit.loadtest.answer import Answer
 from quantkit.loadtest.ask import Ask
@@ -70,7 +78,8 @@ COLUMNS: dict[str, Callable[[Row], float]] = {
 class Peer:
     """A server under test; ``rows`` by phase and concurrency, one a round.
 
-    ``schemes`` are those of its weights, "" where nobody can tell.
+    ``schemes`` are those of its weights, "" where nobody can tell; ``config`` names the way that it
+    was started in, where there are several.
     """
 
     name: str
@@ -79,6 +88,7 @@ class Peer:
     model: str = ""
     schemes: str = ""
     version: str = ""
+    config: str = ""
     rows: dict[tuple[str, int], list[Row]] = field(default_factory=dict)
 
     def wake(self, awake: bool) -> None:
@@ -117,7 +127,7 @@ class Prompts:
 
 
 @contextlib.contextmanager
-def start_all(args: argparse.Namespace, phase: str) -> Iterator[list[Peer]]:
+def start_all(args: argparse.Namespace, phase: str, way: Config) -> Iterator[list[Peer]]:
     """Every server of a phase, stopped (SIGSTOP) but ready."""
     cached, slots = phase == "on", max(args.concurrency)
     context = args.prompt_tokens + args.output_tokens
@@ -143,8 +153,8 @@ def start_all(args: argparse.Namespace, phase: str) -> Iterator[list[Peer]]:
             add("llama-server", process, **about)
         if args.vllm_python:
             artifact = read_artifact(str(args.vllm_model or args.ckpt))
-            process = stack.enter_context(start_vllm(args, artifact, cached, slots))
-            add("vllm", process, schemes=schemes_of(artifact))
+            process = stack.enter_context(start_vllm(args, artifact, cached, slots, way))
+            add("vllm", process, schemes=schemes_of(artifact), config=way.name)
         peers += [Peer(name, url, None) for name, url in args.server]
         for peer in peers:
             peer.wake(True)
@@ -185,16 +195,17 @@ def start_llama(
 
 @contextlib.contextmanager
 def start_vllm(
-    args: argparse.Namespace, artifact: Artifact, cached: bool, slots: int
+    args: argparse.Namespace, artifact: Artifact, cached: bool, slots: int, way: Config
 ) -> Iterator[EngineProcess]:
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": str(args.vllm_cache_gb),
         "OMP_NUM_THREADS": str(args.threads),
+        **way.environment,
     }
     flag = "--enable-prefix-caching" if cached else "--no-enable-prefix-caching"
-    options = VllmOptions(max_sequences=slots, arguments=(flag, *args.vllm_arg))
+    options = VllmOptions(max_sequences=slots, arguments=(flag, *args.vllm_arg, *way.arguments))
     with running_vllm(
         find_vllm(args.vllm_python),
         artifact,
@@ -207,7 +218,11 @@ def start_vllm(
 
 
 def measure(peer: Peer, asks: Sequence[Ask], concurrency: int) -> Row:
-    """One row of one server; what is not answered in full ends the benchmark."""
+    """One row of one server; what is not answered in full ends the benchmark.
+
+    Raises:
+        QuantkitError: with the server's name.
+    """
 
     async def run() -> list[Answer]:
         async with Client(peer.url, peer.model, timeout=READY_SECONDS) as client:
@@ -220,13 +235,50 @@ def measure(peer: Peer, asks: Sequence[Ask], concurrency: int) -> Row:
         peer.wake(False)
     for answer in answers:
         if answer.fate != "done":
-            raise SystemExit(f"{peer.name}: a request was {answer.fate}: {answer.reason}")
+            raise QuantkitError(f"{peer.name}: a request was {answer.fate}: {answer.reason}")
     return make_row("closed", concurrency, answers, [EVERYBODY])
 
 
-def measure_phase(args: argparse.Namespace, phase: str, prompts: Prompts) -> list[Peer]:
+def search_vllm(args: argparse.Namespace, phase: str, prompts: Prompts) -> list[Trial]:
+    """Start vLLM in each way, alone, and load it for a short time: two requests a client."""
+    artifact = read_artifact(str(args.vllm_model or args.ckpt))
+    lengths, most = (args.prompt_tokens, args.output_tokens), max(args.concurrency)
+    warm_up = prompts.row(phase, most, *lengths)
+    rows = {n: prompts.row(phase, 2 * n, *lengths) for n in args.concurrency}
+    trials = []
+    for way in args.vllm_ways:
+        trial = Trial(way)
+        trials.append(trial)
+        try:
+            with start_vllm(args, artifact, phase == "on", most, way) as process:
+                peer = Peer("vllm", process.url, process)
+                try:
+                    peer.model = connect(EndpointConfig(peer.url)).model
+                    measure(peer, warm_up, most)
+                    for n, asks in rows.items():
+                        trial.speeds[n] = COLUMNS["tok/s"](measure(peer, asks, n))
+                finally:
+                    peer.wake(True)  # stopped, it would not hear that it has to end
+        except QuantkitError as error:
+            trial.failure = str(error)
+        told = trial.failure or ", ".join(f"x{n} {v:.1f}" for n, v in trial.speeds.items())
+        print(f"vllm {way.name}: {told}", file=sys.stderr, flush=True)
+    return trials
+
+
+def choose_vllm(args: argparse.Namespace, prompts: Prompts) -> tuple[Config, list[Trial]]:
+    """The way in which vLLM is measured, and what was tried to find it."""
+    if len(args.vllm_ways) == 1:
+        return args.vllm_ways[0], []
+    trials = search_vllm(args, args.phase[0], prompts)
+    return best(trials), trials
+
+
+def measure_phase(
+    args: argparse.Namespace, phase: str, prompts: Prompts, way: Config
+) -> list[Peer]:
     """All rounds of a phase; one row a server ahead of them warms up and does not count."""
-    with start_all(args, phase) as peers:
+    with start_all(args, phase, way) as peers:
         if not peers:
             raise SystemExit("there is no server to measure: give --ckpt and peers")
         for peer in peers:
@@ -277,12 +329,15 @@ def table(peers: Sequence[Peer], phase: str, concurrency: Sequence[int]) -> list
     return lines
 
 
-def document(args: argparse.Namespace, phases: dict[str, list[Peer]]) -> dict[str, Any]:
-    """Everything that was measured, round by round."""
+def document(
+    args: argparse.Namespace, phases: dict[str, list[Peer]], trials: Sequence[Trial] = ()
+) -> dict[str, Any]:
+    """Everything that was measured, round by round, and every way that vLLM was tried in."""
     settings = ("prompt_tokens", "output_tokens", "concurrency", "rounds", "requests", "threads")
     return {
         "hardware": hardware(args.threads),
         "settings": {name: getattr(args, name) for name in settings} | {"text": args.text.name},
+        "vllm_search": [asdict(trial) for trial in trials],
         "phases": {
             phase: [
                 {
@@ -290,6 +345,7 @@ def document(args: argparse.Namespace, phases: dict[str, list[Peer]]) -> dict[st
                     "model": peer.model,
                     "schemes": peer.schemes,
                     "version": peer.version,
+                    "config": peer.config,
                     "rows": [
                         {"concurrency": n, "rounds": [asdict(row) for row in rows]}
                         for (_, n), rows in peer.rows.items()
@@ -319,6 +375,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vllm-python", metavar="PATH", help="of the environment with vLLM")
     parser.add_argument("--vllm-model", type=Path, help="served by vLLM; by default --ckpt")
     parser.add_argument("--vllm-arg", action="append", default=[], metavar="ARG")
+    parser.add_argument(
+        "--vllm-search", action="store_true", help="try ways to start it, measure the fastest"
+    )
+    parser.add_argument(
+        "--vllm-config", type=named, action="append", default=[], metavar="NAME=SETTINGS"
+    )
     parser.add_argument("--vllm-cache-gb", type=int, default=2, help="its keys and values")
     parser.add_argument("--server", type=named, action="append", default=[], metavar="NAME=URL")
     parser.add_argument("--phase", choices=PHASES, action="append", help="by default both")
@@ -336,6 +398,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--output-tokens: a time per token needs 2")
     if args.vllm_python and not (args.vllm_model or args.ckpt):
         parser.error("--vllm-python: nothing to serve; give --vllm-model")
+    if (args.vllm_search or args.vllm_config) and not args.vllm_python:
+        parser.error("--vllm-search and --vllm-config are of --vllm-python")
+    args.phase = args.phase or list(PHASES)
+    ways = (CONFIGS if args.vllm_search else {}) | dict(args.vllm_config)
+    try:
+        args.vllm_ways = [read_config(n, text, args.threads) for n, text in ways.items()]
+    except ValueError as error:
+        parser.error(f"--vllm-config: {error}")
+    args.vllm_ways = args.vllm_ways or [Config()]
     return args
 
 
@@ -343,10 +414,15 @@ def main() -> None:
     args = parse()
     prompts = Prompts(args.model, args.text)
     phases: dict[str, list[Peer]] = {}
-    for phase in args.phase or PHASES:
-        phases[phase] = measure_phase(args, phase, prompts)
-        if args.output:
-            args.output.write_text(json.dumps(document(args, phases), indent=1) + "\n")
+    try:
+        way, trials = choose_vllm(args, prompts)
+        for phase in args.phase:
+            phases[phase] = measure_phase(args, phase, prompts, way)
+            if args.output:
+                found = document(args, phases, trials)
+                args.output.write_text(json.dumps(found, indent=1) + "\n")
+    except QuantkitError as error:
+        raise SystemExit(str(error)) from error
     machine = hardware(args.threads)
     flags = " ".join(machine.get("flags", ()))
     print(
@@ -361,6 +437,7 @@ def main() -> None:
         for peer in peers:
             print(
                 f"{peer.name}: {peer.model} ({peer.schemes or 'schemes unknown'}), {peer.version}"
+                + (f", {peer.config}" if peer.config else "")
             )
         print("\n".join(table(peers, phase, args.concurrency)))
 

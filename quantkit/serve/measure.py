@@ -51,9 +51,7 @@ def measure_decode(
             f"{prompt_tokens} prompt tokens and {new_tokens} new ones are more than the model's "
             f"context of {config.max_position_embeddings}"
         )
-    # Random prompts: speed does not depend on the words, and no file is needed.
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(config.vocab_size, (batch, prompt_tokens), generator=generator).tolist()
+    prompts = random_prompts(config.vocab_size, batch, prompt_tokens)
     runner = make_runner(runtime, batch * _whole_pages(prompt_tokens + new_tokens))
     _round(runner, [prompt[:8] for prompt in prompts], 2)
     rounds = [_round(runner, prompts, new_tokens) for _ in range(repeats)]
@@ -62,6 +60,12 @@ def measure_decode(
         decode_tok_s=batch * new_tokens / median(decode for _, decode in rounds),
         native_share=_native_share(runtime, runner, prompts),
     )
+
+
+def random_prompts(vocab: int, batch: int, tokens: int) -> list[list[int]]:
+    """The same each time: speed does not depend on the words, and no file is needed."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab, (batch, tokens), generator=generator).tolist()
 
 
 def _native_share(runtime: Runtime, runner: Runner, prompts: list[list[int]]) -> float | None:
