@@ -139,6 +139,31 @@ struct Result {
   }
 };
 
+// ---- rotations ---------------------------------------------------------------------------------
+
+// What qk_hadamard multiplies by, with a random factor: nothing depends on its being orthogonal.
+struct Rotation {
+  int64_t order = 0, base = 0;
+  std::vector<float> factor;
+
+  Rotation() = default;
+  Rotation(int64_t base_, int64_t runs) : order(base_ * runs), base(base_) {
+    factor.assign(static_cast<size_t>(base * width()), 0.0f);
+    const double most = 1 / std::sqrt(double(order));
+    for (int64_t i = 0; i < base * base; ++i) {
+      factor[i / base * width() + i % base] = static_cast<float>(uniform(-most, most));
+    }
+  }
+  int64_t width() const { return ceil_div(base, 16) * 16; }
+  qk_hadamard view() const { return {order, base, factor.data()}; }
+  // An element of the matrix: negative where both runs' numbers share an odd number of bits.
+  double at(int64_t i, int64_t j) const {
+    const auto shared = static_cast<unsigned long long>(i / base & j / base);
+    const double value = factor[i % base * width() + j % base];
+    return __builtin_parityll(shared) != 0 ? -value : value;
+  }
+};
+
 // ---- weights -----------------------------------------------------------------------------------
 
 struct Weight {

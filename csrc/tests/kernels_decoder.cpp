@@ -35,6 +35,7 @@ struct Block {
   Parts qkv, attention_out, gate_up, down;
   std::vector<float> attention_norm, q_norm, k_norm, post_attention_norm, mlp_norm, post_mlp_norm;
   int64_t window;
+  Rotation down_rotation;  // order 0: none
 };
 
 // What activations and weights a model has: floats only, what the parts offer, or anything.
@@ -157,6 +158,8 @@ struct Model {
       if (post_norms) block.post_attention_norm = floats(c.hidden, 0.5, 1.5);
       if (post_norms) block.post_mlp_norm = floats(c.hidden, 0.5, 1.5);
       block.window = coin() ? 0 : pick(1, 90);
+      const int64_t runs = c.ffn & -c.ffn;
+      if (coin()) block.down_rotation = Rotation(c.ffn / runs, runs);
     }
     head = {linear(c.vocab, c.hidden)};
     const auto optional = [](const std::vector<float>& v) {
@@ -182,6 +185,12 @@ struct Model {
     c.head = head[0].view();
     const int status = qk_decoder_create(&c, layers.data(), &decoder);
     expect(status == QK_OK, "create status %d", status);
+    for (size_t i = 0; i < blocks.size() && status == QK_OK; ++i) {
+      if (blocks[i].down_rotation.order == 0) continue;
+      const qk_hadamard rotation = blocks[i].down_rotation.view();
+      const auto index = static_cast<int64_t>(i);
+      expect(qk_decoder_rotate_down(decoder, index, &rotation) == QK_OK, "rotate status");
+    }
     // The decoder keeps copies of the descriptions.
     views.clear();
     layers.clear();
@@ -359,6 +368,12 @@ std::vector<float> run_chain(const Model& model, const Schedule& schedule,
     std::vector<float> gated = sized<float>(rows * c.ffn);
     const qk_gate_args gate{c.gate, rows, c.ffn, y.data(), 2 * c.ffn, QK_F32, gated.data(), c.ffn};
     expect(qk_gated_activation(&gate) == QK_OK, "chain gate");
+    if (block.down_rotation.order > 0) {
+      const std::vector<float> straight = gated;
+      const qk_hadamard_args turn{block.down_rotation.view(), rows, c.ffn, straight.data(), c.ffn,
+                                  QK_F32, gated.data(), c.ffn};
+      expect(qk_hadamard_rows(&turn) == QK_OK, "chain hadamard");
+    }
     branch = after(chain_linear(block.down, gated, rows), block.post_mlp_norm);
   }
   std::vector<float> logits = chain_linear(
@@ -419,6 +434,14 @@ std::vector<double> naive_forward(const Model& model, const int32_t* ids, int64_
       y = naive_linear(block.gate_up, normed(x, block.mlp_norm));
       std::vector<double> gated(static_cast<size_t>(c.ffn));
       for (int64_t i = 0; i < c.ffn; ++i) gated[i] = gate_of(y[i], c.gate) * y[c.ffn + i];
+      if (block.down_rotation.order > 0) {
+        const std::vector<double> straight = gated;
+        const Rotation& rotation = block.down_rotation;
+        for (int64_t j = 0; j < c.ffn; ++j) {
+          gated[j] = 0;
+          for (int64_t i = 0; i < c.ffn; ++i) gated[j] += straight[i] * rotation.at(i, j);
+        }
+      }
       add(normed(naive_linear(block.down, gated), block.post_mlp_norm));
     }
     for (double v : naive_linear(model.head, normed(x, model.final_norm))) {

@@ -61,20 +61,13 @@ void test_rows() {
     }
   }
   {
-    // Any factor will do: H(i, j) is the factor's element, negative where runs share an odd number
-    // of bits.
-    const int64_t base = one_of<int64_t>({1, 3, 12, 16, 17, 36});
-    const int64_t doubled = one_of<int64_t>({1, 2, 4, 8}), rows = pick(1, 9);
-    const int64_t order = base * doubled, width = ceil_div(base, 16) * 16, k = order * pick(1, 3);
+    const Rotation rotation(one_of<int64_t>({1, 3, 12, 16, 17, 36}), one_of<int64_t>({1, 2, 4, 8}));
+    const int64_t rows = pick(1, 9), order = rotation.order, k = order * pick(1, 3);
     const int64_t ldx = k + pick(0, 2);
-    std::vector<float> factor(static_cast<size_t>(base * width), 0.0f);
-    for (int64_t i = 0; i < base * base; ++i) {
-      factor[i / base * width + i % base] = static_cast<float>(uniform(-1, 1));
-    }
     const Array x = random_array(some_dtype(), (rows - 1) * ldx + k, -2, 2);
     Result y(x.dtype, rows, k);
     qk_hadamard_args args{};
-    args.hadamard = {order, base, factor.data()};
+    args.hadamard = rotation.view();
     args.m = rows;
     args.n = k;
     args.x = x.data();
@@ -88,9 +81,8 @@ void test_rows() {
       const int64_t j = i % k % order, first = i / k * ldx + i % k - j;
       double sum = 0, size = 0;
       for (int64_t r = 0; r < order; ++r) {
-        const bool odd = __builtin_parityll(static_cast<uint64_t>(r / base & j / base)) != 0;
-        const double term = x.get(first + r) * factor[r % base * width + j % base];
-        sum += odd ? -term : term;
+        const double term = x.get(first + r) * rotation.at(r, j);
+        sum += term;
         size += std::fabs(term);
       }
       y.compare(i / k, i % k, sum, 2e-6 * size);
@@ -291,6 +283,9 @@ void test_refusals() {
   h.hadamard = {9, 3, &one};
   h.n = 9;
   expect(qk_hadamard_rows(&h) == QK_INVALID_ARGUMENT, "no power of two");
+  const Rotation rotation(3, 4);
+  const qk_hadamard whole = rotation.view();
+  expect(qk_decoder_rotate_down(nullptr, 0, &whole) == QK_INVALID_ARGUMENT, "no decoder");
   const int32_t token = 3;
   qk_embed_args e{1, 3, 1, &token, &one, 1, QK_F32, 1.0f, &one, 1};
   expect(qk_embed(&e) == QK_INVALID_ARGUMENT, "token");
