@@ -1,27 +1,23 @@
-"""Tasks of lm-eval's own by name: what is scored, what the results say, what is refused."""
+"""Tasks of lm-eval in a folder: gates and groups of them, what is refused, and their names."""
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import datasets
-import lm_eval.tasks
 import pytest
 import yaml
-from eval_builders import tiny_runtime
 from lm_eval.api.metrics import mean
-from lm_eval.tasks import TaskManager
+from lm_eval_tasks import said_by_lm_eval
 from typer.testing import CliRunner
 
 from quantkit.cli import eval as eval_cli
 from quantkit.cli.main import app, run
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.evals import lm_eval_index
 from quantkit.evals.language_model import QuantkitLM
 from quantkit.evals.lm_eval_support import first_measure, measure
 from quantkit.evals.run_suite import run_suite, run_suites
@@ -29,239 +25,6 @@ from quantkit.evals.suites import load_suites
 from quantkit.gate import judge, parse_policy
 from quantkit.models.runtime import Runtime
 from quantkit.results import Outcome, Results
-
-Know = Callable[..., None]
-
-#: Where lm-eval's own tasks lie.
-LIBRARY = Path(lm_eval.tasks.__file__).parent
-
-WORDS = ("refund", "order", "late", "rome", "paris", "invoice", "the order", "nothing")
-
-#: A task of two choices, as a hub's data set would be read by lm-eval.
-TASK = {
-    "task": "tiny",
-    "dataset_path": "json",
-    "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}},
-    "test_split": "test",
-    "output_type": "multiple_choice",
-    "doc_to_text": "Question: {{question}}\nAnswer:",
-    "doc_to_choice": ["no", "yes"],
-    "doc_to_target": "label",
-    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    "metadata": {"version": 3.0},
-}
-
-
-@pytest.fixture
-def know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Know]:
-    """``know(folder)``: lm-eval finds its tasks there and nowhere else."""
-
-    def look(folder: Path) -> None:
-        manager = functools.partial(TaskManager, include_path=str(folder), include_defaults=False)
-        monkeypatch.setattr(lm_eval_index, "TaskManager", manager)
-        lm_eval_index.task_manager.cache_clear()
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    yield look
-    lm_eval_index.task_manager.cache_clear()
-
-
-@pytest.fixture
-def library(know: Know, tmp_path: Path) -> Callable[..., Path]:
-    """``library(changes, …)`` writes a task for each dict of changes, all on the same rows."""
-
-    def write(*tasks: dict[str, Any], **files: str) -> Path:
-        folder = tmp_path / "library"
-        folder.mkdir(exist_ok=True)
-        rows = [{"question": f"is it {w}?", "label": i % 2} for i, w in enumerate(WORDS)]
-        (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        data = {"data_files": {"test": str(folder / "rows.jsonl")}}
-        for number, changes in enumerate(tasks):
-            if "group" in changes:
-                config = changes
-            else:
-                config = {**TASK, "dataset_kwargs": data, **changes}
-                config = {k: v for k, v in config.items() if v is not None}
-            (folder / f"{number}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        for name, text in files.items():
-            (folder / f"{name}.yaml").write_text(text.replace("ROWS", str(folder / "rows.jsonl")))
-        know(folder)
-        return folder
-
-    return write
-
-
-@pytest.fixture(scope="module")
-def roomy() -> Runtime:
-    """A tiny model whose context holds examples and an answer."""
-    runtime = tiny_runtime()
-    runtime.model.config.max_position_embeddings = 1024
-    return runtime
-
-
-def hub(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
-    """A hub that has these rows for every split of every data set; returns what is asked of it."""
-    asked: list[tuple[Any, Any]] = []
-
-    def load(path: str, name: str | None = None, **_: Any) -> datasets.DatasetDict:
-        asked.append((path, name))
-        split = datasets.Dataset.from_list(rows)
-        return datasets.DatasetDict(dict.fromkeys(("train", "validation", "dev", "test"), split))
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    return asked
-
-
-def said_by_lm_eval(runtime: Runtime, name: str) -> dict[str, Any]:
-    """What lm-eval's own entry point makes of a task, of the same answers."""
-    answer: dict[str, Any] = lm_eval.simple_evaluate(
-        model=QuantkitLM(runtime),
-        tasks=[name],
-        task_manager=lm_eval_index.task_manager(),
-        bootstrap_iters=0,
-        log_samples=True,
-    )
-    return answer
-
-
-# --- the tasks that come with lm-eval ----------------------------------------------------------
-
-ARC = [
-    {
-        "id": f"Mercury_{i}",
-        "question": f"What is {word}?",
-        "choices": {"text": [word, "paris", "the late order"], "label": ["A", "B", "C"]},
-        "answerKey": "ABC"[i % 3],
-    }
-    for i, word in enumerate(("refund", "order", "rome", "invoice", "late"))
-]
-MMLU = [
-    {"question": f"Where is {w}?", "choices": ["a", "b", "c", "d"], "answer": i % 4}
-    for i, w in enumerate(WORDS)
-]
-GSM = [
-    {"question": f"How many {w}?", "answer": f"So many.\n#### {i}"} for i, w in enumerate(WORDS[:6])
-]
-WINOGRANDE = [
-    {
-        "sentence": f"The {w} was late, so _ was sent back.",
-        "option1": "the parcel",
-        "option2": f"the {w}",
-        "answer": "12"[i % 2],
-    }
-    for i, w in enumerate(WORDS)
-]
-HELLASWAG = [
-    {
-        "ctx_a": f"Somebody opens a {w}.",
-        "ctx_b": "then she",
-        "activity_label": "Orders",
-        "endings": ["is late [title]", f"sends the {w}", "goes to rome", "pays"],
-        "label": str(i % 4),
-    }
-    for i, w in enumerate(WORDS)
-]
-
-OWN = [
-    ("arc", "arc_easy", ARC, "acc"),
-    ("winogrande", "winogrande", WINOGRANDE, "acc"),
-    ("hellaswag", "hellaswag", HELLASWAG, "acc"),
-    ("gsm8k", "gsm8k", GSM, "exact_match"),
-]
-
-
-@pytest.mark.parametrize(("folder", "name", "rows", "metric"), OWN, ids=[o[1] for o in OWN])
-def test_a_task_scores_what_lm_eval_says(
-    folder: str,
-    name: str,
-    rows: list[dict[str, Any]],
-    metric: str,
-    know: Know,
-    roomy: Runtime,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked = hub(monkeypatch, rows)
-    know(LIBRARY / folder)
-    (suite,) = load_suites([name])
-    ours = run_suites(roomy, [suite])[name]
-    answer = said_by_lm_eval(roomy, name)
-    filters = list(dict.fromkeys(s["filter"] for s in answer["samples"][name]))
-    samples = [s for s in answer["samples"][name] if s["filter"] == filters[0]]
-    assert asked[0][0] == ours.provenance["dataset"]
-    assert (ours.metric, ours.n) == (metric, len(rows))
-    assert [row.score for row in ours.rows] == [s[metric] for s in samples]
-    assert [row.prompt for row in ours.rows] == [s["arguments"][0][0] for s in samples]
-    assert ours.value == pytest.approx(answer["results"][name][f"{metric},{filters[0]}"])
-    for other in filters[1:]:
-        mean = sum(row.details[f"{metric},{other}"] for row in ours.rows) / ours.n
-        assert mean == pytest.approx(answer["results"][name][f"{metric},{other}"])
-
-
-def test_arc_easy_names_its_items_and_itself(
-    know: Know, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    hub(monkeypatch, ARC)
-    know(LIBRARY / "arc")
-    (suite,) = load_suites(["lm-eval:arc_easy"])
-    result = run_suites(runtime, [suite])["arc_easy"]
-    assert [row.id for row in result.rows] == [row["id"] for row in ARC]
-    assert [row.target for row in result.rows] == [
-        row["choices"]["text"]["ABC".index(row["answerKey"])] for row in ARC
-    ]
-    assert result.provenance == {
-        "harness": "lm-eval",
-        "task": "arc_easy",
-        "version": "1.0",
-        "config": result.provenance["config"],
-        "dataset": "allenai/ai2_arc",
-        "dataset_name": "ARC-Easy",
-        "split": "test",
-        "num_fewshot": 0,
-        "filter": "none",
-    }
-    Results({}, {"arc_easy": result}).save(tmp_path / "r.json")
-    assert Results.load(tmp_path / "r.json").tasks["arc_easy"] == result
-    assert str(LIBRARY) not in (tmp_path / "r.json").read_text()
-
-
-def test_winogrande_names_the_choice(
-    know: Know, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its choices stand in the context, and one continuation behind all of them."""
-    hub(monkeypatch, WINOGRANDE)
-    know(LIBRARY / "winogrande")
-    for row in run_suites(runtime, load_suites(["winogrande"]))["winogrande"].rows:
-        assert row.target.startswith("The ")
-        assert (row.prediction == row.target) == bool(row.score)
-
-
-def test_a_group_is_one_suite_of_slices(
-    know: Know, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub(monkeypatch, MMLU[:3])
-    know(LIBRARY / "mmlu" / "default")
-    (suite,) = load_suites(["mmlu_stem"])
-    ours = run_suites(runtime, [suite])["mmlu_stem"]
-    answer = said_by_lm_eval(runtime, "mmlu_stem")
-    assert ours.value == pytest.approx(answer["groups"]["mmlu_stem"]["acc,none"])
-    assert {row.slice for row in ours.rows} == set(answer["samples"])
-    assert ours.rows[0].id == "mmlu_abstract_algebra/0"
-    for row in ours.rows:
-        sample = answer["samples"][row.slice][int(row.id.rpartition("/")[2])]
-        assert (row.score, row.hash) == (sample["acc"], sample["doc_hash"])
-    by_id = {row.id: row for row in ours.rows}
-    part = run_suites(runtime, [suite], max_items=7, seed=1)["mmlu_stem"]
-    assert len(part.rows) == 7
-    assert [row.id for row in part.rows] == [i for i in by_id if i in {r.id for r in part.rows}]
-    for row in part.rows:
-        twin = by_id[row.id]
-        assert (row.hash, row.prompt, row.slice) == (twin.hash, twin.prompt, twin.slice)
-    assert ours.provenance["tasks"]["mmlu_astronomy"]["version"] == "1.0"
-    (whole,) = load_suites(["mmlu"])  # a group of groups of tags
-    assert (len(whole.parts), whole.n, whole.score_name) == (57, 3 * 57, "acc")
-
-
-# --- tasks in a folder ---------------------------------------------------------------------------
 
 
 def test_a_gate_pairs_the_items(

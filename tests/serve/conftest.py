@@ -12,13 +12,14 @@ import httpx
 import openai
 import pytest
 import torch
-from serve_helpers import Live, running, serving
+from serve_helpers import Live, assert_empty, running, serving
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tool_helpers import tool_tokenizer
+from tool_helpers import scripted, tool_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from quantkit.models.decoder import build_decoder
 from quantkit.models.runtime import Runtime
+from quantkit.serve import sampler
 from quantkit.serve.engine import Engine, EngineConfig
 
 CHAT_TEMPLATE = (
@@ -142,3 +143,47 @@ def post(server) -> Iterator[Callable[[str, object], httpx.Response]]:
             return http.post(path, content=content, headers={"content-type": "application/json"})
 
         yield send
+
+
+@pytest.fixture
+def unharmed(server: Live) -> Iterator[Live]:
+    """A server; in the end it answers and holds nothing."""
+    yield server
+    assert_empty(server.engine)
+    response = httpx.post(server.url + "/v1/completions", json={"prompt": "a", "max_tokens": 1})
+    assert response.status_code == 200
+    assert httpx.get(server.url + "/ready").status_code == 200
+
+
+@pytest.fixture(scope="module")
+def tools_server(tool_runtime: Runtime) -> Iterator[Live]:
+    """A server whose model takes tools."""
+    with serving(tool_runtime, EngineConfig(max_sequences=4)) as live:
+        yield live
+
+
+@pytest.fixture
+def ask(tools_server: Live) -> openai.OpenAI:
+    """A client of `tools_server`."""
+    return openai.OpenAI(base_url=f"{tools_server.url}/v1", api_key="-", max_retries=0)
+
+
+@pytest.fixture
+def send(tools_server: Live) -> Callable[..., httpx.Response]:
+    """Sends bodies to `tools_server` as they are, for short answers."""
+
+    def post(path: str, **body: object) -> httpx.Response:
+        given = {"max_tokens": 4} if path == "/v1/chat/completions" else {"max_output_tokens": 4}
+        return httpx.post(tools_server.url + path, json=given | body, timeout=120)
+
+    return post
+
+
+@pytest.fixture
+def say(tool_runtime: Runtime, monkeypatch) -> Callable[..., None]:
+    """Makes the model say these texts, one request after the other."""
+
+    def set_script(*texts: str) -> None:
+        monkeypatch.setattr(sampler, "sample", scripted(tool_runtime.tokenizer, *texts))
+
+    return set_script

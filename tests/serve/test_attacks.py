@@ -24,7 +24,6 @@ import json
 import pickle
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -32,12 +31,11 @@ from dataclasses import replace
 import httpx
 import pytest
 from jinja2.exceptions import SecurityError
-from serve_helpers import Live, assert_empty, before_forward, serving, wait_until
+from serve_helpers import Live, before_forward, serving, wait_until
 
 from quantkit.errors import QuantkitError
 from quantkit.models.load import load_runtime
 from quantkit.models.runtime import Runtime
-from quantkit.serve import door
 from quantkit.serve.api.middleware import BodyLimit
 from quantkit.serve.config import ServeConfig
 from quantkit.serve.engine import EngineConfig
@@ -47,16 +45,6 @@ from quantkit.serve.structured import MAX_GRAMMARS
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]
-
-
-@pytest.fixture
-def unharmed(server: Live) -> Iterator[Live]:
-    """A server; in the end it answers and holds nothing."""
-    yield server
-    assert_empty(server.engine)
-    response = httpx.post(server.url + COMPLETIONS, json={"prompt": "a", "max_tokens": 1})
-    assert response.status_code == 200
-    assert httpx.get(server.url + "/ready").status_code == 200
 
 
 def tool(**function: object) -> list[dict]:
@@ -363,6 +351,19 @@ def test_16_a_flood_shuts_nobody_out(live, monkeypatch) -> None:
         assert sorted(f.result() for f in flood) == [200] * 8 + [503] * 16
 
 
+def test_16_a_request_error_is_no_ones_rate(live) -> None:
+    """What can never run is refused before it is counted."""
+    tenant = Tenant("t", "only", requests_per_second=0.01)
+    access = ServeConfig((Tier("only"),), (tenant,), (), frozenset())
+    server = live(access=access)
+    for _ in range(5):
+        body = {"prompt": [5] * 600}
+        assert httpx.post(server.url + COMPLETIONS, json=body).status_code == 400
+    body = {"prompt": "a", "max_tokens": 1}
+    assert httpx.post(server.url + COMPLETIONS, json=body).status_code == 200
+    assert httpx.post(server.url + COMPLETIONS, json=body).status_code == 429
+
+
 def test_19_routes_that_tell_or_change_something_need_a_key(live) -> None:
     server = live(access=two_tenants())
     document = httpx.get(server.url + "/openapi.json", headers={"Authorization": "Bearer quiet"})
@@ -427,78 +428,3 @@ def test_20_a_reader_that_stalls_holds_up_nobody(unharmed: Live) -> None:
         answer = httpx.post(unharmed.url + COMPLETIONS, json={"prompt": "b", "max_tokens": 5})
         assert answer.status_code == 200
         wait_until(lambda: unharmed.engine.live == 0, 20)
-
-
-# --- injections -----------------------------------------------------------------------------------
-
-
-def test_an_exception_in_the_engine_thread(unharmed: Live, post, monkeypatch) -> None:
-    """Outside any sequence's work: all fail, once each, and the next request is well."""
-    with monkeypatch.context() as patch:
-        patch.setattr(unharmed.engine.scheduler, "schedule", lambda *a: 1 / 0)
-        with ThreadPoolExecutor(4) as pool:
-            body = {"prompt": "a", "max_tokens": 5}
-            answers = list(pool.map(lambda _: post(COMPLETIONS, body), range(4)))
-    assert {answer.status_code for answer in answers} == {500}
-    assert "division" not in answers[0].text
-    assert post(COMPLETIONS, body).status_code == 200
-
-
-def test_a_policy_that_raises(unharmed: Live, post, monkeypatch) -> None:
-    """The ledger is on the event loop: an error there is a 500 and leaves nothing behind."""
-    with monkeypatch.context() as patch:
-        patch.setattr(door.Admission, "admit", lambda *a: 1 / 0)
-        assert post(COMPLETIONS, {"prompt": "a"}).status_code == 500
-
-
-def test_out_of_memory_is_one_requests(unharmed: Live, post, monkeypatch) -> None:
-    def breaks(token_ids: list[int]) -> None:
-        raise MemoryError
-
-    with monkeypatch.context() as patch:
-        before_forward(patch, unharmed.engine.runner, breaks)
-        assert post(COMPLETIONS, {"prompt": "a"}).status_code == 500
-
-
-def test_a_hang_is_not_ready(live, monkeypatch) -> None:
-    server = live(EngineConfig(max_sequences=1, stall_seconds=0.2))
-    go_on = threading.Event()
-    before_forward(monkeypatch, server.engine.runner, lambda token_ids: go_on.wait(20))
-    with ThreadPoolExecutor(1) as pool:
-        body = {"prompt": "a", "max_tokens": 2}
-        asking = pool.submit(httpx.post, server.url + COMPLETIONS, json=body, timeout=30)
-        wait_until(lambda: httpx.get(server.url + "/ready").status_code == 503)
-        assert httpx.get(server.url + "/health").status_code == 200, "the thread is there"
-        go_on.set()
-        assert asking.result().status_code == 200
-        wait_until(lambda: httpx.get(server.url + "/ready").status_code == 200)
-
-
-@pytest.mark.parametrize("jump", [-1e8, 1e8])
-def test_a_wall_clock_that_jumps(live, monkeypatch, jump: float) -> None:
-    """Nothing is decided by it. Of the monotonic clock, `test_policy` and `test_admission`."""
-    tenant = Tenant("t", "only", requests_per_second=1000, tokens_per_second=1e6, concurrency=8)
-    access = ServeConfig((Tier("only", ttft=60.0),), (tenant,), (), frozenset({"t"}))
-    server = live(access=access)
-    now, jumped = time.time, [0.0]
-    monkeypatch.setattr(time, "time", lambda: now() + jumped[0])
-    for by in (0.0, jump, 0.0):
-        jumped[0] = by
-        body = {"prompt": "a", "max_tokens": 3}
-        assert httpx.post(server.url + COMPLETIONS, json=body, timeout=30).status_code == 200
-        assert httpx.get(server.url + "/ready").status_code == 200
-    text = httpx.get(server.url + "/metrics").text
-    assert 'quantkit_tier_slo_attainment{tier="only"} 1.0' in text
-
-
-def test_a_request_error_is_no_ones_rate(live) -> None:
-    """What can never run is refused before it is counted."""
-    tenant = Tenant("t", "only", requests_per_second=0.01)
-    access = ServeConfig((Tier("only"),), (tenant,), (), frozenset())
-    server = live(access=access)
-    for _ in range(5):
-        body = {"prompt": [5] * 600}
-        assert httpx.post(server.url + COMPLETIONS, json=body).status_code == 400
-    body = {"prompt": "a", "max_tokens": 1}
-    assert httpx.post(server.url + COMPLETIONS, json=body).status_code == 200
-    assert httpx.post(server.url + COMPLETIONS, json=body).status_code == 429

@@ -1,4 +1,4 @@
-"""Tool calls and reasoning over HTTP, with the openai client.
+"""Tool calls and reasoning in chat, with the openai client.
 
 Where an answer's words matter, the model is made to say them (`say`); where they must not, it is
 random and the grammar alone makes it right.
@@ -7,7 +7,6 @@ random and the grammar alone makes it right.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,51 +16,12 @@ import openai
 import pydantic
 import pytest
 from serve_helpers import Live, serving
-from tool_helpers import CLOCK, WEATHER, scripted, tool_tokenizer
+from tool_helpers import CALL, CLOCK, HELLO, MODEL, NAMED, NOW, OSLO, WEATHER, tool_tokenizer
 
 from quantkit.models.runtime import Runtime
-from quantkit.serve import sampler
 from quantkit.serve.capture import Capture, CaptureConfig
-from quantkit.serve.engine import EngineConfig
 
-CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
-HELLO = [{"role": "user", "content": "how are you?"}]
-MODEL = {"model": "tiny"}
-OSLO = '{"city": "Oslo", "days": 3}'
-CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {OSLO}}}\n</tool_call>'
-NOW = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
-FLAT = [{"type": "function", "strict": None} | tool["function"] for tool in (WEATHER, CLOCK)]
-NAMED = {"type": "function", "function": {"name": "get_weather"}}
-
-
-@pytest.fixture(scope="module")
-def tools_server(tool_runtime: Runtime) -> Iterator[Live]:
-    with serving(tool_runtime, EngineConfig(max_sequences=4)) as live:
-        yield live
-
-
-@pytest.fixture
-def ask(tools_server: Live) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{tools_server.url}/v1", api_key="-", max_retries=0)
-
-
-@pytest.fixture
-def send(tools_server: Live) -> Callable[..., httpx.Response]:
-    def post(path: str, **body: object) -> httpx.Response:
-        given = {"max_tokens": 4} if path == CHAT else {"max_output_tokens": 4}
-        return httpx.post(tools_server.url + path, json=given | body, timeout=120)
-
-    return post
-
-
-@pytest.fixture
-def say(tool_runtime: Runtime, monkeypatch) -> Callable[..., None]:
-    """Makes the model say these texts, one request after the other."""
-
-    def set_script(*texts: str) -> None:
-        monkeypatch.setattr(sampler, "sample", scripted(tool_runtime.tokenizer, *texts))
-
-    return set_script
+CHAT = "/v1/chat/completions"
 
 
 def streamed(chunks: openai.Stream) -> tuple[dict[str, Any], str | None, list[Any]]:
@@ -79,9 +39,6 @@ def streamed(chunks: openai.Stream) -> tuple[dict[str, Any], str | None, list[An
                 assert call.index == len(message["tool_calls"])
                 message["tool_calls"].append((call.id, call.function.name, call.function.arguments))
     return message, reason, pieces
-
-
-# --- chat -----------------------------------------------------------------------------------------
 
 
 def test_a_call_and_its_result(ask: openai.OpenAI, say) -> None:
@@ -314,7 +271,16 @@ def test_the_clients_parse_helpers(ask: openai.OpenAI) -> None:
     assert isinstance(answer.output_parsed, Route)
 
 
-# --- reasoning that the prompt begins -------------------------------------------------------------
+def test_answers_with_tools_are_not_captured(tool_runtime: Runtime, tmp_path) -> None:
+    """Messages alone do not tell what the model read."""
+    capture = Capture(CaptureConfig(tmp_path / "traffic.jsonl", rate=1.0))
+    with serving(tool_runtime, capture=capture) as live:
+        thought = {"role": "assistant", "content": "a", "reasoning_content": "hm"}
+        for body in ({"tools": [CLOCK]}, {"messages": [*HELLO, thought, *HELLO]}, {}):
+            given = {"messages": HELLO, "max_tokens": 2, "temperature": 0} | body
+            assert httpx.post(live.url + CHAT, json=given, timeout=120).status_code == 200
+    capture.close()
+    assert len((tmp_path / "traffic.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_form_begins_behind_reasoning_that_the_prompt_began(tool_runtime: Runtime) -> None:
@@ -346,191 +312,3 @@ def test_a_form_begins_behind_reasoning_that_the_prompt_began(tool_runtime: Runt
             **options,
         ).choices[0]
         assert formed.message.content in ("1", "2")
-
-
-# --- the Responses API ----------------------------------------------------------------------------
-
-
-def test_responses_call_functions(ask: openai.OpenAI, say) -> None:
-    text = f"<think>\nhm\n</think>\n\nLet me see.\n{CALL}\n{NOW}"
-    say(text, "Rain.")
-    first = ask.responses.create(input="weather?", tools=FLAT, **MODEL)
-    kinds = [item.type for item in first.output]
-    assert kinds == ["reasoning", "message", "function_call", "function_call"]
-    assert first.output[0].content[0].text == "hm"
-    assert first.output_text == "Let me see."
-    call = first.output[2]
-    assert (call.name, json.loads(call.arguments)) == ("get_weather", json.loads(OSLO))
-    assert first.usage.output_tokens_details.reasoning_tokens > 0
-    assert (first.tool_choice, first.parallel_tool_calls) == ("auto", True)
-    assert [tool.name for tool in first.tools] == ["get_weather", "clock"]
-    results = [
-        {"type": "function_call_output", "call_id": item.call_id, "output": "rain"}
-        for item in first.output[2:]
-    ]
-    second = ask.responses.create(
-        input=[{"role": "user", "content": "weather?"}, *first.output, *results],
-        tools=FLAT,
-        **MODEL,
-    )
-    assert second.output_text == "Rain."
-    assert second.usage.input_tokens > first.usage.input_tokens + 10
-
-
-def test_responses_as_events(ask: openai.OpenAI, say) -> None:
-    text = f"<think>\nhm\n</think>\n\nLet me see.\n{CALL}"
-    say(text)
-    events = list(ask.responses.create(input="weather?", tools=FLAT, stream=True, **MODEL))
-    assert [event.sequence_number for event in events] == list(range(len(events)))
-    kinds = [event.type.removeprefix("response.") for event in events]
-    order = [kind for i, kind in enumerate(kinds) if kind != kinds[i - 1]]
-    part = ["output_item.added", "content_part.added"]
-    assert order == [
-        *("created", "in_progress"),
-        *(*part, "reasoning_text.delta", "reasoning_text.done"),
-        *("content_part.done", "output_item.done"),
-        *(*part, "output_text.delta", "output_text.done"),
-        *("content_part.done", "output_item.done"),
-        *("output_item.added", "function_call_arguments.delta", "function_call_arguments.done"),
-        *("output_item.done", "completed"),
-    ]
-    done = [event.item for event in events if event.type == "response.output_item.done"]
-    assert done == events[-1].response.output
-    for event in events:
-        place = getattr(event, "output_index", None)
-        if place is not None and hasattr(event, "item_id"):
-            assert event.item_id == done[place].id
-
-
-def test_the_clients_own_response_stream(ask: openai.OpenAI, say) -> None:
-    say(f"Let me see.\n{CALL}")
-    with ask.responses.stream(input="weather?", tools=FLAT, **MODEL) as stream:
-        final = stream.get_final_response()
-    assert [item.type for item in final.output] == ["message", "function_call"]
-    assert json.loads(final.output[1].arguments) == json.loads(OSLO)
-
-
-def test_responses_can_require_a_call(ask: openai.OpenAI) -> None:
-    answer = ask.responses.create(
-        input="hi",
-        tools=FLAT,
-        tool_choice={"type": "function", "name": "clock"},
-        **MODEL,
-    )
-    assert [item.name for item in answer.output] == ["clock"]
-    assert answer.tool_choice.name == "clock"
-
-
-# --- refused --------------------------------------------------------------------------------------
-
-
-def call_of(arguments: str, **fields: object) -> dict:
-    function = {"name": "clock", "arguments": arguments}
-    return {"id": "call_1", "type": "function", "function": function} | fields
-
-
-BAD = [
-    ({"tools": [CLOCK, CLOCK]}, "tools", "same name"),
-    ({"tools": [{"type": "web_search"}]}, "tools", "function"),
-    ({"tools": [CLOCK] * 129}, "tools", "128"),
-    ({"tool_choice": "required"}, "tool_choice", "no tools"),
-    ({"tool_choice": NAMED, "tools": [CLOCK]}, "tool_choice", "not one of the tools"),
-    ({"tool_choice": "any", "tools": [CLOCK]}, "tool_choice", ""),
-    ({"tool_choice": {"type": "allowed_tools"}, "tools": [CLOCK]}, "tool_choice", ""),
-    ({"tools": [CLOCK], "response_format": {"type": "json_object"}}, "tools", "ask for one"),
-    ({"functions": [{"name": "f"}]}, None, "not supported"),
-    ({"function_call": "auto"}, None, "not supported"),
-    ({"parallel_tool_calls": 1}, "parallel_tool_calls", ""),
-    ({"stream": True, "stream_options": {"include_obfuscation": True}}, None, "not supported"),
-    ({"messages": [*HELLO, {"role": "tool", "content": "a"}]}, "messages", "go together"),
-    (
-        {"messages": [*HELLO, {"role": "tool", "tool_call_id": "x", "content": "a"}]},
-        "messages",
-        "no call before it",
-    ),
-    (
-        {"messages": [{"role": "user", "content": "a", "tool_calls": [call_of("{}")]}]},
-        "messages",
-        "only an assistant",
-    ),
-    *(
-        ({"messages": [*HELLO, {"role": "assistant", "tool_calls": [bad]}]}, "messages", why)
-        for bad, why in (
-            (call_of("[]"), "not a JSON object"),
-            (call_of("{"), ""),
-            (call_of('{"a":' * 40 + "1" + "}" * 40), "nested deeper"),
-            (call_of('{"a":' * 50_000), "nested too deeply"),
-            (call_of("{}", id=""), ""),
-            (call_of("{}", type="custom"), ""),
-            (call_of("{}", function={"name": "a b", "arguments": "{}"}), ""),
-        )
-    ),
-]
-
-
-@pytest.mark.parametrize(("body", "param", "why"), BAD)
-def test_bad_requests(send, body: dict, param: str | None, why: str) -> None:
-    response = send(CHAT, **{"messages": HELLO} | body)
-    assert response.status_code == 400, response.text
-    error = response.json()["error"]
-    assert error["type"] == "invalid_request_error"
-    assert param is None or error["param"].split(".")[0] == param, error
-    assert why in error["message"]
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        {"input": [{"type": "function_call_output", "call_id": "x", "output": "a"}]},
-        {"input": [{"type": "computer_call"}]},
-        {"input": [{"type": "function_call", "call_id": "x", "name": "f", "arguments": "["}]},
-        {"input": "a", "tools": [{"type": "web_search"}]},
-        {"input": "a", "tools": FLAT, "tool_choice": {"type": "function", "name": "other"}},
-        {"input": "a", "reasoning": {"effort": "high"}},
-    ],
-)
-def test_bad_responses(send, body: dict) -> None:
-    response = send(RESPONSES, **body)
-    assert response.status_code == 400, response.text
-
-
-def test_a_model_that_was_not_made_for_tools(live, post) -> None:
-    """Its template would drop them without a word."""
-    live()
-    for body, why in (
-        ({"messages": HELLO, "tools": [CLOCK]}, "chat template does not show them"),
-        (
-            {"messages": [*HELLO, {"role": "assistant", "tool_calls": [call_of("{}")]}]},
-            "does not show it calls",
-        ),
-    ):
-        for path in (CHAT, "/tokenize"):
-            response = post(path, body)
-            assert response.status_code == 400
-            assert why in response.json()["error"]["message"]
-
-
-def test_a_format_that_cannot_be_enforced_says_so(tool_runtime: Runtime) -> None:
-    tokenizer = tool_tokenizer(tool_runtime.tokenizer, "qwen3_coder", tokens=False)
-    with serving(replace(tool_runtime, tokenizer=tokenizer)) as live:
-
-        def status(**body: object) -> int:
-            given = {"messages": HELLO, "tools": [CLOCK], "max_tokens": 4} | body
-            return httpx.post(live.url + CHAT, json=given, timeout=120).status_code
-
-        assert status() == 200
-        assert status(tool_choice="required") == 400
-        assert status(parallel_tool_calls=False) == 400
-        assert status(tool_choice="none") == 200
-
-
-def test_answers_with_tools_are_not_captured(tool_runtime: Runtime, tmp_path) -> None:
-    """Messages alone do not tell what the model read."""
-    capture = Capture(CaptureConfig(tmp_path / "traffic.jsonl", rate=1.0))
-    with serving(tool_runtime, capture=capture) as live:
-        thought = {"role": "assistant", "content": "a", "reasoning_content": "hm"}
-        for body in ({"tools": [CLOCK]}, {"messages": [*HELLO, thought, *HELLO]}, {}):
-            given = {"messages": HELLO, "max_tokens": 2, "temperature": 0} | body
-            assert httpx.post(live.url + CHAT, json=given, timeout=120).status_code == 200
-    capture.close()
-    assert len((tmp_path / "traffic.jsonl").read_text().splitlines()) == 1

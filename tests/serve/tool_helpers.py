@@ -72,6 +72,13 @@ CLOCK = {
         "parameters": {"type": "object", "properties": {}, "additionalProperties": False},
     },
 }
+HELLO = [{"role": "user", "content": "how are you?"}]
+MODEL = {"model": "tiny"}
+OSLO = '{"city": "Oslo", "days": 3}'
+CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {OSLO}}}\n</tool_call>'
+NOW = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+FLAT = [{"type": "function", "strict": None} | tool["function"] for tool in (WEATHER, CLOCK)]
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
 
 
 def tool_tokenizer(
