@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.model.gguf_header import check_header
 from quantkit.model.hashes import hash_file
 from quantkit.model.quiet import first_line, quiet_transformers
 
@@ -20,7 +21,13 @@ CACHE = Path.home() / ".cache" / "quantkit"
 
 def convert_gguf(path: Path) -> Path:
     """Dequantize a GGUF file to a bf16 folder, once; in a process of its own, so that the
-    fp32 copies it makes never count against this one's memory."""
+    fp32 copies it makes never count against this one's memory.
+
+    Raises:
+        QuantkitError: no sound GGUF file, or one that transformers cannot dequantize.
+        UsageError: the cache cannot be written.
+    """
+    check_header(path)
     digest = hash_file(path)
     import transformers
 

@@ -170,7 +170,7 @@ def test_an_interrupted_conversion_waits_for_its_process(
     context = SimpleNamespace(Process=Child)
     monkeypatch.setattr(gguf.multiprocessing, "get_context", lambda _: context)
     monkeypatch.setattr(gguf, "CACHE", tmp_path / "cache")
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\3" + bytes(19))
     with pytest.raises(KeyboardInterrupt):
         gguf.convert_gguf(tmp_path / "model.gguf")
     assert calls == ["start", "join", "terminate", "join"]

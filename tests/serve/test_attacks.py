@@ -14,7 +14,7 @@ After each of them the server answers as before, nothing is live, and no page is
 10 pickled weights
 
 What has tests of its own: slow heads (`test_endpoints`), slow and giant bodies (`test_api` and
-below), 15 with the prefix cache, 17 and 18 with the loaders.
+below), 15 with the prefix cache, 17 and 18 with the loaders (`models/test_untrusted`).
 """
 
 from __future__ import annotations

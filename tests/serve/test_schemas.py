@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from pydantic import BaseModel, ValidationError
 
@@ -51,6 +53,41 @@ def test_what_would_change_the_answer_is_refused(
 ) -> None:
     with pytest.raises(ValidationError, match=f"'{name}' is not supported by this server"):
         kind.model_validate(body | {name: ASKED[name]})
+
+
+#: What a client writes → what the sampler gets.
+SAMPLED: dict[str, tuple[object, dict[str, object]]] = {
+    "temperature": (0.0, {"temperature": 0.0}),
+    "top_p": (0.5, {"top_p": 0.5}),
+    "top_k": (7, {"top_k": 7}),
+    "min_p": (0.25, {"min_p": 0.25}),
+    "frequency_penalty": (-1.5, {"frequency_penalty": -1.5}),
+    "presence_penalty": (1.5, {"presence_penalty": 1.5}),
+    "repetition_penalty": (1.25, {"repetition_penalty": 1.25}),
+    "logit_bias": ({"5": -3.0}, {"logit_bias": {5: -3.0}}),
+    "seed": (11, {"seed": 13}),  # of the third answer
+    "stop": (["a", "b"], {"stop": ("a", "b")}),
+    "stop_token_ids": ([5, 6], {"stop_token_ids": (5, 6)}),
+    "min_tokens": (3, {"min_tokens": 3}),
+    "ignore_eos": (True, {"ignore_eos": True}),
+}
+
+
+@pytest.mark.parametrize(("kind", "body"), BODIES)
+@pytest.mark.parametrize("name", SAMPLED)
+def test_every_sampling_field_reaches_the_sampler(
+    kind: type[GenerationRequest], body: dict, name: str
+) -> None:
+    """And changes nothing else."""
+    written, meant = SAMPLED[name]
+    plain = kind.model_validate(body).sampling(max_tokens=9, logprobs=2, choice=2)
+    if name not in kind.model_fields:
+        with pytest.raises(ValidationError, match=name):
+            kind.model_validate(body | {name: written})
+        return
+    asked = kind.model_validate(body | {name: written})
+    assert asked.sampling(max_tokens=9, logprobs=2, choice=2) == replace(plain, **meant)
+    assert plain != replace(plain, **meant)
 
 
 def test_only_completions_call_tokens_by_their_ids() -> None:

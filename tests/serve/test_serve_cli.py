@@ -29,9 +29,9 @@ OPTIONS = ("--kernels", "modules", "--port", "0", "--threads", "1", "--json")
 class Process:
     """`quantkit serve` as users run it."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, *more: str) -> None:
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "quantkit.cli.main", "serve", str(checkpoint), *OPTIONS],
+            [sys.executable, "-m", "quantkit.cli.main", "serve", str(checkpoint), *OPTIONS, *more],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -68,13 +68,17 @@ class Process:
 
 
 @pytest.fixture(scope="module")
-def processes(
-    runtime: Runtime, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[list[Process]]:
+def checkpoint(runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in a folder."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    runtime.model.save_pretrained(folder)
+    runtime.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processes(checkpoint: Path) -> Iterator[list[Process]]:
     """Two servers, started side by side because importing torch takes its seconds."""
-    checkpoint = tmp_path_factory.mktemp("model") / "tiny"
-    runtime.model.save_pretrained(checkpoint)
-    runtime.tokenizer.save_pretrained(checkpoint)
     started = [Process(checkpoint), Process(checkpoint)]
     yield started
     for process in started:
@@ -105,6 +109,42 @@ def test_a_second_signal_interrupts(processes: list[Process]) -> None:
     _, stderr = process.popen.communicate(timeout=20)
     asking.join(5)
     assert process.popen.returncode == 130, stderr
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_starts_again_as_if_nothing_had_been(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """`kill -9` while an answer streams: its client hears no end; on the same port and files the
+    next server says what the first one did."""
+    captured = tmp_path / "traffic.jsonl"
+    options = ("--capture", str(captured), "--capture-rate", "1")
+    body = {"prompt": "The dog", "max_tokens": 20, "temperature": 0}
+    started = []
+    try:
+        started.append(Process(checkpoint, *options))
+        first = started[0].wait()
+        said = httpx.post(first.url + "/v1/completions", json=body).json()["choices"]
+        wait_until(lambda: captured.exists() and captured.read_text().count("\n") == 1)
+        asking, answers = first.generate_slowly()
+        first.popen.kill()
+        first.popen.communicate()
+        asking.join(20)
+        assert isinstance(answers[0], httpx.HTTPError), "a broken stream that looks whole"
+        port = first.url.rpartition(":")[2]
+        started.append(Process(checkpoint, *options, "--port", port))
+        second = started[1].wait()
+        assert second.url == first.url
+        assert httpx.get(second.url + "/ready").status_code == 200
+        assert "requests_running 0.0" in httpx.get(second.url + "/metrics").text
+        assert httpx.post(second.url + "/v1/completions", json=body).json()["choices"] == said
+        wait_until(lambda: captured.read_text().count("\n") == 2)
+        rows = [json.loads(line) for line in captured.read_text().splitlines()]
+        assert rows[0] == rows[1] == {"prompt": "The dog", "completion": said[0]["text"]}
+    finally:
+        for process in started:
+            process.popen.kill()
+            process.popen.communicate()
 
 
 def _refuses(url: str) -> bool:
