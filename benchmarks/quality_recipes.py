@@ -16,12 +16,15 @@ _WEIGHT_ONLY = {
     "quantkit GPTQ, Fisher, distill": f"[{_FISHER}, distill]",
 }
 _SMOOTH = "{smoothquant: {alpha: auto, pairs: all}}"
+_ONLINE = "{rotate: {mlp: true}}"
 _WITH_ACTIVATIONS = {
     "quantkit RTN": "rtn",
     "quantkit GPTQ": "gptq",
     "quantkit SmoothQuant, RTN": f"[{_SMOOTH}, rtn]",
     "quantkit SmoothQuant, GPTQ": f"[{_SMOOTH}, gptq]",
     "quantkit rotate, GPTQ": "[rotate, gptq]",
+    "quantkit rotate with mlp, RTN": f"[{_ONLINE}, rtn]",
+    "quantkit rotate with mlp, GPTQ": f"[{_ONLINE}, gptq]",
 }
 _STATIC = {
     "quantkit RTN": "rtn",
