@@ -18,15 +18,8 @@ from torch import Tensor, nn
 
 from quantkit import ops
 from quantkit.layers import QuantLinear
-from quantkit.ops.decoder import (
-    CacheScales,
-    Hadamard,
-    Layer,
-    Linear,
-    NativeDecoder,
-    PageStore,
-    Shape,
-)
+from quantkit.ops.decoder import Hadamard, Layer, Linear, NativeDecoder, Shape
+from quantkit.ops.page_store import CacheScales, PageStore
 from quantkit.schemes import DType, Granularity, QuantSpec
 
 #: Columns that share an int8 activation scale where a weight's group is longer.
@@ -147,7 +140,7 @@ class Decoder:
         self.shape = native.shape
 
     def new_cache(self, pages: int, dtype: str = "auto") -> PageStore:
-        """An empty key-value store of so many pages of `quantkit.ops.decoder.PAGE_TOKENS`."""
+        """An empty key-value store of so many pages of `quantkit.ops.page_store.PAGE_TOKENS`."""
         return self.native.new_cache(pages, dtype)
 
     def token_nbytes(self, dtype: str = "auto") -> int:
