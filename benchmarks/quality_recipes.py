@@ -17,12 +17,14 @@ _WEIGHT_ONLY = {
 }
 _SMOOTH = "{smoothquant: {alpha: auto, pairs: all}}"
 _ONLINE = "{rotate: {mlp: true}}"
+_ONLY_ONLINE = "{rotate: {residual: false, heads: false, mlp: true}}"
 _WITH_ACTIVATIONS = {
     "quantkit RTN": "rtn",
     "quantkit GPTQ": "gptq",
     "quantkit SmoothQuant, RTN": f"[{_SMOOTH}, rtn]",
     "quantkit SmoothQuant, GPTQ": f"[{_SMOOTH}, gptq]",
     "quantkit rotate, GPTQ": "[rotate, gptq]",
+    "quantkit rotate only mlp, RTN": f"[{_ONLY_ONLINE}, rtn]",
     "quantkit rotate with mlp, RTN": f"[{_ONLINE}, rtn]",
     "quantkit rotate with mlp, GPTQ": f"[{_ONLINE}, gptq]",
 }
