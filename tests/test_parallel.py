@@ -60,6 +60,11 @@ RECIPES = {
         keep=("lm_head",),
     ),
     "distill": Recipe(SCHEMES["w4a16-g64"], algorithm=(Step("rtn"), Step("distill", {"steps": 3}))),
+    "rotated inputs": Recipe(
+        SCHEMES["w8a8-static"],
+        algorithm=(Step("rotate", {"mlp": True}), Step("gptq")),
+        keep=("lm_head",),
+    ),
 }
 
 
