@@ -103,6 +103,7 @@ _SMOOTH_GPTQ = "[SmoothQuantModifier(smoothing_strength=0.8), GPTQModifier(**set
 PEERS: dict[str, dict[str, Callable[[Scheme], str]]] = {
     "w4a16-g64": {**_GPTQ, "AutoRound": _auto_round},
     "w3a16-g64": {**_GPTQ, "AutoRound": _auto_round},
+    "w2a16-g32": {**_GPTQ, "AutoRound": _auto_round},
     # What its documentation recommends for int8 and for fp8.
     "w8a8": {**_RTN, "llm-compressor SmoothQuant, GPTQ": _llm_compressor(_SMOOTH_GPTQ)},
     "w8a8-static": {**_RTN, "llm-compressor SmoothQuant, GPTQ": _llm_compressor(_SMOOTH_GPTQ)},

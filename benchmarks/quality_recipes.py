@@ -34,6 +34,8 @@ _STATIC = {
     "quantkit SmoothQuant, RTN": f"[{_SMOOTH}, rtn]",
     "quantkit outliers, RTN": "[outliers, rtn]",
     "quantkit outliers, RTN, distill": "[outliers, rtn, distill]",
+    "quantkit rotate with mlp, RTN": f"[{_ONLINE}, rtn]",
+    "quantkit rotate with mlp, outliers, RTN": f"[{_ONLINE}, outliers, rtn]",
 }
 
 #: ``--scheme`` of a mixture → the stored bits a weight that it may take.
@@ -71,6 +73,7 @@ def _uniform(scheme: str, algorithms: dict[str, str]) -> dict[str, Ours]:
 RECIPES: dict[str, dict[str, Ours]] = {
     "w4a16-g64": _uniform("w4a16-g64", _WEIGHT_ONLY),
     "w3a16-g64": _uniform("w3a16-g64", _WEIGHT_ONLY),
+    "w2a16-g32": _uniform("w2a16-g32", _WEIGHT_ONLY),
     "w8a8": _uniform("w8a8", _WITH_ACTIVATIONS),
     "w8a8-static": _uniform("w8a8-static", _STATIC),
     "fp8": _uniform("fp8", _WITH_ACTIVATIONS),
