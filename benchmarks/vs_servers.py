@@ -3,12 +3,14 @@
     python -m benchmarks.vs_servers MODEL --ckpt CKPT --text held_out.txt \\
         --llama-server BUILD/bin/llama-server --gguf m-Q4_0.gguf \\
         --vllm-python ENV/bin/python --vllm-model CKPT \\
+        --transformers-python ENV/bin/python \\
         --concurrency 1 4 8 16 --rounds 5 --threads 2 -o results.json
 
 MODEL is the original: its tokenizer cuts the text into prompts, which are sent as token ids. CKPT
 is served by ``quantkit serve``. Each peer is optional, and ``--server NAME=URL`` takes one that
-runs already, such as ``transformers serve``, if it takes prompts of token ids and answers of a
-fixed length. All of them answer greedily, past the end of text, and a server that reads or writes
+runs already, if it takes prompts of token ids and answers of a fixed length. ``transformers
+serve`` runs MODEL; it takes text alone, so that every prompt is then one whose text is read as the
+same tokens. All of them answer greedily, past the end of text, and a server that reads or writes
 another number of tokens than was asked ends the benchmark.
 
 All servers stand in memory, started with equal numbers of threads and slots; only the one whose
@@ -46,6 +48,7 @@ from typing import Any
 
 from benchmarks.machine import hardware
 from benchmarks.systems import gguf_types, named
+from benchmarks.transformers_serve import ARGUMENTS, body_of, start_transformers, survives, version
 from benchmarks.vllm_configs import CONFIGS, Config, Trial, best, read_config
 from quantkit.engines.artifact import Artifact, read_artifact
 from quantkit.engines.process import EngineProcess, free_port, start
@@ -55,7 +58,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evals.endpoint import EndpointConfig, connect
 from quantkit.loadtest.answer import Answer
 from quantkit.loadtest.ask import Ask
-from quantkit.loadtest.client import Client
+from quantkit.loadtest.client import Body, Client
 from quantkit.loadtest.drive import closed_loop
 from quantkit.loadtest.row import Row, make_row
 from quantkit.loadtest.server import serving
@@ -79,7 +82,7 @@ class Peer:
     """A server under test; ``rows`` by phase and concurrency, one a round.
 
     ``schemes`` are those of its weights, "" where nobody can tell; ``config`` names the way that it
-    was started in, where there are several.
+    was started in, where there are several; ``body`` is what it is sent, where that is its own.
     """
 
     name: str
@@ -89,7 +92,13 @@ class Peer:
     schemes: str = ""
     version: str = ""
     config: str = ""
+    body: Body | None = None
     rows: dict[tuple[str, int], list[Row]] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """Of its model, without the folder that it lies in."""
+        return Path(self.model).name
 
     def wake(self, awake: bool) -> None:
         if self.process is not None:
@@ -97,13 +106,20 @@ class Peer:
 
 
 class Prompts:
-    """Windows of a text, each used once: nothing that was sent before is in a cache."""
+    """Windows of a text, each used once: nothing that was sent before is in a cache.
 
-    def __init__(self, model: Path, text: Path) -> None:
+    Args:
+        model: folder of the tokenizer.
+        text: the file.
+        as_text: prompts survive being sent as text; tokens are skipped for it.
+    """
+
+    def __init__(self, model: Path, text: Path, as_text: bool = False) -> None:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        self.ids: list[int] = tokenizer.encode(text.read_text(encoding="utf-8"), verbose=False)
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.ids: list[int] = self.tokenizer.encode(text.read_text(encoding="utf-8"), verbose=False)
+        self.as_text = as_text
         self.used = 0
 
     def take(self, tokens: int) -> tuple[int, ...]:
@@ -121,20 +137,29 @@ class Prompts:
         shared = int(SHARED * prompt_tokens) if phase == "on" else 0
         begin = self.take(shared)
         return [
-            Ask(None, EVERYBODY.name, begin + self.take(prompt_tokens - shared), output_tokens)
+            Ask(None, EVERYBODY.name, self._prompt(begin, prompt_tokens - shared), output_tokens)
             for _ in range(count)
         ]
 
+    def _prompt(self, begin: tuple[int, ...], tokens: int) -> tuple[int, ...]:
+        while True:
+            ids = begin + self.take(tokens)
+            if not self.as_text or survives(self.tokenizer, ids):
+                return ids
+            self.used += 1 - tokens
+
 
 @contextlib.contextmanager
-def start_all(args: argparse.Namespace, phase: str, way: Config) -> Iterator[list[Peer]]:
+def start_all(
+    args: argparse.Namespace, phase: str, way: Config, prompts: Prompts
+) -> Iterator[list[Peer]]:
     """Every server of a phase, stopped (SIGSTOP) but ready."""
     cached, slots = phase == "on", max(args.concurrency)
     context = args.prompt_tokens + args.output_tokens
     with contextlib.ExitStack() as stack:
         peers: list[Peer] = []
 
-        def add(name: str, process: EngineProcess, **about: str) -> None:
+        def add(name: str, process: EngineProcess, **about: Any) -> None:
             print(f"{name} is ready", file=sys.stderr, flush=True)
             peers.append(Peer(name, process.url, process, **about))
             peers[-1].wake(False)
@@ -155,8 +180,20 @@ def start_all(args: argparse.Namespace, phase: str, way: Config) -> Iterator[lis
             artifact = read_artifact(str(args.vllm_model or args.ckpt))
             process = stack.enter_context(start_vllm(args, artifact, cached, slots, way))
             add("vllm", process, schemes=schemes_of(artifact), config=way.name)
+        if args.transformers_python:
+            python, way_name = args.transformers_python, args.transformers
+            process, model = stack.enter_context(
+                start_transformers(
+                    python, args.model, ARGUMENTS[way_name], args.threads, READY_SECONDS
+                )
+            )
+            about = {"model": model, "schemes": schemes_of(read_artifact(str(args.model)))}
+            about |= {"version": version(python), "config": way_name}
+            add("transformers", process, **about, body=body_of(prompts.tokenizer))
         peers += [Peer(name, url, None) for name, url in args.server]
         for peer in peers:
+            if peer.model:
+                continue
             peer.wake(True)
             found = connect(EndpointConfig(peer.url))
             peer.model, peer.version = Path(found.model).name, peer.version or found.server
@@ -225,7 +262,7 @@ def measure(peer: Peer, asks: Sequence[Ask], concurrency: int) -> Row:
     """
 
     async def run() -> list[Answer]:
-        async with Client(peer.url, peer.model, timeout=READY_SECONDS) as client:
+        async with Client(peer.url, peer.model, timeout=READY_SECONDS, body=peer.body) as client:
             return await closed_loop(client, asks, concurrency)
 
     peer.wake(True)
@@ -278,7 +315,7 @@ def measure_phase(
     args: argparse.Namespace, phase: str, prompts: Prompts, way: Config
 ) -> list[Peer]:
     """All rounds of a phase; one row a server ahead of them warms up and does not count."""
-    with start_all(args, phase, way) as peers:
+    with start_all(args, phase, way, prompts) as peers:
         if not peers:
             raise SystemExit("there is no server to measure: give --ckpt and peers")
         for peer in peers:
@@ -342,7 +379,7 @@ def document(
             phase: [
                 {
                     "name": peer.name,
-                    "model": peer.model,
+                    "model": peer.title,
                     "schemes": peer.schemes,
                     "version": peer.version,
                     "config": peer.config,
@@ -382,6 +419,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--vllm-config", type=named, action="append", default=[], metavar="NAME=SETTINGS"
     )
     parser.add_argument("--vllm-cache-gb", type=int, default=2, help="its keys and values")
+    parser.add_argument(
+        "--transformers-python", metavar="PATH", help="of an environment with transformers[serving]"
+    )
+    parser.add_argument(
+        "--transformers", choices=ARGUMENTS, default="one by one", help="how it runs requests"
+    )
     parser.add_argument("--server", type=named, action="append", default=[], metavar="NAME=URL")
     parser.add_argument("--phase", choices=PHASES, action="append", help="by default both")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 8, 16])
@@ -412,7 +455,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    prompts = Prompts(args.model, args.text)
+    prompts = Prompts(args.model, args.text, as_text=bool(args.transformers_python))
     phases: dict[str, list[Peer]] = {}
     try:
         way, trials = choose_vllm(args, prompts)
@@ -436,7 +479,7 @@ def main() -> None:
     for phase, peers in phases.items():
         for peer in peers:
             print(
-                f"{peer.name}: {peer.model} ({peer.schemes or 'schemes unknown'}), {peer.version}"
+                f"{peer.name}: {peer.title} ({peer.schemes or 'schemes unknown'}), {peer.version}"
                 + (f", {peer.config}" if peer.config else "")
             )
         print("\n".join(table(peers, phase, args.concurrency)))

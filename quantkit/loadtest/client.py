@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +28,10 @@ KEEP_ALIVE_SECONDS = 2.0
 SHOWN_CHARACTERS = 200
 
 
+#: An ask and the model's name → what is sent.
+Body = Callable[[Ask, str], dict[str, Any]]
+
+
 class CountError(QuantkitError):
     """A server read or wrote another number of tokens than it was asked for."""
 
@@ -40,13 +44,20 @@ class Client:
         model: name of the model there.
         keys: tier → bearer token; a tier without one sends none.
         timeout: seconds that one answer may take, from its due time on.
+        body: what is sent, for a server that refuses `token_body`.
     """
 
     def __init__(
-        self, base: str, model: str, keys: Mapping[str, str] | None = None, timeout: float = 300.0
+        self,
+        base: str,
+        model: str,
+        keys: Mapping[str, str] | None = None,
+        timeout: float = 300.0,
+        body: Body | None = None,
     ) -> None:
         self.model = model
         self.timeout = timeout
+        self._body = body or token_body
         self._headers = {t: {"Authorization": f"Bearer {key}"} for t, key in (keys or {}).items()}
         self._http = httpx.AsyncClient(
             base_url=base,
@@ -94,19 +105,7 @@ class Client:
             QuantkitError: a status that says the ask itself is wrong.
         """
         answer = Answer(ask, due, self.now)
-        body = {
-            "model": self.model,
-            "prompt": list(ask.prompt_ids),
-            "max_tokens": ask.output_tokens,
-            # Of these two a server knows at least one; an answer is as long as asked, or refused.
-            "min_tokens": ask.output_tokens,
-            "ignore_eos": True,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            # Names each token, and so tells of those whose text is not complete yet.
-            "return_token_ids": True,
-        }
+        body = self._body(ask, self.model)
         headers = self._headers.get(ask.tier)
         try:
             async with (
@@ -152,6 +151,23 @@ class Client:
             _end(answer, "failed", "the stream ended before the answer did")
             return
         _check_counts(answer.ask, usage)
+
+
+def token_body(ask: Ask, model: str) -> dict[str, Any]:
+    """A prompt of token ids, and an answer of exactly the asked length."""
+    return {
+        "model": model,
+        "prompt": list(ask.prompt_ids),
+        "max_tokens": ask.output_tokens,
+        # Of these two a server knows at least one; an answer is as long as asked, or refused.
+        "min_tokens": ask.output_tokens,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        # Names each token, and so tells of those whose text is not complete yet.
+        "return_token_ids": True,
+    }
 
 
 def _parse(data: str) -> dict[str, Any]:
