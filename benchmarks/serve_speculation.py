@@ -1,13 +1,16 @@
 """What guesses and shared beginnings save on this machine.
 
     python -m benchmarks.serve_speculation CKPT [--draft CKPT] [--rounds 5] [--threads 1]
-        [--clock wall|cpu] [--prompts N] [--new-tokens N] [--only edit|chat|prefix] [--json]
+        [--clock wall|cpu] [--prompts N] [--new-tokens N] [--only edit|extract|chat|prefix]
+        [-o FILE] [--json]
 
-Three comparisons, each interleaved round by round, ratios of medians:
+Four comparisons, each interleaved round by round, ratios of medians:
 
-    edit         answers that quote their prompt, with guesses against without. The answers are
-                 forced, because a small model does not copy: each token's logit is raised before it
-                 is chosen. Passes, guesses and everything else are as they are.
+    edit         a text repeated, and repeated with some words changed: with guesses against
+                 without. The answers are forced, because a small model does not copy: each token's
+                 logit is raised before it is chosen. Passes, guesses and everything else are as
+                 they are.
+    extract      answers of JSON whose values are clauses of the prompt; forced, too.
     chat         what the model itself says to short questions, with guesses against without;
                  greedy, and sampled at temperature 0.8.
     prefix       time to the first token behind 1,024 tokens that were read before, against the
@@ -26,6 +29,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -54,6 +58,30 @@ PARAGRAPHS = [
     "crowns, and whoever finds a lost one is given a coffee in the hall.",
 ]
 EDITS = [("The", "This"), ("and", "as well as"), ("forty", "fifty"), ("four", "six")]
+#: Key → the clause of the paragraph that is its value, for each paragraph.
+EXTRACTS = [
+    {
+        "opening_hours": "opens at six on weekdays and at eight on Saturdays",
+        "deposit": "Boats longer than nine metres pay a deposit of forty crowns",
+        "refund": "returned when the berth is left clean",
+        "included": "Water and electricity are included, laundry is not",
+        "forbidden": "nobody may swim between the red buoys",
+    },
+    {
+        "duration": "the pump ran for eleven hours without a fault",
+        "temperature": "rose to sixty-one degrees and stayed there",
+        "limit": "well below the limit of seventy-five",
+        "finding": "a fine grey dust on the filter, which is graphite by all we know",
+        "advice": "change the seal of the second stage before the third test begins",
+    },
+    {
+        "period": "lends books for four weeks",
+        "extension": "A loan can be extended twice, unless another reader has asked for the book",
+        "children": "Children under twelve need the signature of a parent",
+        "not_lent": "Maps and newspapers are read in the house",
+        "loss": "pays for a new copy and a fee of five crowns",
+    },
+]
 QUESTIONS = [
     "What is the capital of Norway, and what is it known for?",
     "Write a short poem about a lighthouse.",
@@ -199,19 +227,39 @@ def compare(
     }
 
 
-def measure_edit(setting: Setting, together: int) -> dict[str, float]:
-    runtime = setting.runtime
-    answers, prompts = {}, {}
-    for i, paragraph in enumerate(PARAGRAPHS[: setting.prompts]):
+#: Name → task, text and answer.
+Quotes = dict[str, tuple[str, str, str]]
+
+
+def edits() -> Quotes:
+    """Every paragraph as it is, and with some words changed."""
+    found: Quotes = {}
+    for i, paragraph in enumerate(PARAGRAPHS):
         edited = paragraph
         for old, new in EDITS:
             edited = edited.replace(f" {old} ", f" {new} ")
-        for name, task, answer in (
-            ("copy", "Repeat this text word for word.", paragraph),
-            ("edit", "Correct this text where needed.", edited),
-        ):
-            prompts[f"{name}{i}"] = chat(runtime, f"{task}\n\n{paragraph}")
-            answers[f"{name}{i}"] = runtime.tokenizer.encode(answer)
+        found[f"copy{i}"] = ("Repeat this text word for word.", paragraph, paragraph)
+        found[f"edit{i}"] = ("Correct this text where needed.", paragraph, edited)
+    return found
+
+
+def extracts() -> Quotes:
+    """Clauses of every paragraph, by key."""
+    return {
+        f"extract{i}": (
+            f"Give these as JSON, in the words of the text: {', '.join(wanted)}.",
+            paragraph,
+            json.dumps(wanted, indent=1),
+        )
+        for i, (paragraph, wanted) in enumerate(zip(PARAGRAPHS, EXTRACTS, strict=True))
+    }
+
+
+def measure_quotes(setting: Setting, quotes: Quotes, together: int) -> dict[str, float]:
+    runtime = setting.runtime
+    chosen = dict(list(quotes.items())[: setting.prompts])
+    prompts = {name: chat(runtime, f"{task}\n\n{text}") for name, (task, text, _) in chosen.items()}
+    answers = {name: runtime.tokenizer.encode(said) for name, (_, _, said) in chosen.items()}
     engines = (open_engine(setting, guesses=False), open_engine(setting, guesses=True))
     for engine in engines:
         force(engine, answers)
@@ -278,7 +326,8 @@ def main() -> None:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--prompts", type=int, default=8, help="at most, of each comparison")
     parser.add_argument("--new-tokens", type=int, default=160, help="of an answer in chat")
-    parser.add_argument("--only", choices=("edit", "chat", "prefix"))
+    parser.add_argument("--only", choices=("edit", "extract", "chat", "prefix"))
+    parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -288,7 +337,8 @@ def main() -> None:
     rounds = options.rounds
     setting = Setting(runtime, draft, rounds, clock, options.prompts, options.new_tokens)
     parts: dict[str, Callable[[], object]] = {
-        "edit": lambda: {n: measure_edit(setting, n) for n in (1, 6)},
+        "edit": lambda: {n: measure_quotes(setting, edits(), n) for n in (1, 6)},
+        "extract": lambda: {n: measure_quotes(setting, extracts(), n) for n in (1, 3)},
         "chat": lambda: {
             f"{n} at {t}": measure_chat(setting, n, t) for n, t in ((1, 0.0), (1, 0.8), (8, 0.0))
         },
@@ -308,6 +358,8 @@ def main() -> None:
             found[name] = part()
             if not options.json:
                 print(name, json.dumps(found[name], indent=1), flush=True)
+    if options.output:
+        options.output.write_text(json.dumps(found, indent=1) + "\n")
     if options.json:
         print(json.dumps(found))
     else:
