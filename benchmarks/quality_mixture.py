@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_recipes import BUDGETS, Ours
+from benchmarks.quality_recipes import BUDGETS, INGREDIENTS, Ours
 
 _INSPECT = [sys.executable, "-m", "quantkit.cli.main", "inspect"]
 
@@ -43,6 +43,8 @@ def measure_once(
         "--samples", str(args.sensitivity_samples), "--seq-len", str(args.sensitivity_seq_len),
         "--seed", str(args.seed),
     ]  # fmt: skip
+    if args.scheme in INGREDIENTS:
+        command += ["--schemes", ",".join(INGREDIENTS[args.scheme])]
     seconds, peak = run_measured(command)
     found: dict[str, Any] = {
         "file": file.name,

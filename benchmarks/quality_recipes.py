@@ -39,7 +39,15 @@ _STATIC = {
 }
 
 #: ``--scheme`` of a mixture → the stored bits a weight that it may take.
-BUDGETS = {"mixed-4.5": 4.5, "mixed-5.5": 5.5}
+BUDGETS = {"mixed-3.25": 3.25, "mixed-4.5": 4.5, "mixed-5.5": 5.5}
+
+#: ``--scheme`` of a mixture → what it is made of, where that is not `quantkit.mixture.CANDIDATES`.
+INGREDIENTS = {
+    "mixed-3.25": (
+        "w2a16-g64", "w2a16-g32", "w2a16-asym-g32", "w3a16-g64", "w3a16-asym-g64", "w3a16-g32",
+        "w4a16-g64", "w4a16-asym-g64", "w5a16-g64",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,12 @@ RECIPES: dict[str, dict[str, Ours]] = {
     "fp8": _uniform("fp8", _WITH_ACTIVATIONS),
     "fp8-static": _uniform("fp8-static", _STATIC),
     # A mixture beside what is uniform and takes as many bits, or one step less.
+    "mixed-3.25": {
+        "quantkit w3a16-g64, GPTQ": Ours("w3a16-g64", "gptq"),
+        "quantkit mixture, GPTQ": Ours("mixed-3.25", "gptq"),
+        "quantkit w3a16-g64, GPTQ, Fisher, distill": Ours("w3a16-g64", f"[{_FISHER}, distill]"),
+        "quantkit mixture, GPTQ, Fisher, distill": Ours("mixed-3.25", f"[{_FISHER}, distill]"),
+    },
     "mixed-4.5": {
         "quantkit w4a16-g64, GPTQ": Ours("w4a16-g64", "gptq"),
         "quantkit w4a16-g32, GPTQ": Ours("w4a16-g32", "gptq"),

@@ -8,10 +8,10 @@ pins differ: `python -m venv peer && peer/bin/pip install torch==2.13.0 llmcompr
     python -m benchmarks.vs_peers_quality MODEL --data c4.jsonl --text a.txt --text b.txt \\
         [--scheme w3a16-g64] --peer-python peer/bin/python [--gguf Q4_K_M=m.gguf] -o results.json
 
-``--scheme mixed-4.5`` and ``mixed-5.5`` hold mixtures of schemes beside uniform ones of as many
-bits. The sensitivity that mixtures are chosen by is measured once, on windows of the same file, and
-kept in a file of its own; what that costs is said apart from the rows. Both budgets may share it:
-``--sensitivity s.json``.
+``--scheme mixed-3.25``, ``mixed-4.5`` and ``mixed-5.5`` hold mixtures of schemes beside uniform
+ones of as many bits. The sensitivity that mixtures are chosen by is measured once, on windows of the
+same file, and kept in a file of its own; what that costs is said apart from the rows. The larger two
+budgets may share it: ``--sensitivity s.json``.
 
 ``--gguf`` adds a file that llama-quantize made: its blocks' matrices, dequantized, in an otherwise
 untouched original. So its embedding and head are kept like everyone's, whatever the file has there.
@@ -45,7 +45,7 @@ from benchmarks import quality_recipes
 from benchmarks.quality_gguf import block_bits, graft, is_matrix, on_a_grid
 from benchmarks.quality_mixture import measure_once, write_mixture
 from benchmarks.quality_peers import PEER_VERSIONS, PEERS
-from benchmarks.quality_recipes import BUDGETS, RECIPES
+from benchmarks.quality_recipes import BUDGETS, INGREDIENTS, RECIPES
 from benchmarks.quality_table import table
 from benchmarks.systems import named
 from quantkit.schemes import SCHEMES, QuantSpec
@@ -187,6 +187,8 @@ def describe(args: argparse.Namespace, model: Path, tokens_hash: str) -> dict[st
             "seq_len": args.sensitivity_seq_len,
             "solver": "gptq",
         }
+        if args.scheme in INGREDIENTS:
+            facts["sensitivity"]["schemes"] = list(INGREDIENTS[args.scheme])
     if args.peer_python:
         command = [args.peer_python, "-c", PEER_VERSIONS]
         answer = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout

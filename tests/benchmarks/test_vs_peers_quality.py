@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import quality_gguf, quality_mixture
 from benchmarks import vs_peers_quality as vs
-from benchmarks.quality_recipes import BUDGETS, Ours, describe
+from benchmarks.quality_recipes import BUDGETS, INGREDIENTS, Ours, describe
 from quantkit.algorithms import KNOWN
 from quantkit.mixture import candidate
 from quantkit.recipe import parse_recipe
@@ -166,7 +166,12 @@ def test_a_sensitivity_file_is_measured_once(
 ) -> None:
     file = tmp_path / "s.json"
     args = argparse.Namespace(
-        sensitivity=file, data="c4", sensitivity_samples=4, sensitivity_seq_len=8, seed=3
+        sensitivity=file,
+        data="c4",
+        sensitivity_samples=4,
+        sensitivity_seq_len=8,
+        seed=3,
+        scheme="mixed-4.5",
     )
     commands: list[list[str]] = []
 
@@ -184,6 +189,9 @@ def test_a_sensitivity_file_is_measured_once(
     # The file is held against the model, data and settings by the command itself, every time.
     assert len(commands) == 3
     assert all(" ".join(c).endswith("--samples 4 --seq-len 8 --seed 3") for c in commands)
+    args.scheme = "mixed-3.25"
+    quality_mixture.measure_once(args, tmp_path, first)
+    assert commands[-1][-2:] == ["--schemes", ",".join(INGREDIENTS["mixed-3.25"])]
     with pytest.raises(SystemExit, match="another sensitivity file"):
         quality_mixture.measure_once(args, tmp_path, {**first, "sha256": "0"})
 
