@@ -9,9 +9,9 @@ pins differ: `python -m venv peer && peer/bin/pip install torch==2.13.0 llmcompr
         [--scheme w3a16-g64] --peer-python peer/bin/python [--gguf Q4_K_M=m.gguf] -o results.json
 
 ``--scheme mixed-3.25``, ``mixed-4.5`` and ``mixed-5.5`` hold mixtures of schemes beside uniform
-ones of as many bits. The sensitivity that mixtures are chosen by is measured once, on windows of the
-same file, and kept in a file of its own; what that costs is said apart from the rows. The larger two
-budgets may share it: ``--sensitivity s.json``.
+ones of as many bits. The sensitivity that mixtures are chosen by is measured once, on windows of
+the same file, and kept in a file of its own; what that costs is said apart from the rows. The
+larger two budgets may share it: ``--sensitivity s.json``.
 
 ``--gguf`` adds a file that llama-quantize made: its blocks' matrices, dequantized, in an otherwise
 untouched original. So its embedding and head are kept like everyone's, whatever the file has there.
