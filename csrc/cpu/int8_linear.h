@@ -26,7 +26,10 @@ namespace {
 struct IntMath {
   using Acc = __m512i;
   using Word = __m512i;
-  static constexpr int kRows = 3, kBlocks = 4;
+  // Twelve sums, and as many running y: few rows take a weight's run of memory whole, many rows
+  // share the work of decoding it.
+  static constexpr int kBlocks = 4, kTallBlocks = 2;
+  static constexpr int rows(int blocks) { return blocks == 4 ? 3 : 6; }
   static constexpr int32_t kByteOffset = 128;  // what load8 adds to a code
   static Acc splat(int32_t v) { return _mm512_set1_epi32(v); }
   static Word load8(const uint8_t* chunk) {
@@ -57,7 +60,8 @@ struct IntMath {
     __m256i part[2];
   };
   using Word = Acc;
-  static constexpr int kRows = 2, kBlocks = 1;
+  static constexpr int kBlocks = 1, kTallBlocks = 1;
+  static constexpr int rows(int) { return 2; }
   static constexpr int32_t kByteOffset = 0;
   static Acc splat(int32_t v) { return {{_mm256_set1_epi32(v), _mm256_set1_epi32(v)}}; }
   static Word load8(const uint8_t* chunk) {
@@ -126,7 +130,8 @@ struct IntMath {
   struct Word {
     int8_t byte[64];
   };
-  static constexpr int kRows = 2, kBlocks = 1;
+  static constexpr int kBlocks = 1, kTallBlocks = 1;
+  static constexpr int rows(int) { return 2; }
   static constexpr int32_t kByteOffset = 0;
   static Acc splat(int32_t v) {
     Acc a;
@@ -214,7 +219,7 @@ struct Int8Linear {
 #pragma GCC unroll 4
         for (int b = 0; b < NB; ++b) acc[m][b] = IntMath::splat(static_cast<int32_t>(start));
       }
-      for (; k < end; k += kCodes, chunk += at.step) {
+      const auto multiply = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int b = 0; b < NB; ++b) {
           if constexpr (kDecode == Int8Decode::kBytes) {
@@ -240,6 +245,15 @@ struct Int8Linear {
             }
           }
         }
+        k += kCodes;
+        chunk += at.step;
+      };
+      if constexpr (kDecode == Int8Decode::kBytes) {
+        // The compiler copies every sum once a turn: fewer turns.
+#pragma GCC unroll 4
+        while (k < end) multiply();
+      } else {
+        while (k < end) multiply();
       }
       k = end;
       const int64_t group = job.steps_a_group == 1 ? s : s / job.steps_a_group;
@@ -283,11 +297,21 @@ struct Int8Linear {
 
   template <int NB, Int8Decode kDecode, bool kZero>
   static void rows(const Int8Job& job, const Int8Tile& tile, int64_t row, int64_t count) {
+    constexpr int kMost = IntMath::rows(NB);
     switch (count) {
       case 1: return strip<1, NB, kDecode, kZero>(job, tile, row);
       case 2: return strip<2, NB, kDecode, kZero>(job, tile, row);
+      case 3:
+        if constexpr (kMost >= 3) strip<3, NB, kDecode, kZero>(job, tile, row);
+        return;
+      case 4:
+        if constexpr (kMost >= 4) strip<4, NB, kDecode, kZero>(job, tile, row);
+        return;
+      case 5:
+        if constexpr (kMost >= 5) strip<5, NB, kDecode, kZero>(job, tile, row);
+        return;
       default:
-        if constexpr (IntMath::kRows >= 3) strip<3, NB, kDecode, kZero>(job, tile, row);
+        if constexpr (kMost >= 6) strip<6, NB, kDecode, kZero>(job, tile, row);
     }
   }
 
@@ -306,7 +330,7 @@ struct Int8Linear {
       t.zero = static_cast<const float*>(zeros.tile(
           job.n, first, kWidth, job.groups, memory + job.groups * kWidth, &t.zero_step));
     }
-    const int64_t height = ceil_div(range.rows, ceil_div(range.rows, IntMath::kRows));
+    const int64_t height = ceil_div(range.rows, ceil_div(range.rows, IntMath::rows(NB)));
     for (int64_t m = 0; m < range.rows; m += height) {
       const int64_t count = height < range.rows - m ? height : range.rows - m;
       rows<NB, kDecode, kZero>(job, t, range.row + m, count);
@@ -315,9 +339,11 @@ struct Int8Linear {
 
   template <Int8Decode kDecode, bool kZero>
   static void blocks(const Int8Job& job, const Range& range, uint8_t* scratch) {
+    const bool tall = kDecode == Int8Decode::kBytes && range.rows > IntMath::rows(IntMath::kBlocks);
+    const int64_t widest = tall ? IntMath::kTallBlocks : IntMath::kBlocks;
     int64_t left = range.blocks;
     for (int64_t block = range.block; left > 0;) {
-      const int64_t count = blocks_at_once(block, left, IntMath::kBlocks);
+      const int64_t count = blocks_at_once(block, left, widest);
       if (count == 4) {
         if constexpr (IntMath::kBlocks >= 4) tile<4, kDecode, kZero>(job, block, range, scratch);
       } else if (count == 2) {
