@@ -9,6 +9,7 @@
 #                                     quantizers beside a copy
 #   benchmarks/gpu_session.sh 5 OUT   4-bit floats beside W4A16 and cuBLAS in bf16
 #   benchmarks/gpu_session.sh 6 OUT   paged attention beside torch's SDPA in bf16
+#   benchmarks/gpu_session.sh 7 OUT   Hadamard products beside torch's, and rows without them
 #
 # OUT is a folder for the results. Needs csrc/, quantkit/, benchmarks/, nvcc, cmake, ninja and a
 # CUDA build of torch in PYTHON (third argument, default python3); no network.
@@ -38,10 +39,11 @@ case "$stage" in
     "$python" -m benchmarks.gpu_w8 check | tee "$out/check_w8.txt"
     "$python" -m benchmarks.gpu_fp4 check | tee "$out/check_fp4.txt"
     "$python" -m benchmarks.gpu_attention check | tee "$out/check_attention.txt"
+    "$python" -m benchmarks.gpu_hadamard check | tee "$out/check_hadamard.txt"
     ;;
   2)
     for tool in memcheck racecheck synccheck; do
-      for module in gpu_w4a16 gpu_w8 gpu_fp4 gpu_attention; do
+      for module in gpu_w4a16 gpu_w8 gpu_fp4 gpu_attention gpu_hadamard; do
         log="$out/$tool-$module.txt"
         compute-sanitizer --tool "$tool" --error-exitcode 1 \
           "$python" -m "benchmarks.$module" check --small >"$log" 2>&1 ||
@@ -63,8 +65,11 @@ case "$stage" in
     "$python" -m benchmarks.gpu_attention bench --json "$out/attention.json" |
       tee "$out/attention.txt"
     ;;
+  7)
+    "$python" -m benchmarks.gpu_hadamard bench --json "$out/hadamard.json" | tee "$out/hadamard.txt"
+    ;;
   *)
-    echo "stage $stage is unknown; use 1 to 6" >&2
+    echo "stage $stage is unknown; use 1 to 7" >&2
     exit 2
     ;;
 esac

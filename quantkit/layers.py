@@ -44,6 +44,7 @@ class QuantLinear(nn.Module):
     input_scale: Tensor | None
     order: Tensor | None
     factor: Tensor | None
+    signs: Tensor | None
 
     #: T5's feed-forward layers ask for its dtype, and take no tensor for an answer.
     weight = None
@@ -68,7 +69,10 @@ class QuantLinear(nn.Module):
         self._keep("input_scale", input_scale)
         self._keep("order", order)
         self.hadamard = hadamard
-        self._keep("factor", hadamards.factor(hadamard) if hadamard else None)
+        factor = hadamards.factor(hadamard) if hadamard else None
+        self._keep("factor", factor)
+        signs = ops.pack_hadamard(factor) if factor is not None and kernels == "native" else None
+        self._keep("signs", signs)
         if kernels == "reference":
             for name in ("codes", "scale", "zero", "global_scale"):
                 self._keep(name, getattr(q, name))
@@ -92,7 +96,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` → ``[..., N]`` in x's dtype."""
         if self.factor is not None:
-            x = ops.get_backend(self.kernels).hadamard(x, self.factor, self.hadamard)
+            x = self._turned(x, self.factor)
         if self.order is not None:
             x = x.index_select(-1, self.order)
         if self.kind == "w8a8":
@@ -110,6 +114,12 @@ class QuantLinear(nn.Module):
             )  # fmt: skip
         kind = "int8" if self.spec.dtype is DType.INT else "fp8"
         return ops.w8_linear(x, self.packed, self.scale, self.zero, self.bias, kind, self.group)
+
+    def _turned(self, x: Tensor, factor: Tensor) -> Tensor:
+        """The input times its Hadamard matrix, by the kernel of the device."""
+        if x.is_cuda and self.signs is not None:
+            return ops.hadamard_mma(x, self.signs, factor.shape[0], self.hadamard)
+        return ops.get_backend(self.kernels).hadamard(x, factor, self.hadamard)
 
     def _int8(self, x: Tensor) -> Tensor:
         spec = self.scheme.input

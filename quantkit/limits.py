@@ -38,19 +38,14 @@ def check_limits(
 
     Raises:
         UsageError: one batch of hidden states is more than ``activation_memory``, or the others
-            cannot go to disk; signround on other inputs than tokens; a rotation at inference off
-            the CPU; something that several processes cannot do, or fewer batches than processes.
+            cannot go to disk; signround on other inputs than tokens; something that several
+            processes cannot do, or fewer batches than processes.
     """
     spilled = spills(plan, activation_memory)
     if spilled:
         _check_spilling(model)
     if plan.signround is not None:
         check_windows(batches)
-    if plan.rotation is not None and plan.rotation.mlp and model.device.type != "cpu":
-        raise UsageError(
-            f"rotate: mlp: its product has kernels for the CPU, and the model is on {model.device}",
-            remedy="set `mlp: false`, or calibrate on the CPU",
-        )
     if together.size == 1:
         return
     if spilled or plan.signround is not None:

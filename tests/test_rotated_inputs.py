@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quantkit import hadamard, numerics, ops
@@ -19,12 +21,13 @@ from quantkit.cli.main import run as run_cli
 from quantkit.engines.artifact import read_artifact
 from quantkit.engines.support import Host
 from quantkit.engines.support import check as check_engine
-from quantkit.errors import UsageError
+from quantkit.errors import KernelMissingError, UsageError
 from quantkit.layers import QuantLinear
 from quantkit.limits import check_limits
 from quantkit.models.load import load_runtime
 from quantkit.models.runtime import Runtime
 from quantkit.models.verify import verify_files
+from quantkit.ops import library
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import Step
 from quantkit.rotation import STREAMS, PlannedRotation
@@ -127,9 +130,44 @@ def test_a_layer_multiplies_its_input_first(scheme: str, kernels: str) -> None:
     assert "hadamard" not in repr(plain)
 
 
+class Called(TorchDispatchMode):
+    """Names of our operators, in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "quantkit":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g64", "w8a16", "fp8", "w8a8"])
+def test_a_layer_on_a_gpu_takes_the_tensor_cores_product(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors without data on a GPU that need not be there; w8a8's layer has no kernel there."""
+    monkeypatch.setattr(library.CUDA, "handle", object())
+    q = numerics.quantize_weight(torch.randn(32, 192).bfloat16(), SCHEMES[scheme].weight)
+    layer = QuantLinear(q, SCHEMES[scheme], hadamard=96)
+    elsewhere, gpu = FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda:0")
+    for name, buffer in list(layer.named_buffers()):
+        setattr(layer, name, FakeTensor(elsewhere, buffer.to("meta"), gpu))
+    with elsewhere, Called() as called:
+        x = torch.empty(2, 5, 192, dtype=torch.bfloat16, device=gpu)
+        if scheme == "w8a8":
+            with pytest.raises(KernelMissingError, match="w8a8_linear has no CUDA kernel"):
+                layer(x)
+        else:
+            assert layer(x).shape == (2, 5, 32)
+    assert called.names[0] == "hadamard_mma"
+    assert "hadamard" not in called.names
+
+
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static", "w4a16-g64"])
 def test_a_checkpoint_with_a_turned_mlp_runs_here_and_nowhere_else(
-    scheme: str, tiny: Path, traffic: Path, tmp_path: Path
+    scheme: str, tiny: Path, traffic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A whole run; then every kernel, verify, and whoever must refuse it."""
     path, out = tmp_path / "recipe.yaml", tmp_path / "out"
@@ -161,6 +199,13 @@ def test_a_checkpoint_with_a_turned_mlp_runs_here_and_nowhere_else(
     assert runtime.fallback is None
     assert runtime.fingerprint["kernels"].endswith("+rotated-down")
     assert relative(runtime.logits(IDS[0].tolist()), wanted[0]) < limit
+
+    if scheme != "w4a16-g64":
+        monkeypatch.setattr("quantkit.models.load.check_target", lambda *_: None)
+        with pytest.raises(
+            KernelMissingError, match=r"layers\.0\.\S+ multiplies int8 by int8, which"
+        ):
+            load_runtime(out, device="cuda")
 
     with pytest.raises(Exception, match="rotated-"):
         AutoModelForCausalLM.from_pretrained(out)
@@ -216,15 +261,13 @@ def test_a_plan_turns_quantized_down_projections_alone() -> None:
     assert "model.layers.0.mlp.down_proj" not in behind
 
 
-def test_it_calibrates_on_the_cpu() -> None:
-    model = tiny_llama()
+def test_it_calibrates_on_a_gpu_too() -> None:
+    """There the product is torch's, as the reference kernels compute it."""
     plan = make_plan(
-        recipe(Step("rotate", {"mlp": True}), Step("rtn")), model, samples=1, seq_len=8
+        recipe(Step("rotate", {"mlp": True}), Step("rtn")), tiny_llama(), samples=1, seq_len=8
     )
     elsewhere = SimpleNamespace(device=torch.device("cuda"))
-    with pytest.raises(UsageError, match=r"rotate: mlp: .* the model is on cuda"):
-        check_limits(plan, elsewhere, [])  # type: ignore[arg-type]
-    check_limits(plan, model, [])
+    check_limits(plan, elsewhere, [])  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-// The CUDA operators between the linear layers: activation quantizers, alone and fused.
+// The CUDA operators between the linear layers: activation quantizers and Hadamard products, alone
+// and fused.
 #include <tuple>
 
 #include "cuda.h"
@@ -169,12 +170,16 @@ std::tuple<Tensor, Tensor> add_rms_norm_quantize(Tensor residual, std::optional<
   return {codes.q, codes.scale};
 }
 
-// The arguments of a gate, without its result.
-qk_gate_args gate_args(const char* op, const Tensor& gate_up, const Rows& rows, int64_t gate) {
+void check_gate(const char* op, const Tensor& gate_up, const Rows& rows, int64_t gate) {
   require(gate == QK_GATE_SILU || gate == QK_GATE_GELU_TANH, op, "gate ", gate,
           " is unknown; use 0 for silu or 1 for gelu_tanh");
   require(rows.k % 2 == 0, op, "gate_up has shape ", shape_of(gate_up),
           ", its last dimension must be even: all of gate, then all of up");
+}
+
+// The arguments of a gate, without its result.
+qk_gate_args gate_args(const char* op, const Tensor& gate_up, const Rows& rows, int64_t gate) {
+  check_gate(op, gate_up, rows, gate);
   check_width(op, "gate_up", gate_up, rows.k, 2 * 49152);
   qk_gate_args args{};
   args.kind = static_cast<int32_t>(gate);
@@ -208,6 +213,85 @@ std::tuple<Tensor, Tensor> gated_activation_quantize(Tensor gate_up, int64_t gat
   return {codes.q, codes.scale};
 }
 
+// ---- Hadamard products -----------------------------------------------------------------------
+
+// Shared memory that a block may ask for.
+int64_t shared_bytes(int device) {
+  int bytes = 0;
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
+// The arguments of a product of rows of `columns`, without its result.
+qk_cuda_hadamard_args hadamard_args(const char* op, const char* what, const Tensor& x,
+                                    const Rows& rows, int64_t columns, const Tensor& signs,
+                                    int64_t base, int64_t order) {
+  require(base >= 1 && base <= QK_LARGEST_BASE, op, "base ", base, " must be 1 to ",
+          int{QK_LARGEST_BASE}, ", the rows of quantkit.hadamard.factor");
+  const int64_t runs = order / base;
+  require(order > 0 && order % base == 0 && (runs & (runs - 1)) == 0, op, "order ", order,
+          " must be a power of two times ", base, ", the base");
+  require(columns > 0 && columns % order == 0, op, what, " has shape ", shape_of(x),
+          ", rows of ", columns, " columns must be a multiple of the order ", order);
+  const int64_t bands = (base + 15) / 16, words = (base + 63) / 64;
+  require(signs.scalar_type() == ScalarType::Int && signs.dim() == 3 && signs.size(0) == bands &&
+              signs.size(1) == words && signs.size(2) == 32 && signs.is_contiguous(),
+          op, "signs have shape ", shape_of(signs), " and dtype ", name_of(signs.scalar_type()),
+          ", must be contiguous int32 [", bands, ", ", words, ", 32] for base ", base,
+          "; make them with quantkit.ops.pack_hadamard");
+  require_same_device(op, "signs", signs, x);
+  const int64_t needed = qk_cuda_hadamard_bytes(columns, base);
+  const int64_t most = shared_bytes(x.get_device_index());
+  require(needed <= most, op, "a row of ", columns, " columns takes ", needed,
+          " bytes of a block's shared memory, and this GPU has ", most,
+          "; use get_backend('reference') here");
+  qk_cuda_hadamard_args args{};
+  args.order = order;
+  args.base = base;
+  args.signs = static_cast<const uint32_t*>(signs.const_data_ptr());
+  args.m = rows.m;
+  args.n = args.ldy = columns;
+  args.x = rows.data;
+  args.ldx = rows.stride;
+  args.dtype = row_dtype(op, what, x);
+  return args;
+}
+
+Tensor hadamard_mma(Tensor x, Tensor signs, int64_t base, int64_t order) {
+  const char* op = "hadamard_mma";
+  const Rows rows = rows_of(op, "x", x);
+  qk_cuda_hadamard_args args = hadamard_args(op, "x", x, rows, rows.k, signs, base, order);
+  Tensor y = empty(with_last(x, args.n), x.scalar_type(), x);
+  args.y = y.mutable_data_ptr();
+  on_stream(op, x, [&](void* stream) { return qk_cuda_hadamard(&args, nullptr, stream); });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> hadamard_mma_quantize(Tensor x, Tensor signs, int64_t base,
+                                                 int64_t order, int64_t kind, int64_t group) {
+  const char* op = "hadamard_mma_quantize";
+  const Rows rows = rows_of(op, "x", x);
+  const auto args = hadamard_args(op, "x", x, rows, rows.k, signs, base, order);
+  Codes codes(op, x, args.n, args.dtype, byte_format(op, kind), group);
+  on_stream(op, x, [&](void* stream) { return qk_cuda_hadamard(&args, &codes.args, stream); });
+  return {codes.q, codes.scale};
+}
+
+std::tuple<Tensor, Tensor> gated_hadamard_mma_quantize(Tensor gate_up, Tensor signs, int64_t base,
+                                                       int64_t order, int64_t gate, int64_t kind,
+                                                       int64_t group) {
+  const char* op = "gated_hadamard_mma_quantize";
+  const Rows rows = rows_of(op, "gate_up", gate_up);
+  check_gate(op, gate_up, rows, gate);
+  auto args = hadamard_args(op, "gate_up", gate_up, rows, rows.k / 2, signs, base, order);
+  args.gated = 1;
+  args.gate = static_cast<int32_t>(gate);
+  Codes codes(op, gate_up, args.n, args.dtype, byte_format(op, kind), group);
+  on_stream(op, gate_up,
+            [&](void* stream) { return qk_cuda_hadamard(&args, &codes.args, stream); });
+  return {codes.q, codes.scale};
+}
+
 }  // namespace
 }  // namespace quantkit::binding
 
@@ -222,4 +306,7 @@ STABLE_TORCH_LIBRARY_IMPL(quantkit, CUDA, m) {
   m.impl("add_rms_norm_quantize", TORCH_BOX(&add_rms_norm_quantize));
   m.impl("gated_activation", TORCH_BOX(&gated_activation));
   m.impl("gated_activation_quantize", TORCH_BOX(&gated_activation_quantize));
+  m.impl("hadamard_mma", TORCH_BOX(&hadamard_mma));
+  m.impl("hadamard_mma_quantize", TORCH_BOX(&hadamard_mma_quantize));
+  m.impl("gated_hadamard_mma_quantize", TORCH_BOX(&gated_hadamard_mma_quantize));
 }

@@ -106,6 +106,9 @@ struct Pair<bf16> {
 // The product, rounded, even where a sum follows: compilers make one fma of the two otherwise.
 __device__ __forceinline__ float multiply_then_round(float a, float b) { return __fmul_rn(a, b); }
 
+// a / b to 2 ulp; 0 where b is past 2^126.
+__device__ __forceinline__ float divide_nearly(float a, float b) { return __fdividef(a, b); }
+
 // Two e4m3 codes to a pair of f16, exactly; and back with saturation to 448.
 __device__ __forceinline__ uint32_t e4m3x2_to_f16x2(uint16_t codes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
@@ -143,6 +146,13 @@ __device__ __forceinline__ uint32_t permute_bytes_or_signs(uint32_t a, uint32_t 
   uint32_t d;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
   return d;
+}
+
+// The same number, of which the compiler knows nothing: what is made of it is made anew, and not kept
+// in registers from before.
+__device__ __forceinline__ int opaque(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
 }
 
 // ---- a warp ----------------------------------------------------------------------------------

@@ -4,21 +4,6 @@
 namespace quantkit::cuda::rows {
 namespace {
 
-bool known(int32_t dtype) { return dtype == QK_F16 || dtype == QK_BF16; }
-
-// The sink of a quantizer of rows of k columns of `dtype`, or a status.
-int codes_sink(const qk_quantize_args& a, int32_t dtype, int64_t k, Sink& sink) {
-  if (a.group_size <= 0 || a.q == nullptr || a.scale == nullptr) return QK_INVALID_ARGUMENT;
-  if (a.format != QK_I8 && a.format != QK_F8) return QK_UNSUPPORTED;
-  if (a.group_size < k && (a.group_size != kGroup || a.format != QK_F8)) return QK_UNSUPPORTED;
-  if (a.scale_given && a.group_size < k) return QK_UNSUPPORTED;
-  if (!a.scale_given && a.arith_dtype != dtype) return QK_UNSUPPORTED;
-  const Output output =
-      a.scale_given ? kStaticCodes : a.group_size < k ? kGroupCodes : kTokenCodes;
-  sink = {output, a.format, a.arith_dtype, a.scale, a.q, nullptr, 0};
-  return QK_OK;
-}
-
 bool fits(int64_t k, int bytes_a_column) { return k > 0 && k <= kMostBytes / bytes_a_column; }
 
 template <class T>

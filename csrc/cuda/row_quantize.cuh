@@ -13,10 +13,11 @@
 //
 // Ladder, built but not timed on a GPU yet (benchmarks/gpu_session.sh):
 //   1. Two kernels, norm and quantize: the row travels to memory and back.
-//   2. Staged in shared memory, 16 bytes a load and 8 codes a store (this file). CUDA 13.0, sm_80,
-//      86, 89 and 90a: LDG.E.128 and STG.E.64, no spills, 31 to 47 registers. IEEE division takes
-//      some ten instructions an element, which is more than a row's bytes take at full bandwidth: a
-//      long prompt is likely bound by it.
+//   2. Staged in shared memory, 16 bytes a load and 8 codes a store. CUDA 13.0, sm_80, 86, 89 and
+//      90a: LDG.E.128 and STG.E.64, no spills, 31 to 47 registers. IEEE division takes some ten
+//      instructions an element, which is more than a row's bytes take at full bandwidth.
+//   3. A product with the reciprocal in its place, to the bit (`Divisor`), and the sigmoid's to 2 ulp
+//      (this file).
 //
 // Source: dynamic per-token scales as in compressed-tensors; fused norm and quantization as in
 // vLLM's rms_norm_dynamic_per_token_quant.
@@ -43,6 +44,21 @@ struct Sink {
   int64_t ldy;
 };
 
+inline bool known(int32_t dtype) { return dtype == QK_F16 || dtype == QK_BF16; }
+
+// The sink of a quantizer of rows of k columns of `dtype`, or a status.
+inline int codes_sink(const qk_quantize_args& a, int32_t dtype, int64_t k, Sink& sink) {
+  if (a.group_size <= 0 || a.q == nullptr || a.scale == nullptr) return QK_INVALID_ARGUMENT;
+  if (a.format != QK_I8 && a.format != QK_F8) return QK_UNSUPPORTED;
+  if (a.group_size < k && (a.group_size != kGroup || a.format != QK_F8)) return QK_UNSUPPORTED;
+  if (a.scale_given && a.group_size < k) return QK_UNSUPPORTED;
+  if (!a.scale_given && a.arith_dtype != dtype) return QK_UNSUPPORTED;
+  const Output output =
+      a.scale_given ? kStaticCodes : a.group_size < k ? kGroupCodes : kTokenCodes;
+  sink = {output, a.format, a.arith_dtype, a.scale, a.q, nullptr, 0};
+  return QK_OK;
+}
+
 // ---- a block's sum and maximum ---------------------------------------------------------------
 
 // Of all threads, in every thread, in an order that depends on their number alone. `scratch` has an
@@ -61,7 +77,8 @@ __device__ __forceinline__ V over_block(V v, const SharedArray<V>& scratch, Comb
 }
 
 // Magnitudes are ordered as their bits, with NaN on top: a NaN becomes the maximum and the scale.
-__device__ __forceinline__ uint32_t magnitude(const float (&v)[8]) {
+template <int kCount>
+__device__ __forceinline__ uint32_t magnitude(const float (&v)[kCount]) {
   uint32_t most = 0;
 #pragma unroll
   for (float f : v) {
@@ -103,25 +120,44 @@ __device__ __forceinline__ uint32_t int8_code(float v) {
   return bits_as<uint32_t>(v + 12582912.0f) & 255u;
 }
 
-// The codes of eight values, lowest column in the lowest byte.
-__device__ __forceinline__ uint2 codes_of(const float (&v)[8], float scale, int format, int arith) {
-  uint32_t words[2];
+// What values are divided by. Where value, scale and result have the same 16-bit type, the product
+// with the scale's reciprocal rounds to the quotient's bits: a quotient of numbers of 11 (8) bits is
+// 2^-23 (2^-17) of itself away from every point where rounding turns, which has a bit more, and the
+// test of all pairs finds no other result. Tiny products, past the reciprocals of a float, have code 0.
+struct Divisor {
+  float scale, inverse;  // 0: divide
+};
+
+__device__ __forceinline__ Divisor divisor_of(float scale, bool one_type) {
+  const bool multiply = one_type && scale > 0x1p-100f && scale < 0x1p100f;
+  return {scale, multiply ? 1.0f / scale : 0.0f};
+}
+
+// The codes of four values, lowest column in the lowest byte.
+__device__ __forceinline__ uint32_t code_word(const float (&v)[4], const Divisor& by, int format,
+                                              int arith) {
+  float quotient[4];
+  if (by.inverse != 0.0f) {
 #pragma unroll
-  for (int w = 0; w < 2; ++w) {
-    float quotient[4];
+    for (int j = 0; j < 4; ++j) quotient[j] = round_to(v[j] * by.inverse, arith);
+  } else {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) quotient[j] = round_to(v[4 * w + j] / scale, arith);
-    if (format == QK_I8) {
-      words[w] = int8_code(quotient[0]) | int8_code(quotient[1]) << 8 |
-                 int8_code(quotient[2]) << 16 | int8_code(quotient[3]) << 24;
-    } else {
-      // Adding 0 turns -0 into +0, as the zero point of compressed-tensors does.
-      const uint32_t low = floats_to_e4m3x2(quotient[0] + 0.0f, quotient[1] + 0.0f);
-      const uint32_t high = floats_to_e4m3x2(quotient[2] + 0.0f, quotient[3] + 0.0f);
-      words[w] = low | high << 16;
-    }
+    for (int j = 0; j < 4; ++j) quotient[j] = round_to(v[j] / by.scale, arith);
   }
-  return {words[0], words[1]};
+  if (format == QK_I8) {
+    return int8_code(quotient[0]) | int8_code(quotient[1]) << 8 | int8_code(quotient[2]) << 16 |
+           int8_code(quotient[3]) << 24;
+  }
+  // Adding 0 turns -0 into +0, as the zero point of compressed-tensors does.
+  const uint32_t low = floats_to_e4m3x2(quotient[0] + 0.0f, quotient[1] + 0.0f);
+  const uint32_t high = floats_to_e4m3x2(quotient[2] + 0.0f, quotient[3] + 0.0f);
+  return low | high << 16;
+}
+
+__device__ __forceinline__ uint2 codes_of(const float (&v)[8], const Divisor& by, int format,
+                                          int arith) {
+  const float low[4] = {v[0], v[1], v[2], v[3]}, high[4] = {v[4], v[5], v[6], v[7]};
+  return {code_word(low, by, format, arith), code_word(high, by, format, arith)};
 }
 
 template <bool kVector>
@@ -177,7 +213,7 @@ struct Gated {
   int32_t kind;
 
   __device__ __forceinline__ float act(float g) const {
-    if (kind == QK_GATE_SILU) return g / (1.0f + expf(-g));
+    if (kind == QK_GATE_SILU) return divide_nearly(g, 1.0f + expf(-g));
     return 0.5f * g * (1.0f + tanhf(0.7978845608028654f * (g + 0.044715f * g * g * g)));
   }
 
@@ -335,7 +371,7 @@ __global__ void __launch_bounds__(kMostThreads)
         store_global(static_cast<T*>(sink.scale) + row * groups + i / 16, from_float<T>(scale));
       }
       store_codes<kVector>(q, 8 * i, columns,
-                           codes_of(v, scale, sink.format, sink.arith_dtype));
+                           codes_of(v, divisor_of(scale, true), sink.format, sink.arith_dtype));
     }
     return;
   }
@@ -353,10 +389,11 @@ __global__ void __launch_bounds__(kMostThreads)
     scale = scale_of<T>(over_block(most, maxima, larger), sink.format);
     if (thread == 0) store_global(static_cast<T*>(sink.scale) + row, from_float<T>(scale));
   }
+  const Divisor by = divisor_of(scale, sink.arith_dtype != QK_F32);
   for (int i = thread; i < vectors; i += threads) {
     float v[8];
     staged_at(i, v);
-    store_codes<kVector>(q, 8 * i, columns, codes_of(v, scale, sink.format, sink.arith_dtype));
+    store_codes<kVector>(q, 8 * i, columns, codes_of(v, by, sink.format, sink.arith_dtype));
   }
 }
 

@@ -24,8 +24,8 @@ endif()
 file(GLOB cuda_headers CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/cuda/*.cuh"
      "${CMAKE_CURRENT_SOURCE_DIR}/include/quantkit/*.h")
 set(cuda_objects "")
-foreach(source api fp4_api fp4a16_bf16 fp4a16_f16 paged_decode rope_store row_quantize w4_linear
-        w8_linear w4a16_bf16 w4a16_f16 w8_api w8a16_bf16 w8a16_f16)
+foreach(source api fp4_api fp4a16_bf16 fp4a16_f16 hadamard paged_decode rope_store row_quantize
+        w4_linear w8_linear w4a16_bf16 w4a16_f16 w8_api w8a16_bf16 w8a16_f16)
   set(object "${CMAKE_CURRENT_BINARY_DIR}/cuda_${source}.o")
   add_custom_command(
     OUTPUT "${object}"

@@ -24,6 +24,24 @@ __device__ __forceinline__ uint4 load_x(const T* row, int k, int columns) {
   }
 }
 
+// Four elements as two pairs, zero from `count` on. kVector: 8-byte aligned, and count is at least 4
+// or at most 0.
+template <bool kVector, class T>
+__device__ __forceinline__ uint2 load_four(const T* at, int count) {
+  if constexpr (kVector) {
+    return count > 0 ? load_global(reinterpret_cast<const uint2*>(at)) : uint2{0, 0};
+  } else {
+    uint32_t pairs[2] = {};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j >= count) continue;
+      const uint32_t element = bits_as<uint16_t>(load_global(at + j));
+      pairs[j / 2] |= element << (16 * (j % 2));
+    }
+    return {pairs[0], pairs[1]};
+  }
+}
+
 template <class T>
 __device__ __forceinline__ void to_floats(const uint4& pairs, float (&out)[8]) {
   const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};

@@ -79,7 +79,7 @@ def load_runtime(
         UsageError: no such model, a format quantkit does not run, or layers that are to stay on
             disk in other kernels than the reference's.
         QuantkitError: a missing or damaged tensor.
-        KernelMissingError: the native library is not built.
+        KernelMissingError: the native library is not built, or has no kernel for a layer there.
     """
     check_target(kernels, device)
     if streamed and kernels != "reference":
@@ -170,11 +170,6 @@ def _load_quantized(
     *,
     streamed: bool,
 ) -> Runtime:
-    if reader.hadamards() and device != "cpu" and kernels == "native":
-        raise KernelMissingError(
-            f"{folder}: inputs are multiplied by Hadamard matrices, which has no CUDA kernel",
-            remedy="use --device cpu, or --kernels reference",
-        )
     config = models.load_config(folder, str(folder))
     wanted = config.dtype if dtype == "auto" else dtype
     wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted or torch.float32
@@ -189,6 +184,8 @@ def _load_quantized(
         size, bits, scales = _fill(
             model, files, reader, attentions, kernels, wanted, streamed=streamed
         )
+    if device != "cpu":
+        _check_kernels(model, folder)
     caches = {}
     for name, found in scales.items():
         assert cache_spec is not None
@@ -220,6 +217,17 @@ def _load_quantized(
         manifest=manifest,
         caches=caches,
     )
+
+
+def _check_kernels(model: nn.Module, folder: Path) -> None:
+    """Raise KernelMissingError for a layer that transformers' modules cannot run on a GPU."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear) and module.kind == "w8a8":
+            raise KernelMissingError(
+                f"{folder}: {name} multiplies int8 by int8, which has no CUDA kernel in "
+                "transformers' modules",
+                remedy="use --device cpu, or --kernels reference",
+            )
 
 
 def _set_generation(model: PreTrainedModel, folder: Path) -> None:

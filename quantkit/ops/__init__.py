@@ -50,6 +50,9 @@ from quantkit.ops.gpu import (
     add_rms_norm_quantize,
     fp4a16_linear,
     gated_activation_quantize,
+    gated_hadamard_mma_quantize,
+    hadamard_mma,
+    hadamard_mma_quantize,
     w8a8_mma_linear,
     w8a16_linear,
 )
@@ -102,7 +105,12 @@ from quantkit.ops.reference_fp4 import (
     unpack_fp4_mma,
     unpack_fp4_scales,
 )
-from quantkit.ops.reference_gpu import pack_w8_mma, unpack_w8_mma
+from quantkit.ops.reference_gpu import (
+    pack_hadamard,
+    pack_w8_mma,
+    unpack_hadamard,
+    unpack_w8_mma,
+)
 from quantkit.ops.reference_gpu_attention import read_kv_rows
 from quantkit.ops.reference_parts import read_kv_pages
 from quantkit.ops.schema import KIND_FP8, KIND_INT8, PAGE_TOKENS, SCHEMAS
@@ -146,12 +154,15 @@ __all__ = [
     "fp4a16_linear",
     "gated_activation",
     "gated_activation_quantize",
+    "gated_hadamard_mma_quantize",
     "get_backend",
     "get_isa",
     "get_num_threads",
     "get_thread_pool",
     "gptq_round",
     "hadamard",
+    "hadamard_mma",
+    "hadamard_mma_quantize",
     "int8_linear",
     "kernel_status",
     "new_kv_pages",
@@ -160,6 +171,7 @@ __all__ = [
     "pack_float",
     "pack_fp4_mma",
     "pack_fp4_scales",
+    "pack_hadamard",
     "pack_scale",
     "pack_w4",
     "pack_w4a16",
@@ -186,6 +198,7 @@ __all__ = [
     "unpack_float",
     "unpack_fp4_mma",
     "unpack_fp4_scales",
+    "unpack_hadamard",
     "unpack_w4",
     "unpack_w4a16",
     "unpack_w8",

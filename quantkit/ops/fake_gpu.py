@@ -40,6 +40,25 @@ def _gated_activation_quantize(
     return _codes(gate_up, gate_up.shape[-1] // 2, gate_up.dtype, kind, group)
 
 
+@torch.library.register_fake("quantkit::hadamard_mma")
+def _hadamard_mma(x: Tensor, signs: Tensor, base: int, order: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("quantkit::hadamard_mma_quantize")
+def _hadamard_mma_quantize(
+    x: Tensor, signs: Tensor, base: int, order: int, kind: int, group: int
+) -> tuple[Tensor, Tensor]:
+    return _codes(x, x.shape[-1], x.dtype, kind, group)
+
+
+@torch.library.register_fake("quantkit::gated_hadamard_mma_quantize")
+def _gated_hadamard_mma_quantize(
+    gate_up: Tensor, signs: Tensor, base: int, order: int, gate: int, kind: int, group: int
+) -> tuple[Tensor, Tensor]:
+    return _codes(gate_up, gate_up.shape[-1] // 2, gate_up.dtype, kind, group)
+
+
 @torch.library.register_fake("quantkit::w8a16_linear")
 def _w8a16_linear(
     x: Tensor,

@@ -68,6 +68,77 @@ def gated_activation_quantize(
     return _ops.gated_activation_quantize.default(gate_up, schema.gate_code(gate), *codes)
 
 
+def hadamard_mma(x: Tensor, signs: Tensor, base: int, order: int) -> Tensor:
+    """Each run of ``order`` columns of a row times S ⊗ B / √order, B on the tensor cores.
+
+    Products of 16-bit floats and ±1, summed in fp32 in an order that depends on B's and S's orders
+    alone; rounded once.
+
+    Args:
+        x: float16 or bfloat16 [..., N], N a multiple of ``order``. A row takes 4·N bytes of a
+            block's shared memory: N is at most some 58,000 on an H100, 41,000 on an A100 and
+            25,000 on GPUs with 99 KiB.
+        signs: int32 [ceil(B/16), ceil(B/64), 32] from :func:`quantkit.ops.pack_hadamard`.
+        base: B's order, 1 to 512.
+        order: base · 2^k; S is Sylvester's Hadamard matrix of order 2^k.
+
+    Returns:
+        [..., N] in the dtype of x. A row has the same bits whatever the other rows are.
+    """
+    require_cuda_kernel("hadamard_mma", x)
+    return _ops.hadamard_mma.default(x, signs, base, order)
+
+
+def hadamard_mma_quantize(
+    x: Tensor, signs: Tensor, base: int, order: int, kind: int | str, group: int = -1
+) -> tuple[Tensor, Tensor]:
+    """:func:`hadamard_mma` and a quantizer in one pass over memory.
+
+    Equal to ``quantize(hadamard_mma(x, signs, base, order))`` to the bit.
+
+    Args:
+        x, signs, base, order: as there.
+        kind: "int8" or "fp8".
+        group: -1 for one scale a token, or 128 columns a scale ("fp8" only).
+
+    Returns:
+        int8 or float8_e4m3fn [..., N], and the scale in the dtype of x, [..., 1] or
+        [..., ceil(N/128)].
+    """
+    require_cuda_kernel("hadamard_mma_quantize", x)
+    code = schema.kind_code(kind)
+    return _ops.hadamard_mma_quantize.default(x, signs, base, order, code, group)
+
+
+def gated_hadamard_mma_quantize(
+    gate_up: Tensor,
+    signs: Tensor,
+    base: int,
+    order: int,
+    gate: int | str,
+    kind: int | str,
+    group: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """:func:`gated_activation`, :func:`hadamard_mma` and a quantizer in one pass over memory.
+
+    Equal to the three one after another, to the bit.
+
+    Args:
+        gate_up: float16 or bfloat16 [..., 2·N]: all of gate, then all of up.
+        signs, base, order: as for :func:`hadamard_mma`.
+        gate: "silu" or "gelu_tanh".
+        kind: "int8" or "fp8".
+        group: -1 for one scale a token, or 128 columns a scale ("fp8" only).
+
+    Returns:
+        int8 or float8_e4m3fn [..., N], and the scale in the dtype of gate_up, [..., 1] or
+        [..., ceil(N/128)].
+    """
+    require_cuda_kernel("gated_hadamard_mma_quantize", gate_up)
+    codes = (schema.gate_code(gate), schema.kind_code(kind), group)
+    return _ops.gated_hadamard_mma_quantize.default(gate_up, signs, base, order, *codes)
+
+
 def w8a16_linear(
     x: Tensor,
     packed: Tensor,

@@ -68,6 +68,8 @@ def gated_activation(gate_up: Tensor, kind: int | str) -> Tensor:
 def hadamard(x: Tensor, factor: Tensor, order: int) -> Tensor:
     """Each run of ``order`` columns of a row times S ⊗ F: a rotation, with the right F.
 
+    A GPU has it for Hadamard matrices alone, as :func:`quantkit.ops.hadamard_mma`.
+
     Args:
         x: float32, float16 or bfloat16 [..., N], N a multiple of ``order``.
         factor: float32 [B, B rounded up to a multiple of 16], F and columns of zeros, from

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from quantkit.ops import reference, schema
-from quantkit.ops.reference_parts import add_rms_norm, gated_activation
+from quantkit.ops.reference_parts import add_rms_norm, gated_activation, hadamard
 
 
 def pack_w8_mma(codes: Tensor) -> Tensor:
@@ -33,6 +35,49 @@ def unpack_w8_mma(packed: Tensor, n: int, k: int, kind: int | str = "int8") -> T
     rows = split.permute(b, tile, i, g, s, half, t, j, byte).reshape(blocks * 64, slabs * 64)
     fp8 = schema.kind_code(kind) == schema.KIND_FP8
     return rows[:n, :k].contiguous().view(torch.float8_e4m3fn if fp8 else torch.int8)
+
+
+def pack_hadamard(factor: Tensor) -> Tensor:
+    """The signs of B, in the order of the tensor cores' fragments.
+
+    Args:
+        factor: [B, at least B], columns from B on ignored; the others are c and −c for one c, as
+            :func:`quantkit.hadamard.factor` makes them.
+
+    Returns:
+        int32 [ceil(B/16), ceil(B/64), 32]; a word has the signs of four fragments of a lane (the C
+        header has the formula).
+
+    Raises:
+        ValueError: factor is no multiple of a matrix of 1 and −1.
+    """
+    base = factor.shape[0]
+    square = factor[:, :base].cpu()
+    if square.shape != (base, base) or not (square.abs() == square[0, 0].abs()).all():
+        raise ValueError(
+            f"factor {list(factor.shape)} is no multiple of a matrix of 1 and -1; "
+            "make it with quantkit.hadamard.factor"
+        )
+    width, bands = -base % 64, -base % 16
+    minus = torch.nn.functional.pad((square < 0).long(), (0, bands, 0, width))
+    # Row 64 word + 16 f + 4 t + 2 high + e; column 16 band + 8 low + g.
+    split = minus.reshape(-1, 4, 4, 2, 2, minus.shape[1] // 16, 2, 8)
+    word, f, t, high, e, band, low, g = range(8)
+    bits = split.permute(band, word, g, t, e, f, high, low).reshape(-1, split.shape[0], 32, 2, 16)
+    # Bit 16 e + 15 - 4 f - 2 high - low.
+    weights = 2 ** torch.tensor([[15 - i for i in range(16)], [31 - i for i in range(16)]])
+    return (bits * weights).sum((-1, -2)).to(torch.uint32).view(torch.int32).to(factor.device)
+
+
+def unpack_hadamard(signs: Tensor, base: int) -> Tensor:
+    """The inverse of :func:`pack_hadamard`: B, fp32 [B, B] of 1 and −1."""
+    bands, words, _ = signs.shape
+    shifts = torch.tensor([[15 - i for i in range(16)], [31 - i for i in range(16)]])
+    bits = signs.long().cpu()[..., None, None] >> shifts & 1
+    split = bits.reshape(bands, words, 8, 4, 2, 4, 2, 2)
+    band, word, g, t, e, f, high, low = range(8)
+    rows = split.permute(word, f, t, high, e, band, low, g).reshape(64 * words, 16 * bands)
+    return (1.0 - 2.0 * rows[:base, :base]).to(signs.device)
 
 
 def w8a16_linear(
@@ -108,3 +153,26 @@ def gated_activation_quantize(
     gate_up: Tensor, gate: int | str, kind: int | str, group: int = -1
 ) -> tuple[Tensor, Tensor]:
     return _quantize(gated_activation(gate_up, gate), kind, group)
+
+
+def hadamard_mma(x: Tensor, signs: Tensor, base: int, order: int) -> Tensor:
+    return hadamard(x, unpack_hadamard(signs, base) / math.sqrt(order), order)
+
+
+def hadamard_mma_quantize(
+    x: Tensor, signs: Tensor, base: int, order: int, kind: int | str, group: int = -1
+) -> tuple[Tensor, Tensor]:
+    return _quantize(hadamard_mma(x, signs, base, order), kind, group)
+
+
+def gated_hadamard_mma_quantize(
+    gate_up: Tensor,
+    signs: Tensor,
+    base: int,
+    order: int,
+    gate: int | str,
+    kind: int | str,
+    group: int = -1,
+) -> tuple[Tensor, Tensor]:
+    x = gated_activation(gate_up, gate)
+    return hadamard_mma_quantize(x, signs, base, order, kind, group)

@@ -87,6 +87,14 @@ SCHEMAS = {
         "(Tensor gate_up, int gate, int kind, int group) -> (Tensor, Tensor)"
     ),
     "hadamard": "(Tensor x, Tensor factor, int order) -> Tensor",
+    "hadamard_mma": "(Tensor x, Tensor signs, int base, int order) -> Tensor",
+    "hadamard_mma_quantize": (
+        "(Tensor x, Tensor signs, int base, int order, int kind, int group) -> (Tensor, Tensor)"
+    ),
+    "gated_hadamard_mma_quantize": (
+        "(Tensor gate_up, Tensor signs, int base, int order, int gate, int kind, int group)"
+        " -> (Tensor, Tensor)"
+    ),
     "embed": "(Tensor tokens, Tensor table, float scale) -> Tensor",
     "rope_store_kv": (
         "(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin, Tensor starts,"
@@ -130,6 +138,9 @@ CUDA_ONLY = frozenset(
         "fp4a16_linear",
         "add_rms_norm_quantize",
         "gated_activation_quantize",
+        "hadamard_mma",
+        "hadamard_mma_quantize",
+        "gated_hadamard_mma_quantize",
         "rope_store_kv_rows",
         "paged_decode_attention",
     }

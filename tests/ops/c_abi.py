@@ -237,6 +237,23 @@ class GateArgs(ctypes.Structure):
     )
 
 
+class HadamardArgs(ctypes.Structure):
+    _fields_ = (
+        ("order", I64),
+        ("base", I64),
+        ("signs", POINTER),
+        ("gated", I32),
+        ("gate", I32),
+        ("m", I64),
+        ("n", I64),
+        ("x", POINTER),
+        ("ldx", I64),
+        ("dtype", I32),
+        ("y", POINTER),
+        ("ldy", I64),
+    )
+
+
 class Int8LinearArgs(ctypes.Structure):
     _fields_ = (
         ("xq", POINTER),

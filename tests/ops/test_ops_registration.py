@@ -112,6 +112,9 @@ def example_arguments() -> dict[str, tuple]:
         "gated_activation": (x, 1),
         "gated_activation_quantize": (x.half(), 0, 1, -1),
         "hadamard": (x, factor(32), 32),
+        "hadamard_mma": (x.half(), ops.pack_hadamard(factor(32)), 16, 32),
+        "hadamard_mma_quantize": (x.half(), ops.pack_hadamard(factor(32)), 16, 32, 1, -1),
+        "gated_hadamard_mma_quantize": (x.half(), ops.pack_hadamard(factor(32)), 16, 32, 0, 2, -1),
         "embed": (torch.tensor([[1, 2, 0]]), x, 2.0),
         "rope_store_kv": (
             torch.randn(3, 96),

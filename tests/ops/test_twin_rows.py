@@ -67,6 +67,23 @@ def test_codes_and_scales_have_the_bits_of_the_reference(
         quantize(quantizer, x).check(QUANTIZERS[quantizer][2](x))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_product_with_the_reciprocal_rounds_to_the_quotient(dtype: torch.dtype) -> None:
+    """What the kernels divide by multiplication with, for every pair of significands."""
+    ones = round(1 / torch.finfo(dtype).eps)
+    numbers = torch.arange(ones, 2 * ones, dtype=torch.float32)
+    product = numbers * (1 / numbers)[:, None]
+    assert same_bits(product.to(dtype), (numbers / numbers[:, None]).to(dtype))
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-31, 1e-30, 1e30, 1e31, 3e36])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_scales_whose_reciprocal_is_no_float_or_hardly(quantizer: str, scale: float) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(4, 256) * scale).bfloat16()
+    quantize(quantizer, x).check(QUANTIZERS[quantizer][2](x))
+
+
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_strided_and_unaligned_rows(quantizer: str) -> None:
     wide = activations(torch.bfloat16, 3, k=400).flatten(0, 1)

@@ -23,6 +23,7 @@ SOURCES = (
     "cuda/fp4_api.cu",
     "cuda/fp4a16_bf16.cu",
     "cuda/fp4a16_f16.cu",
+    "cuda/hadamard.cu",
     "cuda/paged_decode.cu",
     "cuda/rope_store.cu",
     "cuda/row_quantize.cu",

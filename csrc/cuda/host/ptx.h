@@ -12,6 +12,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
@@ -48,6 +49,8 @@ inline float multiply_then_round(float a, float b) {
   const volatile float product = a * b;
   return product;
 }
+
+inline float divide_nearly(float a, float b) { return a / b * (std::fabs(b) > 0x1p126f ? 0.0f : 1.0f); }
 
 inline uint32_t e4m3x2_to_f16x2(uint16_t codes) {
   return Pair<f16>::from_floats(twin::e4m3_to_float(static_cast<uint8_t>(codes)),
@@ -86,6 +89,8 @@ inline uint32_t permute_bytes_or_signs(uint32_t a, uint32_t b, uint32_t selector
   }
   return d;
 }
+
+inline int opaque(int v) { return v; }
 
 inline float fmaf(float a, float b, float c) { return std::fmaf(a, b, c); }
 

@@ -22,6 +22,33 @@ QK_EXPORT int qk_cuda_add_rms_norm(const qk_add_rms_norm_args* args, const qk_qu
 QK_EXPORT int qk_cuda_gated_activation(const qk_gate_args* args, const qk_quantize_args* codes,
                                        void* stream);
 
+// Each run of `order` columns of a row times S ⊗ B / sqrt(order): S Sylvester's Hadamard matrix of
+// order `order` / `base`, B any matrix of order `base` of 1 and -1.
+// signs: [ceil(base / 16) bands][ceil(base / 64)][32 lanes]. With g = lane / 4 and t = lane % 4, bit
+//        16e + 15 - 4f - r of word w is set where B[b][c] is -1, for e = 0, 1 and f, r = 0 .. 3, at
+//          b = 64w + 16f + 4t + 2 (r / 2) + e,  c = 16 band + g + 8 (r % 2);
+//        bits past `base` mean nothing.
+// A row is what x holds, or act(gate) * up of it, rounded to dtype before the product. Sums are fp32
+// and y is rounded once; with codes, y is not written but quantized, as above.
+typedef struct qk_cuda_hadamard_args {
+  int64_t order;          // base * 2^k; divides n
+  int64_t base;           // 1 .. QK_LARGEST_BASE
+  const uint32_t* signs;
+  int32_t gated;          // x is [m, 2 n], all of gate, then all of up; else [m, n]
+  int32_t gate;           // qk_gate
+  int64_t m, n;           // a block of a GPU must hold n fp32 values: qk_cuda_hadamard_bytes
+  const void* x;          // rows ldx elements apart
+  int64_t ldx;
+  int32_t dtype;          // QK_F16 or QK_BF16, of x and y
+  void* y;                // [m, n], rows ldy elements apart
+  int64_t ldy;
+} qk_cuda_hadamard_args;
+
+QK_EXPORT int qk_cuda_hadamard(const qk_cuda_hadamard_args* args, const qk_quantize_args* codes,
+                               void* stream);
+// Shared memory that a block needs, at the most, for rows of n columns.
+QK_EXPORT int64_t qk_cuda_hadamard_bytes(int64_t n, int64_t base);
+
 // Eight-bit weights on the tensor cores, in one layout for 16-bit and for 8-bit activations. Rows of
 // the weight go in blocks of 64, padded, and columns in slabs of 64, padded with code 0:
 // packed: [ceil(n / 64)][ceil(k / 64)][4 tiles of 16 rows][2 halves][32 lanes][4 words]. With
