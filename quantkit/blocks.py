@@ -156,6 +156,7 @@ class Blocks:
     ) -> dict[str, QuantizedLayer]:
         assert self.plan.signround is not None
         options = self.plan.signround.options
+        memory.trim_heap()  # the passes' leave it to training
         local = index - self.spine.first
         writer = f"{self.spine.prefix}.{local}.{residual_writer(self.model)}"
         block = Block(
@@ -249,6 +250,7 @@ class Blocks:
         planned = {name: self.linears[name] for name in (layers if streams == 2 else ())}
         block = self.spine.blocks[index - self.spine.first]
         with (
+            memory.bounded_heap(),
             quantized_inputs(self.linears, layers, results),
             original_weights(planned),
             quantized_caches(self.attentions, cache.entries),
@@ -294,12 +296,15 @@ class Blocks:
             return self.solve_without_data(layers)
         members = list(layers.values())
         collector = Collector(members, self.observer, self.importance, self.together)
-        for i, ids in enumerate(self.batches):
-            [x] = self.spine.head_inputs([ids], [hidden[i]])
-            exact = list(self.spine.head_inputs([ids], [self.exact[i]])) if self.exact else [None]
-            collector.update(x, exact[0])
-            self.steps.advance("head")
-        return collector.solve(self.linears)
+        with memory.bounded_heap():
+            for i, ids in enumerate(self.batches):
+                [x] = self.spine.head_inputs([ids], [hidden[i]])
+                exact = None
+                if self.exact:
+                    [exact] = self.spine.head_inputs([ids], [self.exact[i]])
+                collector.update(x, exact)
+                self.steps.advance("head")
+            return collector.solve(self.linears)
 
     def _groups(
         self, index: int, layers: Mapping[str, PlannedLayer], run: Callable[[], Tensor]

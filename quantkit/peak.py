@@ -5,8 +5,7 @@ that it has mapped and not let go. Phases follow one another, so the peak is the
 What was there before calibration, libraries and data included, is measured; the rest is counted
 from the plan. Terms follow the code that they name: a term without a name there is wrong. What one
 pass leaves for the way back (Fisher weights, SignRound, distillation) is estimated from the shapes
-of layers: distillation was measured a sixth above that. Keys and values of the text and prompts
-that are scored are not counted.
+of layers. Keys and values of the text and prompts that are scored are not counted.
 """
 
 from __future__ import annotations
@@ -24,9 +23,12 @@ import torch
 from quantkit import memory
 from quantkit import model as models
 from quantkit.algorithms import RESCALERS, SOLVERS
+from quantkit.algorithms.clip import columns_of_a_scale
 from quantkit.algorithms.distill import PREDICTED_TOKENS
+from quantkit.algorithms.refine import NORMAL_FLOATS
 from quantkit.batches import BATCH_TOKENS, PROBE_WINDOWS
 from quantkit.checkpoint.shards import SHARD_BYTES
+from quantkit.fisher import output_parts
 from quantkit.importance import pass_bytes
 from quantkit.plan import Plan, PlannedLayer
 from quantkit.rescale import COSTED_TOKENS, SAMPLE_TOKENS
@@ -34,6 +36,10 @@ from quantkit.steps import weighs_costs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+#: What the first pass brings in: pages of torch's libraries (16 MB measured), and modules of Python
+#: that nothing imported before.
+FIRST_USE = 24 << 20
 
 #: Of scoring: four fp32 arrays of `quantkit.evals.forward.CHUNK_ELEMENTS` at once.
 LOGITS_BYTES = 4 * 4 << 23
@@ -80,7 +86,7 @@ def peak_memory(
     memory.trim_heap()
     count = _Count(
         plan,
-        resident(),
+        resident() + FIRST_USE,
         torch.finfo(model.dtype).bits // 8,
         *models.embedding_shape(model),
         encoders=models.family_of(model.config).stacks - 1,
@@ -108,7 +114,7 @@ class _Count:
 
     Attributes:
         plan: of the run.
-        base: what the process held before.
+        base: what the process held before, and `FIRST_USE`.
         element: bytes of a value in the model's dtype.
         vocabulary, hidden: shape of the embedding.
         encoders: lists of blocks whose output stays beside the hidden states.
@@ -204,15 +210,25 @@ class _Count:
 
     def rescale(self) -> int:
         """A pass through a block, its inputs' statistics, and one scaling's search."""
-        seen = max(_rescale_bytes(self.plan, i, self.element) for i in range(self.plan.blocks))
-        return self.held + self.block + self.passed_on + self._passing() + seen
+        passing = self._passing() + _batch_bytes(self.plan, self.element, self.hidden)
+        seen = max(
+            _rescale_bytes(self.plan, i, self.element, passing) for i in range(self.plan.blocks)
+        )
+        return self.held + self.block + self.passed_on + seen
 
     def blocks(self) -> int:
-        """A block's passes, all paused, and the solver of one group of its layers."""
+        """A block's passes, all paused, and beside the sums of one group of its layers the solver
+        or, before it, the batch at work; and codes, until the block is on disk."""
         states = self.plan.spilled_bytes if self.spilled else self.plan.activation_bytes
-        groups = _groups(self.plan)
-        inside = max((_solver_bytes(group, self.element) for group in groups), default=0)
-        return self.held + self.block + self._of_windows(states) + inside + self._passing()
+        codes = max(sum(x.weights for x in layers) for layers in self._by_block())
+        passing = self._passing()
+        groups = _groups(self.plan.layers)
+        inside = max((_group_bytes(x, self.element, passing) for x in groups), default=0)
+        return self.held + self.block + self._of_windows(states) + codes + inside
+
+    def _by_block(self) -> Iterator[list[PlannedLayer]]:
+        for index in range(self.plan.blocks):
+            yield list(self.plan.in_block(index).values())
 
     def signround(self) -> int:
         """Inputs and targets of all windows; spilled ones are read in random order, and stay."""
@@ -224,7 +240,8 @@ class _Count:
         [head] = self.heads
         read = self.copied or self.plan.distill is not None
         weight = 0 if read else self.element * head.weights
-        return self.held + self.passed_on + weight + _solver_bytes([head], self.element)
+        solved = _group_bytes([head], self.element, passing=0)
+        return self.held + self.passed_on + weight + solved
 
     def distill(self) -> int:
         """Training, beside the original's head if another one took its place."""
@@ -257,18 +274,38 @@ class _Count:
         return self.base + candidate + 2 * self.plan.source_bytes + LOGITS_BYTES
 
 
-def _groups(plan: Plan) -> Iterator[list[PlannedLayer]]:
+def _groups(layers: Sequence[PlannedLayer]) -> Iterator[list[PlannedLayer]]:
     """Layers of a block that may be solved together: of one parent and width."""
     found: dict[tuple[str, int], list[PlannedLayer]] = {}
-    for layer in plan.layers:
+    for layer in layers:
         if layer.block is not None:
             parent = layer.name.rpartition(".")[0]
             found.setdefault((parent, layer.shape[1]), []).append(layer)
     yield from found.values()
 
 
+def _group_bytes(layers: list[PlannedLayer], element: int, passing: int) -> int:
+    """What `quantkit.collector` sums of one input, and beside it the larger of what
+    `quantkit.quantize.quantize_group` takes and what a pass does.
+
+    Layers of one key share sums and are solved together; one with Fisher weights has its own.
+    """
+    alike: dict[tuple[object, str | None], list[PlannedLayer]] = {}
+    for layer in layers:
+        alike.setdefault((layer.scheme.input, layer.name if layer.fisher else None), []).append(
+            layer
+        )
+    sums = 0  # in fp64
+    for group in alike.values():
+        hessian = any(SOLVERS[layer.solver].needs_hessian for layer in group)
+        drift = any(layer.needs_drift for layer in group)
+        sums += (hessian + drift) * 8 * layers[0].shape[1] ** 2
+    solved = max(_solver_bytes(group, element) for group in alike.values())
+    return sums + max(passing, solved)
+
+
 def _solver_bytes(layers: list[PlannedLayer], element: int) -> int:
-    """What `quantkit.quantize.quantize_group` holds at once, the collector's sums included."""
+    """What `quantkit.quantize.quantize_group` holds at once, beside the collector's sums."""
     columns = layers[0].shape[1]
     weights = sum(layer.weights for layer in layers)
     stacked = element * weights if len(layers) > 1 else 0
@@ -280,17 +317,43 @@ def _solver_bytes(layers: list[PlannedLayer], element: int) -> int:
     if not any(SOLVERS[layer.solver].needs_hessian for layer in layers):
         return stacked + compared
     square = 4 * columns**2
-    # With feedback, the drift's sum in fp64, and the drift.
-    stacked += 3 * square if any(layer.needs_drift for layer in layers) else 0
+    # H and, with feedback, the drift: the sums' means in fp32.
+    stacked += 2 * square if any(layer.needs_drift for layer in layers) else square
     if not any(layer.solver == "gptq" for layer in layers):
-        return stacked + 3 * square + compared  # the sum in fp64, and H
-    # Beside those, in `gptq.inverse_factor`, H in order, damped and reversed, its factor, the
-    # identity, the inverse and that reversed.
-    factored = 10 * square
-    # Behind it H in order, damped and its factor; the weight, ordered, rounded and in order again,
-    # and what `refine` changes, all in fp32.
-    rounded = 6 * square + 7 * 4 * weights
-    return stacked + max(factored, rounded)
+        return stacked + compared
+    # In `gptq.inverse_factor`, H in order, damped, its factor, the identity, the inverse and that
+    # reversed.
+    factored = 6 * square
+    # Behind it H in order, its factor, and what the weight takes.
+    rounded = 2 * square + max(_rounding_bytes(layer, weights) for layer in layers)
+    return stacked + max(factored, rounded, compared)
+
+
+def _rounding_bytes(layer: PlannedLayer, weights: int) -> int:
+    """What `gptq.solve` holds of this layer and those stacked with it, behind the factor of H.
+
+    In fp32 the weight, the same in order, and rounded. `refine` damps H once more, keeps the
+    rounded weight in order again, and `_fit_rows` the weight's product with H, and an error, its
+    product with H and the square of that. Beside those are the normal equations of every row.
+    """
+    if not layer.options.get("refine"):
+        return 3 * 4 * weights
+    columns = layer.shape[1]
+    groups = -(-columns // columns_of_a_scale(layer.shape, layer.scheme.weight))
+    normal = 4 * min(weights // columns * groups**2, NORMAL_FLOATS)
+    # Codes less their zero points are a copy.
+    copies = 7 if layer.scheme.weight.symmetric else 8
+    outputs = [len(part) for part in output_parts(layer.shape[0])] if layer.coupled else []
+    # As they are on disk, and damped in fp32.
+    coupled = (2 + 4) * sum(width**2 for width in outputs)
+    return 4 * columns**2 + copies * 4 * weights + normal + coupled
+
+
+def _batch_bytes(plan: Plan, element: int, hidden: int) -> int:
+    """What a batch keeps on its way through a block, as `quantkit.footprint` counts it: in paused
+    passes it is part of all windows'."""
+    tokens = min(plan.samples * plan.seq_len, max(BATCH_TOKENS, plan.seq_len))
+    return tokens * element * (3 * hidden + max(layer.shape[1] for layer in plan.layers))
 
 
 def _pass_bytes(plan: Plan, element: int, hidden: int) -> int:
@@ -303,16 +366,24 @@ def _pass_bytes(plan: Plan, element: int, hidden: int) -> int:
 
 
 def _graph_bytes(layers: Sequence[PlannedLayer], tokens: int, element: int, hidden: int) -> int:
-    """What autograd keeps of a pass: inputs and outputs of every layer, and norms in fp32."""
-    kept = sum(element * sum(layer.shape) for layer in layers)
+    """What autograd keeps of a pass: every layer's output, the input of each group, and that of
+    two norms in fp32; and gradients on the way back through an MLP, four of its width.
+
+    Between what is kept a norm's two temporaries in fp32 are freed, and their room stays free: on
+    glibc's heap a freed buffer is some bytes too small for an aligned one of the same size.
+    """
+    outputs = sum(layer.shape[0] for layer in layers)
+    inputs = [group[0].shape[1] for group in _groups(layers)]
     blocks = len({layer.block for layer in layers if layer.block is not None})
-    return tokens * (kept + blocks * 4 * 4 * hidden)
+    back = 4 * max(inputs, default=0)
+    return tokens * (element * (outputs + sum(inputs) + back) + blocks * (2 + 4) * 4 * hidden)
 
 
-def _rescale_bytes(plan: Plan, block: int, element: int) -> int:
+def _rescale_bytes(plan: Plan, block: int, element: int, passing: int) -> int:
     """What `quantkit.rescale.choose_scales` holds of a block: the sums of all inputs in fp64 and
-    samples of their tokens, and for one of them H twice in fp32, its consumers' scaled weights, and
-    of the largest six copies in fp32 on the way to its error."""
+    samples of their tokens; and what a pass takes or, behind all of them, one search does: H twice
+    in fp32, its consumers' scaled weights, and of the largest six copies in fp32 on the way to its
+    error."""
     shapes = {layer.name: layer for layer in plan.layers}
     seen = most = 0
     for fold in plan.folds_in(block):
@@ -326,7 +397,7 @@ def _rescale_bytes(plan: Plan, block: int, element: int) -> int:
             x.weights for x in consumers
         )
         most = max(most, scaled + (2 * 4 * columns**2 if needed else 0))
-    return seen + most
+    return seen + max(passing, most)
 
 
 def _signround_bytes(plan: Plan, element: int, hidden: int) -> int:
@@ -356,7 +427,9 @@ def _distill_bytes(plan: Plan, element: int, hidden: int, vocabulary: int) -> in
     # `ScaledLinear.backward` of one layer: its weight's gradient, the levels, and their product.
     backward = (3 * element + 2) * largest
     # `divergence`: both predictions, and four more of their size on the way to a gradient.
-    predicted = 6 * 4 * min(PREDICTED_TOKENS, plan.seq_len) * vocabulary
+    buffer = 4 * min(PREDICTED_TOKENS, plan.seq_len) * vocabulary
+    # Smaller ones lie on the heap and leave room that none of them fits, as in `_graph_bytes`.
+    predicted = (6 if buffer >= memory.MAPPED_AT_LAST else 12) * buffer
     graph = _graph_bytes(plan.layers, plan.seq_len, element, hidden)
     return numbers + graph + max(backward, predicted)
 

@@ -18,7 +18,7 @@ from quantkit import peak
 from quantkit.calibrate import CalibrationData, calibrate
 from quantkit.cli.main import run
 from quantkit.evals.forward import CHUNK_ELEMENTS
-from quantkit.plan import make_plan
+from quantkit.plan import PlannedLayer, make_plan
 from quantkit.recipe import Recipe, Step
 from quantkit.schemes import SCHEMES
 from tests.conftest import byte_tokenizer, save_model, tiny_llama
@@ -111,7 +111,7 @@ def test_rescalers_keep_a_sample_of_every_input() -> None:
         steps = (Step("outliers", {"cost": cost}), Step("rtn"))
         recipe = replace(NEAREST, scheme=SCHEMES["w8a8-static"], algorithm=steps)
         plan = make_plan(recipe, model, samples=samples, seq_len=128)
-        return peak._rescale_bytes(plan, 0, 2)
+        return peak._rescale_bytes(plan, 0, 2, passing=0)
 
     for samples, alike, costed in ((1, 128, 128), (8, 512, 1024), (64, 512, 2048)):
         fixed = found(1, "output") - 128 * 2 * columns
@@ -147,7 +147,29 @@ def test_spilled_windows_of_signround_are_read_all_the_same() -> None:
 def test_both_models_are_there_when_a_gate_scores() -> None:
     plan = make_plan(GPTQ, tiny_llama(), samples=64, seq_len=512)
     found = phases(GPTQ, gated=True)["evals"]
-    assert found == 2 * WEIGHTS + 2 * plan.size_bytes + TABLE + 4 * 4 * CHUNK_ELEMENTS
+    both = 2 * WEIGHTS + 2 * plan.size_bytes + TABLE
+    assert found == peak.FIRST_USE + both + 4 * 4 * CHUNK_ELEMENTS
+
+
+def test_layers_with_fisher_weights_have_sums_of_their_own() -> None:
+    """And are solved one by one; beside all sums counts the larger of a solver and a pass."""
+
+    def attention(recipe: Recipe) -> list[PlannedLayer]:
+        layers = make_plan(recipe, tiny_llama(), samples=64, seq_len=512).layers
+        return [x for x in layers if x.block == 0 and "self_attn" in x.name]
+
+    fisher = replace(GPTQ, algorithm=(Step("gptq", {"fisher": 0.5}),))
+    alike, apart, coupled = (attention(recipe) for recipe in (GPTQ, fisher, COUPLED))
+    square, passing = 384**2, 1 << 40
+    assert peak._group_bytes(alike, 2, passing) == passing + 8 * square
+    assert peak._group_bytes(apart, 2, passing) == passing + 4 * 8 * square
+    together, alone = peak._group_bytes(alike, 2, 0), peak._group_bytes(apart, 2, 0)
+    assert together == 8 * square + peak._solver_bytes(alike, 2)
+    assert alone == 4 * 8 * square + max(peak._solver_bytes([x], 2) for x in apart)
+    assert alone < together + 3 * 8 * square
+    weights = apart[0].weights
+    more = peak._rounding_bytes(coupled[0], weights) - peak._rounding_bytes(apart[0], weights)
+    assert more == 6 * square  # in bf16 as on disk, and damped in fp32
 
 
 @pytest.mark.parametrize("name", ["feedback", "signround"])
@@ -204,6 +226,32 @@ def test_resident_memory_is_the_process_own() -> None:
     assert peak.resident() - before > 60 << 20
     assert peak.peak_resident() >= peak.resident() - (1 << 20)
     del held
+
+
+def test_large_buffers_leave_memory_between_small_ones() -> None:
+    """In a process of its own, whose heap is new: a buffer of 31 MB that is freed raises glibc's
+    threshold for the next ones, and what is freed between buffers that stay then stays, too."""
+
+    def left(bounded: bool) -> int:
+        script = f"""
+from contextlib import nullcontext
+import torch
+from quantkit import memory
+from quantkit.peak import resident
+with memory.bounded_heap() if {bounded} else nullcontext():
+    torch.ones(31 << 20, dtype=torch.uint8)
+    before = resident()
+    pairs = [(torch.ones(10 << 20, dtype=torch.uint8), torch.ones(1 << 16)) for _ in range(16)]
+    small = [pair[1] for pair in pairs]
+    del pairs
+    print(resident() - before)
+"""
+        command = [sys.executable, "-c", script]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    held = 16 * 4 << 16
+    assert left(bounded=True) < held + (8 << 20)
+    assert left(bounded=False) > held + (120 << 20)
 
 
 @pytest.fixture(scope="module")

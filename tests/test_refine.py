@@ -153,7 +153,7 @@ def test_rows_are_fitted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (weight, numerics.code_values(q), numerics.float_scale(q, torch.float32),
                  q.zero.float(), SPECS["w4a16-asym-g64"], hessian, torch.float32)  # fmt: skip
     whole = fit_scales(*arguments)
-    monkeypatch.setattr(refinement, "_NORMAL_FLOATS", 5 * 3**2)
+    monkeypatch.setattr(refinement, "NORMAL_FLOATS", 5 * 3**2)
     torch.testing.assert_close(fit_scales(*arguments), whole)
 
 

@@ -31,7 +31,7 @@ OUTPUT_DAMP = 0.3
 SWEEPS = 4
 
 #: Normal equations that are in memory at once: groups² floats a row, 64 MB in all.
-_NORMAL_FLOATS = 1 << 24
+NORMAL_FLOATS = 1 << 24
 
 
 def refine(
@@ -100,7 +100,7 @@ def fit_scales(
         fp32 ``[N, groups]``.
     """
     width = columns_of_a_scale(target.shape, spec)
-    count = max(1, _NORMAL_FLOATS // steps.shape[1] ** 2)
+    count = max(1, NORMAL_FLOATS // steps.shape[1] ** 2)
     fitted = []
     for start in range(0, len(codes), count):
         rows = slice(start, start + count)
