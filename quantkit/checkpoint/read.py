@@ -183,13 +183,20 @@ class TensorFiles:
         return self._stored[self._modules[name][0]].rpartition(".")[0]
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor. Raises QuantkitError when it is not there."""
+        """One tensor. Raises QuantkitError when it is not there, or of a type that torch lacks."""
         if name not in self._files:
             raise QuantkitError(
                 f"{name}: missing from the checkpoint",
                 remedy="the file is incomplete; copy it again",
             )
-        return self._files[name].get_tensor(self._stored[name])
+        try:
+            found: Tensor = self._files[name].get_tensor(self._stored[name])
+        except Exception as e:  # safetensors' own, or whatever torch makes of a type it lacks
+            raise QuantkitError(
+                f"{self.folder}: {name}: cannot be read ({models.first_line(e)})",
+                remedy="the file is damaged, or holds a type of numbers that torch lacks",
+            ) from e
+        return found
 
     def size(self, name: str) -> int:
         """Bytes of one tensor, from its file's header."""

@@ -160,6 +160,9 @@ def test_an_older_folder_keeps_its_config_in_a_file_of_its_own(small: Path, tmp_
         (gptq_config(is_marlin_format=True), "checkpoint_format 'marlin'"),
         (gptq_config(pack_dtype="int16"), "pack_dtype 'int16'"),
         ({"quant_method": "gptq", "bits": 4}, "has no 'group_size'"),
+        (gptq_config(sym="false"), "sym: 'false' is not true or false"),
+        (gptq_config(desc_act="yes"), "desc_act: 'yes' is not true or false"),
+        ({**AWQ_CONFIG, "zero_point": 0}, "zero_point: 0 is not true or false"),
         (gptq_config(dynamic={"+:(": {}}), "no regular expression"),
         (gptq_config(dynamic={"-:a": {}}), "has a qweight where the config leaves it out"),
         ({**AWQ_CONFIG, "version": "gemv"}, "version 'gemv'"),
@@ -255,6 +258,37 @@ def test_what_compressed_tensors_may_say_and_no_kernel_runs(
     }
     with pytest.raises(UsageError, match=message):
         open_format(raw).schemes(["a"], set())
+
+
+def changed(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Store other tensors in a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+def test_tensors_that_are_none_of_the_model(small: Path, tmp_path: Path) -> None:
+    """Some writers store zeros where the model has no bias."""
+    folder = tmp_path / "awq"
+    write(
+        small, folder, AWQ_CONFIG, awq, lambda _, weight: quantize(weight, 4, 32, symmetric=False)
+    )  # fmt: skip
+    plain = load_runtime(folder).logits(IDS)
+    changed(folder, lambda t: t.update({f"{UP}.bias": torch.zeros(96).half()}))
+    assert torch.equal(load_runtime(folder).logits(IDS), plain)
+    changed(folder, lambda t: t[f"{UP}.bias"].fill_(1))
+    with pytest.raises(QuantkitError, match=r"up_proj\.bias: stored, where the model has none"):
+        load_runtime(folder)
+    changed(folder, lambda t: t.update({f"{UP}.bias": torch.zeros(95).half()}))
+    with pytest.raises(QuantkitError, match=r"up_proj\.bias: stored as \[95\] where .* \[96\]"):
+        load_runtime(folder)
+    changed(folder, lambda t: t.pop(f"{UP}.bias"))
+    changed(folder, lambda t: t.update({"model.norm.weight": torch.ones(64).int()}))
+    with pytest.raises(QuantkitError, match=r"model\.norm\.weight: is torch\.int32 where the mod"):
+        load_runtime(folder)
 
 
 def test_verify_without_a_manifest(small: Path, tmp_path: Path) -> None:
