@@ -23,6 +23,7 @@ from quantkit.checkpoint.read import (
     build_empty,
     original_hash,
     read_quantization_config,
+    stored_linears,
 )
 from quantkit.checkpoint.write import manifest_if_any
 from quantkit.errors import KernelMissingError, QuantkitError, UsageError
@@ -260,7 +261,7 @@ def _cache_scales(runtime: Runtime) -> CacheScales | None:
 
 
 def _fill(
-    model: nn.Module,
+    model: PreTrainedModel,
     files: TensorFiles,
     reader: Reader,
     attentions: Mapping[str, nn.Module],
@@ -274,7 +275,7 @@ def _fill(
     Returns:
         bytes, bits a quantized weight, and the cache scales of each attention module.
     """
-    linears = models.linear_layers(model)
+    linears = stored_linears(model, files.names)
     schemes = reader.schemes(list(linears), set(files.names))
     if not schemes:
         raise QuantkitError(
@@ -312,7 +313,7 @@ def _fill(
         read = partial(_read_layer, files, reader, name, scheme, shape, kernels, dtype)
         layer = StreamedLinear(read, shape) if streamed else read()
         models.set_submodule(model, name, layer)
-    model.tie_weights()  # type: ignore[operator]
+    model.tie_weights()
     empty = [n for n, p in model.named_parameters() if p.is_meta]
     if empty:
         raise QuantkitError(

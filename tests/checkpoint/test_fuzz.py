@@ -1,9 +1,12 @@
-"""Configs and layers with anything in them: read as what they say, or refused in words."""
+"""Configs, layers and files with anything in them: read as what they say, or refused in words."""
 
 from __future__ import annotations
 
 import copy
+import json
+import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,12 +18,13 @@ from torch import Tensor
 from quantkit.checkpoint.config import build_config, to_args
 from quantkit.checkpoint.formats import Reader, open_format
 from quantkit.checkpoint.layer import StoredLayer
+from quantkit.checkpoint.opened import open_checkpoint
 from quantkit.checkpoint.tensors import to_disk
 from quantkit.errors import QuantkitError
 from quantkit.layers import QuantLinear
 from quantkit.numerics import quantize_weight
 from quantkit.schemes import SCHEMES, DType, Scheme, parse_scheme
-from tests.checkpoint.format_writers import awq, gptq, quantize
+from tests.checkpoint.format_writers import awq, gptq, quantize, write
 
 SHAPE = (64, 128)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -183,3 +187,51 @@ def test_a_layer_with_anything_in_it(name: str, data: st.DataObject) -> None:
         return
     if found is not None:
         check(found, reader.schemes(["a"], {f"a.{key}" for key in stored})["a"])
+
+
+# Files
+
+
+@pytest.fixture(scope="module")
+def folder(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in GPTQ's format."""
+    made = tmp_path_factory.mktemp("fuzz") / "gptq"
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+    write(small, made, config, gptq, lambda _, x: quantize(x, 4, 32, symmetric=True))
+    return made
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_a_file_with_anything_in_its_header(folder: Path, data: st.DataObject) -> None:
+    path = folder / "model.safetensors"
+    good = path.read_bytes()
+    end = 8 + int.from_bytes(good[:8], "little")
+    kind = data.draw(st.sampled_from(["cut", "byte", "field"]))
+    damaged = bytearray(good)
+    if kind == "cut":
+        del damaged[data.draw(st.integers(0, len(good) - 1)) :]
+    elif kind == "byte":
+        damaged[data.draw(st.integers(0, end - 1))] = data.draw(st.integers(0, 255))
+    else:
+        header = json.loads(good[8:end])
+        entry = header[data.draw(st.sampled_from(sorted(header.keys() - {"__metadata__"})))]
+        entry |= data.draw(
+            st.sampled_from([{"dtype": "F16"}, {"dtype": "F4"}, {"dtype": "I16"}, {"dtype": "F32"}])
+            | st.just({"shape": [math.prod(entry["shape"])]})
+            | st.just({"shape": entry["shape"][::-1]})
+            | st.just({"data_offsets": [0, 4]})
+        )
+        text = json.dumps(header).encode()
+        damaged[:end] = len(text).to_bytes(8, "little") + text
+    path.write_bytes(damaged)
+    try:
+        with open_checkpoint(folder) as opened:
+            for name in opened.schemes:
+                assert tuple(opened.layer(name).weight.codes.shape) == opened.shapes[name]
+            for _ in opened.plain():
+                pass
+    except QuantkitError:
+        pass
+    finally:
+        path.write_bytes(good)

@@ -14,11 +14,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from quantkit.checkpoint.config import build_config
 from quantkit.checkpoint.formats import READERS, open_format
+from quantkit.checkpoint.opened import open_checkpoint
+from quantkit.checkpoint.tensors import to_disk
 from quantkit.cli.main import run
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.model import linear_layers
 from quantkit.models.load import load_runtime
-from quantkit.numerics import dequantize
+from quantkit.numerics import dequantize, quantize_weight
+from quantkit.schemes import SCHEMES
+from tests.checkpoint.conftest import merging_tokenizer, small_llama
 from tests.checkpoint.format_writers import Codes, awq, gptq, quantize, write
 
 SHAPE = (64, 96)
@@ -289,6 +295,36 @@ def test_tensors_that_are_none_of_the_model(small: Path, tmp_path: Path) -> None
     changed(folder, lambda t: t.update({"model.norm.weight": torch.ones(64).int()}))
     with pytest.raises(QuantkitError, match=r"model\.norm\.weight: is torch\.int32 where the mod"):
         load_runtime(folder)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_that_the_config_names_and_no_file_holds(tied: bool, tmp_path: Path) -> None:
+    """As AutoRound leaves it; a head that is not tied is missing."""
+    model = small_llama(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    merging_tokenizer().save_pretrained(tmp_path)
+    scheme = SCHEMES["w8a16"]
+    names = [name for name in linear_layers(model) if name != "lm_head"]
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in names:
+        q = quantize_weight(tensors.pop(f"{name}.weight"), scheme.weight)
+        tensors |= {f"{name}.{key}": value for key, value in to_disk(q, scheme, None).items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["tie_word_embeddings"] = tied
+    config["quantization_config"] = build_config(dict.fromkeys([*names, "lm_head"], scheme), [])
+    assert config["quantization_config"]["ignore"] == []
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if not tied:
+        with pytest.raises(QuantkitError, match=r"lm_head\.weight_scale: missing"):
+            load_runtime(tmp_path)
+        return
+    runtime = load_runtime(tmp_path, kernels="reference")
+    assert isinstance(runtime.model.get_output_embeddings(), torch.nn.Linear)
+    assert torch.isfinite(runtime.logits(IDS)).all()
+    with open_checkpoint(tmp_path) as opened:
+        assert set(opened.schemes) == set(names)
+        assert "lm_head" in opened.shapes
 
 
 def test_verify_without_a_manifest(small: Path, tmp_path: Path) -> None:
