@@ -1,15 +1,29 @@
 """Does quantkit read what llm-compressor and AutoRound really write, and compute the same?
 
     python benchmarks/import_peers.py MODEL --peer-python peer/bin/python [--only NAME …] [-o FILE]
+        [--write docs/formats.md]
 
 A Llama of two narrow blocks with random weights, and MODEL's tokenizer, is quantized by the peers
 in an environment of their own (see `vs_peers_quality.py` for making one), saved by their own code,
-and loaded by transformers there and by quantkit here, both computing in fp32. The error is
-‖ours − theirs‖ / ‖theirs‖ of the logits of one text: in quantkit's reference kernels, which do what
-the format says, and in the native ones. Beside it stands the reference kernels' error against what
-the quantized model computed in the peer's memory, in bf16: it is what counts where transformers
-there cannot load what its neighbour wrote, or loads it without rounding activations. A scheme that
-quantkit does not run must be refused, in words that name it.
+and loaded by transformers there and by quantkit here, both computing in fp32. Every error is
+‖ours − theirs‖ / ‖theirs‖, of
+
+- weights: the worst layer's, beside what the peer had in memory;
+- layers: the worst layer's output in the native layers, on the input that it has in transformers.
+  Nothing adds up here: it is the arithmetic of one layer alone;
+- reference, native: the logits of one text, beside transformers';
+- memory: the same of the reference kernels, beside the peer's own model in bf16.
+
+Where activations are rounded, whichever of them lies at the edge of two codes goes over with the
+last bit of anything before it, and each one that does moves others in the layers behind. `flips`
+and `flips16` say how far that alone takes the logits: our own model against itself, the input of
+every quantized layer off by half a last bit of fp32 (`flips`) or bf16 (`flips16`), at random. An
+error of logits no larger than that says nothing about arithmetic; that of layers does.
+
+transformers does not load everything that its neighbours write, and what it loads it may not run
+in fp32. Then weights and `memory` are what counts. A scheme that quantkit does not run must be
+refused, in words that name it. Rows of FILE that are not asked for stay, if they have the same
+versions.
 """
 
 from __future__ import annotations
@@ -19,7 +33,9 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,60 +43,95 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
+from quantkit.numerics import is_finite
+
+#: Between these marks of the page is what this script writes.
+BEGIN, END = "<!-- imports: begin -->", "<!-- imports: end -->"
 
 #: Largest error. The reference kernels round scale times code to the scale's dtype, bf16, and some
 #: native ones multiply in it, which costs 0.2–0.4 %; a wrong scale or code costs 5 % and up.
 TOLERANCE = 0.01
 
-#: Against what a peer had in memory, in bf16. Where activations are rounded, a last bit of bf16
-#: puts some to another code in every layer.
+#: Of a layer with rounded activations, whose codes and scales both compute in fp32: one wrong last
+#: bit of bf16 in a scale would be 40 times as much.
+LAYER_TOLERANCE = 1e-4
+
+#: Of logits against what a peer had in memory, all of it in bf16.
 MEMORY_TOLERANCE = 0.03
 
-#: Runs in the peer's environment: quantize, keep the logits, save. IDS is ``[samples, tokens]``.
+#: An error of logits may be this many times what flips alone make.
+MARGIN = 1.5
+
+#: Packages of the peers whose versions belong to the rows.
+PEERS = ("llmcompressor", "auto-round", "compressed-tensors", "transformers", "torch")
+
+#: Runs in the peer's environment: quantize, keep the logits and weights, save. IDS is
+#: ``[samples, tokens]``.
 _QUANTIZE = """
 import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 {imports}
 
-model_path, ids_path, out, logits_path = sys.argv[1:5]
+model_path, ids_path, out, kept_path = sys.argv[1:5]
 ids = torch.load(ids_path)
 model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(model_path)
 {quantize}
 with torch.no_grad():
-    torch.save(model(ids[:1]).logits[0].float(), logits_path)
+    logits = model(ids[:1]).logits[0].float()
+torch.save({{"logits": logits, "weights": weights}}, kept_path)
 {save}
 tokenizer.save_pretrained(out)
 """
 
+#: Keeps logits, and the input and output of each linear layer of a block.
 _LOAD = """
 import sys
 import torch
 from transformers import AutoModelForCausalLM
 
-folder, ids_path, logits_path = sys.argv[1:4]
+folder, ids_path, kept_path = sys.argv[1:4]
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+layers = {}
+for name, module in model.named_modules():
+    if name.endswith("_proj"):
+        def keep(module, given, made, name=name):
+            layers[name] = (given[0], made)
+        module.register_forward_hook(keep)
 with torch.no_grad():
-    torch.save(model(torch.load(ids_path)[:1]).logits[0].float(), logits_path)
+    logits = model(torch.load(ids_path)[:1]).logits[0].float()
+torch.save({"logits": logits, "layers": layers}, kept_path)
+"""
+
+_VERSIONS = """
+import json, sys
+from importlib.metadata import version
+print(json.dumps({name: version(name) for name in sys.argv[1:]}))
 """
 
 _ONESHOT = """
 data = Dataset.from_dict({{
     "input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist(),
 }})
-recipe = {modifier}(scheme="{scheme}", targets=["Linear"], ignore=["lm_head"])
-oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=ids.shape[1],
+usual = dict(targets=["Linear"], ignore=["lm_head"])
+oneshot(model=model, dataset=data, recipe={recipe}, max_seq_length=ids.shape[1],
         num_calibration_samples=len(ids), shuffle_calibration_samples=False)
+schemes = {{name: getattr(m, "quantization_scheme", None) for name, m in model.named_modules()}}
+weights = {{
+    name: forward_quantize(m, m.weight.data, "weight", schemes[name].weights)
+    for name, m in model.named_modules() if schemes[name] and schemes[name].weights
+}}
 """
 
 _AUTO_ROUND = """
 rows = [{{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]}} for row in ids]
-tuner = AutoRound(model, tokenizer, bits=4, group_size=64, sym={symmetric}, iters=2,
-                  nsamples=len(ids), seqlen=ids.shape[1], batch_size=2, dataset=rows,
-                  device_map="cpu")
+tuner = AutoRound(model, tokenizer, {options}, iters=2, nsamples=len(ids), seqlen=ids.shape[1],
+                  batch_size=2, dataset=rows, device_map="cpu")
 tuner.quantize()
 model = tuner.model
+weights = {{name: getattr(m, "orig_layer", m).weight.data.clone()
+           for name, m in model.named_modules() if name.endswith("_proj")}}
 """
 
 
@@ -93,49 +144,114 @@ class Case:
     activations: bool = False  #: are rounded, too
 
 
-def _llm_compressor(module: str, modifier: str, scheme: str, **facts: Any) -> Case:
+def _llm_compressor(recipe: str, **facts: Any) -> Case:
+    """A recipe as llm-compressor takes it, in Python; ``**usual`` are targets and what is kept."""
     imports = (
         "from datasets import Dataset\nfrom llmcompressor import oneshot\n"
-        f"from llmcompressor.modifiers.{module} import {modifier}"
+        "from llmcompressor.modifiers.gptq import GPTQModifier\n"
+        "from llmcompressor.modifiers.quantization import QuantizationModifier\n"
+        "from compressed_tensors.quantization.lifecycle.forward import forward_quantize"
     )
-    quantize = _ONESHOT.format(modifier=modifier, scheme=scheme)
+    quantize = _ONESHOT.format(recipe=recipe)
     save = "model.save_pretrained(out, save_compressed=True)"
     return Case(_QUANTIZE.format(imports=imports, quantize=quantize, save=save), **facts)
 
 
-def _auto_round(fmt: str, *, symmetric: bool) -> Case:
+def _preset(scheme: str, **facts: Any) -> Case:
+    return _llm_compressor(f'QuantizationModifier(scheme="{scheme}", **usual)', **facts)
+
+
+def _auto_round(fmt: str, options: str, **facts: Any) -> Case:
     return Case(
         _QUANTIZE.format(
             imports="from auto_round import AutoRound",
-            quantize=_AUTO_ROUND.format(symmetric=symmetric),
+            quantize=_AUTO_ROUND.format(options=options),
             save=f'tuner.save_quantized(out, format="{fmt}", inplace=True)',
-        )
+        ),
+        **facts,
     )
 
 
+def _bits(bits: int, *, symmetric: bool = True, more: str = "") -> str:
+    return f"bits={bits}, group_size=64, sym={symmetric}{more}"
+
+
+#: Two schemes in one config, the second for layers that the first one's targets hold, too.
+_TWO_GROUPS = """QuantizationModifier(ignore=["lm_head", "re:.*layers.1.*k_proj"], config_groups={
+    "group_0": dict(targets=["Linear"], weights=dict(
+        num_bits=4, type="int", symmetric=True, strategy="group", group_size=64)),
+    "group_1": dict(targets=["re:.*down_proj"], weights=dict(
+        num_bits=8, type="int", symmetric=True, strategy="channel")),
+})"""
+
+#: One layer of eight bits and one of sixteen among layers of four.
+_MIXED = """, layer_config={
+    "model.layers.0.mlp.down_proj": {"bits": 8}, "model.layers.1.self_attn.o_proj": {"bits": 16}}"""
+
+_FP8_CACHE = """QuantizationModifier(scheme="W4A16", **usual, kv_cache_scheme=dict(
+    num_bits=8, type="float", strategy="tensor", dynamic=False, symmetric=True))"""
+
 CASES = {
-    "llm-compressor GPTQ W4A16": _llm_compressor("gptq", "GPTQModifier", "W4A16"),
-    "llm-compressor W4A16_ASYM": _llm_compressor(
-        "quantization", "QuantizationModifier", "W4A16_ASYM"
+    "llm-compressor GPTQ W4A16": _llm_compressor('GPTQModifier(scheme="W4A16", **usual)'),
+    "llm-compressor GPTQ W4A16, actorder": _llm_compressor(
+        'GPTQModifier(scheme="W4A16", actorder="static", **usual)'
     ),
-    "llm-compressor W8A16": _llm_compressor("quantization", "QuantizationModifier", "W8A16"),
-    "llm-compressor W8A8": _llm_compressor(
-        "quantization", "QuantizationModifier", "W8A8", activations=True
+    "llm-compressor W4A16_ASYM": _preset("W4A16_ASYM"),
+    "llm-compressor W8A16": _preset("W8A16"),
+    "llm-compressor W3A16": _preset("W3A16"),
+    "llm-compressor two groups": _llm_compressor(_TWO_GROUPS),
+    "llm-compressor W4A16, fp8 cache": _llm_compressor(_FP8_CACHE, activations=True),
+    "llm-compressor W8A8": _preset("W8A8", activations=True),
+    "llm-compressor W4A8": _preset("W4A8", activations=True),
+    "llm-compressor W4AFP8": _preset("W4AFP8", activations=True),
+    "llm-compressor W4A4": _preset("W4A4", refused="input_activations"),
+    "llm-compressor FP8_DYNAMIC": _preset("FP8_DYNAMIC", activations=True),
+    "llm-compressor FP8": _preset("FP8", activations=True),
+    "llm-compressor FP8_BLOCK": _preset("FP8_BLOCK", activations=True),
+    "llm-compressor NVFP4A16": _preset("NVFP4A16"),
+    "llm-compressor NVFP4": _preset("NVFP4", refused="input_activations"),
+    "llm-compressor MXFP4A16": _preset("MXFP4A16"),
+    "llm-compressor MXFP4": _preset("MXFP4", refused="input_activations"),
+    "llm-compressor MXFP8A16": _preset("MXFP8A16", refused="mxfp8"),
+    "AutoRound auto_round": _auto_round("auto_round", _bits(4)),
+    "AutoRound auto_round, asymmetric": _auto_round(
+        "auto_round:gptqmodel", _bits(4, symmetric=False)
     ),
-    "llm-compressor FP8_DYNAMIC": _llm_compressor(
-        "quantization", "QuantizationModifier", "FP8_DYNAMIC", activations=True
+    "AutoRound auto_round, 2 bits": _auto_round("auto_round", _bits(2)),
+    "AutoRound auto_round, 3 bits": _auto_round("auto_round", _bits(3)),
+    "AutoRound auto_round, 8 bits": _auto_round("auto_round", _bits(8)),
+    "AutoRound auto_round, mixed": _auto_round("auto_round", _bits(4, more=_MIXED)),
+    "AutoRound auto_gptq": _auto_round("auto_gptq", _bits(4)),
+    "AutoRound auto_gptq, asymmetric": _auto_round("auto_gptq", _bits(4, symmetric=False)),
+    "AutoRound auto_gptq, mixed": _auto_round("auto_gptq", _bits(4, more=_MIXED)),
+    "AutoRound auto_awq": _auto_round("auto_awq", _bits(4, symmetric=False)),
+    "AutoRound auto_awq, symmetric": _auto_round("auto_awq", _bits(4)),
+    "AutoRound llm_compressor, 4 bits": _auto_round("llm_compressor", _bits(4)),
+    "AutoRound llm_compressor, mixed": _auto_round("llm_compressor", _bits(4, more=_MIXED)),
+    "AutoRound llm_compressor INT8": _auto_round(
+        "llm_compressor", 'scheme="INT8"', activations=True
     ),
-    "llm-compressor FP8": _llm_compressor(
-        "quantization", "QuantizationModifier", "FP8", activations=True
+    "AutoRound llm_compressor FP8_STATIC": _auto_round(
+        "llm_compressor", 'scheme="FP8_STATIC"', activations=True
     ),
-    "llm-compressor NVFP4A16": _llm_compressor("quantization", "QuantizationModifier", "NVFP4A16"),
-    "llm-compressor NVFP4": _llm_compressor(
-        "quantization", "QuantizationModifier", "NVFP4", refused="input_activations"
+    "AutoRound llm_compressor FP8_BLOCK": _auto_round(
+        "llm_compressor", 'scheme="FP8_BLOCK"', activations=True
     ),
-    "AutoRound auto_round": _auto_round("auto_round", symmetric=True),
-    "AutoRound auto_round, asymmetric": _auto_round("auto_round", symmetric=False),
-    "AutoRound auto_gptq": _auto_round("auto_gptq", symmetric=True),
-    "AutoRound auto_awq": _auto_round("auto_awq", symmetric=False),
+    "AutoRound llm_compressor MXFP4": _auto_round(
+        "llm_compressor", 'scheme="MXFP4"', refused="input_activations"
+    ),
+    "AutoRound llm_compressor NVFP4": _auto_round(
+        "llm_compressor", 'scheme="NVFP4"', refused="input_activations"
+    ),
+    "AutoRound auto_round FP8_STATIC": _auto_round(
+        "auto_round", 'scheme="FP8_STATIC"', refused="packing_format"
+    ),
+    "AutoRound auto_round MXFP4": _auto_round(
+        "auto_round", 'scheme="MXFP4"', refused="packing_format"
+    ),
+    "AutoRound fp8 FP8_BLOCK": _auto_round(
+        "fp8", 'scheme="FP8_BLOCK"', refused="quant_method 'fp8'"
+    ),
 }
 
 
@@ -145,15 +261,20 @@ class Row:
 
     Attributes:
         ok: read with errors within tolerance, or refused where that is right.
-        memory: error against what the peer had in memory; None where it was not read.
-        reference, native: errors against transformers; None where that did not load it.
-        said: by whoever failed, its last line.
+        weights, layers, reference, native, memory: errors, as said above; None where there is
+            nothing to compare with.
+        flips, flips16: what last bits make of the logits of a model with rounded activations.
+        said: by whoever failed or refused, its last line.
     """
 
     ok: bool
-    memory: float | None = None
+    weights: float | None = None
+    layers: float | None = None
     reference: float | None = None
     native: float | None = None
+    flips: float | None = None
+    memory: float | None = None
+    flips16: float | None = None
     said: str = ""
 
 
@@ -163,8 +284,10 @@ def main() -> int:
     parser.add_argument("--peer-python", required=True)
     parser.add_argument("--only", action="append", choices=list(CASES))
     parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--write", type=Path, help="page whose table is replaced")
     args = parser.parse_args()
-    rows: dict[str, Row] = {}
+    facts = {"peers": peer_versions(args.peer_python), "quantkit": own_versions()}
+    rows = known_rows(args.output, facts)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         ids = make_model(args.model, folder / "model")
@@ -172,10 +295,40 @@ def main() -> int:
         for name in args.only or CASES:
             rows[name] = measure(CASES[name], folder, args.peer_python, ids)
             print(line(name, rows[name]), flush=True)
-    if args.output is not None:
-        document = {name: asdict(row) for name, row in rows.items()}
-        args.output.write_text(json.dumps(document, indent=1) + "\n")
+            if args.output is not None:
+                save(args.output, facts, rows)
+    if args.write is not None:
+        args.write.write_text(replace_table(args.write.read_text(), table(facts, rows)))
     return 0 if all(row.ok for row in rows.values()) else 1
+
+
+def own_versions() -> dict[str, str]:
+    return {name: version(name) for name in ("compressed-tensors", "transformers", "torch")}
+
+
+def peer_versions(python: str) -> dict[str, str]:
+    done = subprocess.run(
+        [python, "-c", _VERSIONS, *PEERS], capture_output=True, text=True, check=True
+    )
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+def known_rows(path: Path | None, facts: dict[str, Any]) -> dict[str, Row]:
+    """Rows of earlier calls. SystemExit where they were measured with other versions."""
+    if path is None or not path.exists():
+        return {}
+    document = json.loads(path.read_text())
+    if document["facts"] != facts:
+        raise SystemExit(f"{path}: of {document['facts']}, now {facts}; give another --output")
+    return {name: Row(**row) for name, row in document["rows"].items()}
+
+
+def save(path: Path, facts: dict[str, Any], rows: dict[str, Row]) -> None:
+    document = {"facts": facts, "rows": {n: asdict(rows[n]) for n in CASES if n in rows}}
+    staging = path.with_name(path.name + ".tmp")
+    staging.write_text(json.dumps(document, indent=1) + "\n")
+    staging.replace(path)
 
 
 def make_model(source: str, folder: Path) -> Tensor:
@@ -202,27 +355,119 @@ def make_model(source: str, folder: Path) -> Tensor:
 
 
 def measure(case: Case, folder: Path, python: str, ids: Tensor) -> Row:
-    """Have a peer quantize, and hold quantkit against what it, or transformers there, computes."""
+    """Have a peer quantize, and hold quantkit against what it, and transformers there, compute."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        out, kept, loaded = (Path(scratch) / name for name in ("out", "memory.pt", "loaded.pt"))
+        out, kept, loaded = (Path(scratch) / name for name in ("out", "kept.pt", "loaded.pt"))
         made = ask(python, case.script, folder / "model", folder / "ids.pt", out, kept)
         if made:
             return Row(ok=False, said=f"not made: {made}")
         out = written(out)
         unread = ask(python, _LOAD, out, folder / "ids.pt", loaded)
+        theirs = None if unread else torch.load(loaded)
+        if theirs is not None and not is_finite(theirs["logits"].norm()):
+            unread = "logits without end"
         try:
-            ours = {kernels: logits(out, kernels, ids) for kernels in ("reference", "native")}
+            found = compare(out, ids, torch.load(kept), theirs)
         except QuantkitError as e:
             right = case.refused is not None and case.refused in e.message
             return Row(ok=right, said=f"refused: {e.message}")
-        memory = error(ours["reference"], torch.load(kept))
-        if unread:
-            ok = case.refused is None and memory <= MEMORY_TOLERANCE
-            return Row(ok, memory, said=f"transformers: {unread}")
-        reference, native = (error(ours[kernels], torch.load(loaded)) for kernels in ours)
-    same = max(reference, native) <= TOLERANCE
-    ok = case.refused is None and (same or (case.activations and memory <= MEMORY_TOLERANCE))
-    return Row(ok, memory, reference, native)
+        if case.activations:
+            found |= {"flips": flips(out, ids, 2**-24), "flips16": flips(out, ids, 2**-9)}
+    said = f"transformers: {unread}" if unread else ""
+    return Row(ok=case.refused is None and is_right(found), **found, said=said)
+
+
+def compare(
+    out: Path, ids: Tensor, kept: dict[str, Any], loaded: dict[str, Any] | None
+) -> dict[str, float]:
+    """Errors of a checkpoint by their names.
+
+    Args:
+        out: its folder.
+        ids: the texts.
+        kept: logits and weights of the peer in memory.
+        loaded: logits and layers of transformers, where it runs the checkpoint.
+    """
+    ours = logits(out, "reference", ids)
+    found = {
+        "weights": worst(kept["weights"], weights(out), error),
+        "memory": error(ours, kept["logits"]),
+    }
+    if loaded is not None:
+        if is_finite(loaded["logits"].norm()):
+            found["reference"] = error(ours, loaded["logits"])
+            found["native"] = error(logits(out, "native", ids), loaded["logits"])
+        found["layers"] = worst(loaded["layers"], linears(out), layer_error)
+    return found
+
+
+def is_right(found: dict[str, float]) -> bool:
+    """Whether all errors of a case are within their tolerance."""
+    rounded = "flips" in found
+    limits = {
+        "weights": TOLERANCE,
+        "layers": LAYER_TOLERANCE if rounded else TOLERANCE,
+        "reference": max(TOLERANCE, MARGIN * found.get("flips16", 0.0)),
+        "native": max(TOLERANCE, MARGIN * found.get("flips16", 0.0)),
+        "memory": max(MEMORY_TOLERANCE, MARGIN * found.get("flips16", 0.0)),
+    }
+    return all(found[name] <= limit for name, limit in limits.items() if name in found)
+
+
+def worst(theirs: dict[str, Any], ours: dict[str, Any], measured: Callable[..., float]) -> float:
+    """The largest error of the layers that are quantized here. Each must be one of theirs."""
+    return max(measured(ours[name], theirs[name]) for name in ours)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """What each quantized layer stands for ``[N, K]``, columns as the model has them."""
+    from quantkit.checkpoint.opened import open_checkpoint
+    from quantkit.numerics import dequantize
+
+    found = {}
+    with open_checkpoint(folder) as opened:
+        for name in opened.schemes:
+            layer = opened.layer(name)
+            weight = dequantize(layer.weight, torch.float32)
+            found[name] = torch.empty_like(weight)
+            order = slice(None) if layer.order is None else layer.order
+            found[name][:, order] = weight
+    return found
+
+
+def linears(folder: Path) -> dict[str, Any]:
+    """The quantized layers, in native kernels and fp32."""
+    from quantkit.layers import QuantLinear
+    from quantkit.models.load import load_runtime
+
+    model = load_runtime(folder, kernels="modules", dtype=torch.float32).model
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+
+
+def layer_error(layer: Any, theirs: Sequence[Tensor]) -> float:
+    """Of a layer's output, on the input of theirs."""
+    given, made = theirs
+    with torch.no_grad():
+        return error(layer(given), made)
+
+
+def flips(folder: Path, ids: Tensor, step: float) -> float:
+    """Our model against itself, inputs of quantized layers off by up to ``step`` of their size."""
+    from quantkit.layers import QuantLinear
+    from quantkit.models.load import load_runtime
+
+    runtime = load_runtime(folder, kernels="modules", dtype=torch.float32)
+    still = runtime.logits(ids[0].tolist()).float()
+    generator = torch.Generator().manual_seed(0)
+
+    def move(_: Any, given: tuple[Tensor]) -> tuple[Tensor]:
+        (x,) = given
+        return (x * (1 + step * (2 * torch.rand(x.shape, generator=generator) - 1)),)
+
+    for module in runtime.model.modules():
+        if isinstance(module, QuantLinear):
+            module.register_forward_pre_hook(move)
+    return error(runtime.logits(ids[0].tolist()).float(), still)
 
 
 def written(out: Path) -> Path:
@@ -251,14 +496,50 @@ def logits(folder: Path, kernels: str, ids: Tensor) -> Tensor:
 
 def error(ours: Tensor, theirs: Tensor) -> float:
     """‖ours − theirs‖ / ‖theirs‖."""
+    theirs = theirs.float()
     return float((ours - theirs).norm() / theirs.norm())
 
 
+#: Numbers of a row, in the order in which they are shown.
+SHOWN = ("weights", "layers", "reference", "native", "flips", "memory", "flips16")
+
+
 def line(name: str, row: Row) -> str:
+    """A row for the terminal."""
     verdict = "ok  " if row.ok else "FAIL"
-    numbers = {"memory": row.memory, "reference": row.reference, "native": row.native}
+    numbers = {key: getattr(row, key) for key in SHOWN}
     told = [f"{key} {value:.1e}" for key, value in numbers.items() if value is not None]
-    return "  ".join([f"{verdict} {name:34}", *told, row.said])
+    return "  ".join([f"{verdict} {name:37}", *told, row.said]).rstrip()
+
+
+def table(facts: dict[str, Any], rows: dict[str, Row]) -> str:
+    """The measured part of the page."""
+    peers = ", ".join(f"{name} {found}" for name, found in facts["peers"].items())
+    lines = [
+        f"Peers: {peers}.",
+        "",
+        "| written by | weights | layers | reference | native | flips | memory | flips16 | |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in CASES:
+        if name in rows:
+            row = rows[name]
+            values = [getattr(row, key) for key in SHOWN]
+            cells = ["" if value is None else f"{value:.0e}" for value in values]
+            said = row.said.replace("|", "\\|")
+            verdict = said if row.ok else f"**fails** {said}"
+            lines.append(f"| {name} | " + " | ".join([*cells, verdict.strip()]) + " |")
+    left = [name for name in CASES if name not in rows]
+    return "\n".join(lines + (["", f"Not measured: {'; '.join(left)}."] if left else []))
+
+
+def replace_table(page: str, measured: str) -> str:
+    """The page with another table between its marks. SystemExit if it has none."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"the page has no {BEGIN} … {END}")
+    return f"{before}{BEGIN}\n{measured}\n{END}{after}"
 
 
 if __name__ == "__main__":

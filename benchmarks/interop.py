@@ -11,9 +11,9 @@ log-probability a token. The floor beside it is the same number between two path
 differ only in where they round (``native-float`` and ``reference``), in both columns. An engine
 that does not take a scheme gives its reason in its own words.
 
-A row is written when it is done; a second call measures only rows that are missing, and must be
-of the same model, prompts, machine and versions. The page is written from the rows and says what
-they were measured with.
+A row is written when it is done; a second call measures only rows that are missing, or whose
+reason lost the list that it announces, and must be of the same model, prompts, machine and
+versions. The page is written from the rows and says what they were measured with.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 OURS = "quantkit"
 ENGINES = ("transformers", "vllm")
+
+#: Behind a reason whose end is lost.
+_CUT = " (the list was not kept; the next call measures this row again)"
 
 #: Longest reason that the table shows.
 REASON = 160
@@ -94,7 +97,7 @@ def main() -> None:
         missing = [
             engine
             for engine in ENGINES
-            if f"{name} {engine}" not in document["rows"]
+            if is_cut(document["rows"].get(f"{name} {engine}"))
             and (engine != "vllm" or args.vllm_python is not None)
         ]
         if missing:
@@ -161,6 +164,12 @@ def compare(ours: Answers, ask: Callable[[], Answers], oracle: Answers) -> Row:
     )
 
 
+def is_cut(row: dict[str, Any] | None) -> bool:
+    """Whether a row is to be measured: it is absent, or its reason lacks the lines that a colon
+    announces."""
+    return row is None or (not row["loads"] and row["reason"].endswith(":"))
+
+
 def agreement(a: Answers, b: Answers) -> float:
     """Share of prompts that both continue alike to the last token."""
     return sum(x == y for x, y in zip(a.texts, b.texts, strict=True)) / len(a.texts)
@@ -175,23 +184,29 @@ def distance(a: Answers, b: Answers) -> float:
 def reason_of(error: Exception) -> str:
     """The line of an error that says why: of an engine's log the last exception in it that is more
     than word of another process's end."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, QuantkitError):
         found = [text for place in range(len(lines)) if (text := _raised(lines, place))]
         telling = [line for line in found if not any(word in line for word in _AFTERMATH)]
-        return (telling or found or lines)[-1]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+        return (telling or found or lines)[-1].strip()
+    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"
 
 
 def _raised(lines: Sequence[str], place: int) -> str:
-    """The exception in a line, or "". One that ends in a colon goes on in the next line."""
+    """The exception in a line, or "". One that ends in a colon goes on in the next line, and in
+    those behind it that are indented."""
     match = _RAISED.search(lines[place])
-    if match is None:
-        return ""
-    if not match[0].endswith(":") or place + 1 == len(lines):
-        return match[0]
+    if match is None or not match[0].endswith(":"):
+        return match[0] if match else ""
     # One record of a log has the same words in front of each of its lines.
-    return f"{match[0]} {lines[place + 1].removeprefix(lines[place][: match.start()]).strip()}"
+    front = lines[place][: match.start()]
+    listed: list[str] = []
+    for line in lines[place + 1 :]:
+        own = line.removeprefix(front)
+        if not line.startswith(front) or (listed and not own[:1].isspace()):
+            break
+        listed.append(own.strip())
+    return f"{match[0]} {'; '.join(listed)}".rstrip()
 
 
 #: An exception as a traceback ends with it, behind whatever the engine's log puts in front.
@@ -355,7 +370,7 @@ def table(document: dict[str, Any]) -> str:
         else:
             reason = row["reason"].replace("|", "\\|")
             shown = reason if len(reason) <= REASON else reason[:REASON] + "…"
-            cells = [f"no: {shown}", "", ""]
+            cells = [f"no: {shown}{_CUT if is_cut(row) else ''}", "", ""]
         lines.append(f"| {name} | {engine} | " + " | ".join(cells) + " |")
     unmeasured = [
         f"{name} ({', '.join(left)})"

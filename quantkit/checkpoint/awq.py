@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.gptq import check_symmetric
+from quantkit.checkpoint.fields import as_flag
+from quantkit.checkpoint.gptq import check_symmetric, check_words
 from quantkit.checkpoint.layer import LayerTensors, StoredLayer
 from quantkit.checkpoint.options import Options, read_usual
 from quantkit.errors import UsageError
@@ -64,9 +65,10 @@ class AwqReader:
         spec, parts = scheme.weight, LayerTensors(name, tensors)
         n, k = shape
         groups = spec.scale_shape(shape)[-1]
+        check_words(n, spec.bits, name)
         codes = _unpack(parts.take("qweight", (k, n // 8), torch.int32))
         zero = _unpack(parts.take("qzeros", (groups, n // 8), torch.int32))
-        scale = parts.take("scales", (groups, n)).t().contiguous()
+        scale = parts.take_scales("scales", (groups, n)).t().contiguous()
         parts.check_all_read()
         if spec.symmetric:
             check_symmetric(zero, name, "zero_point: false")
@@ -94,7 +96,7 @@ def open_awq(raw: Mapping[str, Any]) -> AwqReader:
             f"version {version!r}: quantkit reads AWQ's gemm layout",
             remedy="save the model with version gemm",
         )
-    symmetric = not raw.get("zero_point", True)
+    symmetric = as_flag(raw.get("zero_point"), "zero_point") is False
     return AwqReader("AWQ gemm", Options(read_usual(raw, default_symmetric=symmetric)))
 
 

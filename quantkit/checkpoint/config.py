@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,9 @@ _MATRIX = "sylvester-paley"
 #: a config names no format.
 _UNSPECIFIC = ("mixed-precision", "fakequant")
 
+#: Longest side of a block: weights are padded to whole ones.
+_LONGEST = 4096
+
 #: What scales are stored as; None for the model's own dtype.
 SCALE_DTYPES = {
     ScaleFormat.MODEL: None,
@@ -87,6 +90,9 @@ def from_args(args: QuantizationArgs) -> QuantSpec:
             "MXFP8 (8-bit floats under E8M0 scales): not a format that quantkit runs",
             remedy="fp8 and fp8-block are",
         )
+    block = args.block_structure
+    if block is not None and (len(block) != 2 or not all(1 <= n <= _LONGEST for n in block)):
+        raise UsageError(f"block_structure {block}: is not rows and columns of 1 to {_LONGEST}")
     scale = ScaleFormat.MODEL
     if args.type == "float" and args.num_bits == 4:
         scale = ScaleFormat.E8M0 if args.group_size == 32 else ScaleFormat.E4M3
@@ -103,7 +109,7 @@ def from_args(args: QuantizationArgs) -> QuantSpec:
         dtype=DType(kind),
         granularity=granularity,
         group_size=args.group_size if granularity is Granularity.GROUP else None,
-        block=tuple(args.block_structure) if args.block_structure else None,
+        block=None if block is None else (block[0], block[1]),
         symmetric=args.symmetric,
         dynamic=bool(args.dynamic),
         scale=scale,
@@ -198,14 +204,16 @@ def read_config(
         QuantkitError: a group is labelled with another format than its numbers are stored in.
     """
     config = _parse(raw)
-    ignored = config.ignore or []
+    # Of two groups with the same target the last counts, as in compressed-tensors.
+    by_target = {
+        target: (label, scheme) for label, scheme, targets in _groups(config) for target in targets
+    }
+    ignored, wanted = _fitting(config.ignore or ()), _fitting(by_target)
     found: dict[str, tuple[str, Scheme]] = {}
-    for label, scheme, targets in _groups(config):
-        for name in linears:
-            if any(_matches(name, pattern) for pattern in ignored):
-                continue
-            if any(t == "Linear" or _matches(name, t) for t in targets):
-                found.setdefault(name, (label, scheme))
+    for name in linears:
+        target = None if ignored(name) else wanted(name)
+        if target is not None:
+            found[name] = by_target[target]
     for name, (label, scheme) in found.items():
         _check_stored(label, scheme, name, stored)
     for name in read_hadamards(raw):
@@ -287,6 +295,22 @@ def _unmarked(part: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _fitting(targets: Iterable[str]) -> Callable[[str], str | None]:
+    """Which target counts for a linear layer, by its name: the name before a pattern, a pattern
+    before the class, and of several patterns the first in the order of their letters. Source:
+    compressed-tensors, ``utils/match.py`` (match_targets)."""
+    known = frozenset(targets)
+    patterns = sorted(target for target in known if target.startswith("re:"))
+
+    def fit(name: str) -> str | None:
+        if name in known:
+            return name
+        found = next((pattern for pattern in patterns if _matches(name, pattern)), None)
+        return "Linear" if found is None and "Linear" in known else found
+
+    return fit
+
+
 def _matches(name: str, pattern: str) -> bool:
     try:
         return bool(match_name(name, pattern))
@@ -319,6 +343,7 @@ def _groups(config: QuantizationConfig) -> Iterator[tuple[str, Scheme, list[str]
     for group in config.config_groups.values():
         assert isinstance(group, QuantizationScheme)
         if group.weights is None:
+            _check_empty(group)
             continue
         weight = from_args(group.weights)
         if group.output_activations is not None:
@@ -329,6 +354,16 @@ def _groups(config: QuantizationConfig) -> Iterator[tuple[str, Scheme, list[str]
         label = str(getattr(found, "value", found))
         _check_label(label, scheme)
         yield label, scheme, group.targets
+
+
+def _check_empty(group: QuantizationScheme) -> None:
+    """Raise UsageError where a group without weights rounds what enters or leaves its modules."""
+    if group.input_activations is not None or group.output_activations is not None:
+        raise UsageError(
+            f"config_groups: activations of {', '.join(group.targets)} without weights: quantkit "
+            "quantizes inputs of linear layers whose weights are quantized, and kv_cache_scheme",
+            remedy="quantize the model without quantizing attention",
+        )
 
 
 def _check_label(label: str, scheme: Scheme) -> None:

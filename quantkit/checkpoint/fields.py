@@ -37,6 +37,14 @@ def as_integer(value: Any, name: str) -> int:
     return number
 
 
+def as_flag(value: Any, name: str) -> bool | None:
+    """The value if it is true, false or absent (None). Raises UsageError, with its name, if it is
+    anything else: "false" would be true."""
+    if value is None or isinstance(value, bool):
+        return value
+    raise UsageError(f"{name}: {_short(value)} is not true or false")
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}…"

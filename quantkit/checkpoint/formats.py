@@ -16,6 +16,7 @@ from torch import Tensor
 from quantkit.checkpoint.auto_round import open_auto_round
 from quantkit.checkpoint.awq import open_awq
 from quantkit.checkpoint.config import read_cache_spec, read_config, read_hadamards
+from quantkit.checkpoint.fields import as_object
 from quantkit.checkpoint.gptq import open_gptq
 from quantkit.checkpoint.layer import StoredLayer
 from quantkit.checkpoint.tensors import from_disk
@@ -85,10 +86,20 @@ class CompressedTensorsReader:
         return read_hadamards(self.raw)
 
 
+def open_compressed_tensors(raw: Mapping[str, Any]) -> CompressedTensorsReader:
+    """A reader for config.json's ``quantization_config``, or the one that it holds: transformers
+    takes it one level below, too (``CompressedTensorsConfig.from_dict``)."""
+    inner = raw.get("quantization_config")
+    if inner is None:
+        return CompressedTensorsReader(raw)
+    beside = {key: value for key, value in raw.items() if key != "quantization_config"}
+    return CompressedTensorsReader(beside | as_object(inner, "quantization_config"))
+
+
 #: ``quant_method`` → what makes a reader of config.json's ``quantization_config``. To add a format,
 #: add a file and a row.
 READERS: dict[str, Callable[[Mapping[str, Any]], Reader]] = {
-    "compressed-tensors": CompressedTensorsReader,
+    "compressed-tensors": open_compressed_tensors,
     "gptq": open_gptq,
     "awq": open_awq,
     "auto-round": open_auto_round,

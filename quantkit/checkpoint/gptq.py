@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from quantkit import packing
-from quantkit.checkpoint.fields import as_object
+from quantkit.checkpoint.fields import as_flag, as_object
 from quantkit.checkpoint.layer import LayerTensors, StoredLayer, column_order
 from quantkit.checkpoint.options import Options, compile_rule, read_usual
 from quantkit.errors import QuantkitError, UsageError
@@ -43,11 +43,13 @@ class GptqReader:
         name: of the format, for people.
         zero_offset: what a stored zero point lacks.
         options: of its layers.
+        scattered: columns of a group may lie anywhere, so that each layer must say where.
     """
 
     name: str
     zero_offset: int
     options: Options
+    scattered: bool = False
 
     def schemes(self, linears: Sequence[str], tensors: Collection[str]) -> dict[str, Scheme]:
         """Each quantized layer's scheme, by the layer's name."""
@@ -65,14 +67,21 @@ class GptqReader:
         spec, parts = scheme.weight, LayerTensors(name, tensors)
         (n, k), bits = shape, spec.bits
         groups = spec.scale_shape(shape)[-1]
+        for size in shape:
+            check_words(size, bits, name)
         words = parts.take("qweight", (k * bits // 32, n), torch.int32)
         zero_words = parts.take("qzeros", (groups, n * bits // 32), torch.int32)
-        scale = parts.take("scales", (groups, n)).t().contiguous()
+        scale = parts.take_scales("scales", (groups, n)).t().contiguous()
         codes = packing.unpack_int(words.t(), bits, (n, k))
         zero = packing.unpack_int(zero_words, bits, (groups, n)).t().contiguous()
         columns, order = parts.find("g_idx"), None
         if columns is not None and columns.numel():
             order = column_order(parts.take("g_idx", (k,)), groups, name)
+        elif self.scattered and groups > 1:
+            raise QuantkitError(
+                f"{name}.g_idx: missing, where desc_act puts columns of a group anywhere",
+                remedy="the file is incomplete, or desc_act is not what it was quantized with",
+            )
         parts.check_all_read()
         if order is not None:
             codes = codes[:, order].contiguous()
@@ -99,6 +108,16 @@ class GptqReader:
             return zero
         check_symmetric(zero, name, "sym: true")
         return None
+
+
+def check_words(size: int, bits: int, name: str) -> None:
+    """Raise UsageError for a row or column of codes that ends within a word."""
+    if size * bits % 32:
+        raise UsageError(
+            f"{name}: {size} codes of {bits} bits do not fill words of 32 bits, which is how the "
+            "format stores them",
+            remedy="the config does not belong to this model",
+        )
 
 
 def check_symmetric(zero: Tensor, name: str, claim: str) -> None:
@@ -132,8 +151,12 @@ def open_gptq(raw: Mapping[str, Any]) -> GptqReader:
         )
     dynamic = as_object(raw.get("dynamic") or {}, "dynamic")
     rules = [_rule(key, as_object(given, f"dynamic {key!r}")) for key, given in dynamic.items()]
+    flags = {key: as_flag(raw.get(key), key) for key in ("desc_act", "static_groups")}
     return GptqReader(
-        f"GPTQ version {2 - ZERO_OFFSETS[fmt]}", ZERO_OFFSETS[fmt], Options(read_usual(raw), rules)
+        f"GPTQ version {2 - ZERO_OFFSETS[fmt]}",
+        ZERO_OFFSETS[fmt],
+        Options(read_usual(raw), rules),
+        scattered=bool(flags["desc_act"] and not flags["static_groups"]),
     )
 
 

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.numerics import QTensor
+from quantkit.numerics import QTensor, is_finite
+from quantkit.schemes import QuantSpec
+
+#: What scales may be stored in where the format leaves it to the model.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,71 @@ class LayerTensors:
     def take_scales(
         self, key: str, shape: tuple[int, ...], dtype: torch.dtype | None = None
     ) -> Tensor:
-        """The tensor in this shape; writers differ in the axes of one element.
+        """Scales in this shape; writers differ in the axes of one element.
+
+        Args:
+            key: local name.
+            shape: of the result.
+            dtype: what they are stored in; one of `FLOATS` by default.
 
         Raises:
-            QuantkitError: it is missing, or of another shape or dtype.
+            QuantkitError: they are missing, of another shape or dtype, or not all numbers.
         """
-        tensor = self.take(key, dtype=dtype)
+        tensor = self.take_shaped(key, shape)
+        if tensor.dtype != dtype and (dtype is not None or tensor.dtype not in FLOATS):
+            raise QuantkitError(
+                f"{self.name}.{key}: is {tensor.dtype}, not {dtype or 'a float of 16 or 32 bits'}"
+            )
+        # E8M0 has one code for NaN (OCP MX specification v1.0, section 5.4.1).
+        bad = bool((tensor == 255).any()) if dtype == torch.uint8 else not is_finite(tensor.float())
+        if bad:
+            raise QuantkitError(
+                f"{self.name}.{key}: holds NaN or infinity where scales belong",
+                remedy="the checkpoint is damaged; copy it again, or quantize anew",
+            )
+        return tensor
+
+    def take_divisor(self, key: str) -> Tensor:
+        """A scale ``[1]`` that something is divided by. Raises QuantkitError as `take_scales`, and
+        where it is not above 0."""
+        tensor = self.take_scales(key, (1,))
+        if not float(tensor) > 0:
+            raise QuantkitError(
+                f"{self.name}.{key}: is {float(tensor):g}, which nothing can be divided by",
+                remedy="the checkpoint is damaged; copy it again, or quantize anew",
+            )
+        return tensor
+
+    def take_zero_points(self, key: str, shape: tuple[int, ...], spec: QuantSpec) -> Tensor:
+        """Zero points int8 in this shape, one a byte or wider.
+
+        Raises:
+            QuantkitError: they are missing, of another shape, no integers, or out of the codes'
+                range.
+        """
+        tensor = self.take_shaped(key, shape)
+        if tensor.is_floating_point():
+            raise QuantkitError(f"{self.name}.{key}: is {tensor.dtype}, not integers")
+        self.check_codes(key, tensor, spec)
+        return tensor.to(torch.int8)
+
+    def take_shaped(self, key: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor in this shape, whatever its axes of one element are. Raises QuantkitError when
+        it is missing or of another shape."""
+        tensor = self.take(key)
         if [d for d in tensor.shape if d != 1] == [d for d in shape if d != 1]:
             return tensor.reshape(shape)
         return self.take(key, shape)  # which says what it found
+
+    def check_codes(self, key: str, codes: Tensor, spec: QuantSpec) -> None:
+        """Raise QuantkitError for integers that are no codes of this width."""
+        low, high = int(spec.qmin), int(spec.qmax)
+        if codes.numel() and not low <= int(codes.min()) <= int(codes.max()) <= high:
+            raise QuantkitError(
+                f"{self.name}.{key}: holds {int(codes.min())} to {int(codes.max())}, where "
+                f"{spec.bits} bits are {low} to {high}",
+                remedy="the config does not belong to these tensors",
+            )
 
     def check_all_read(self) -> None:
         """Raise QuantkitError for a tensor that nobody took: it would change the layer's output."""
@@ -119,7 +179,7 @@ def column_order(groups_of_columns: Tensor, groups: int, name: str) -> Tensor | 
     if not torch.equal(found.sort().values, expected):
         raise UsageError(
             f"{name}: the columns of its groups number "
-            f"{found.clamp(min=0).bincount().tolist()[:4]}…, not {size} each",
+            f"{found.clamp(0, groups).bincount().tolist()[:4]}…, not {size} each",
             remedy="quantize again with static groups (desc_act: false)",
         )
     return torch.argsort(found, stable=True)

@@ -14,7 +14,12 @@ from torch import Tensor
 from quantkit import model as models
 from quantkit.checkpoint.formats import Reader, open_format
 from quantkit.checkpoint.layer import StoredLayer
-from quantkit.checkpoint.read import TensorFiles, build_empty, read_quantization_config
+from quantkit.checkpoint.read import (
+    TensorFiles,
+    build_empty,
+    read_quantization_config,
+    stored_linears,
+)
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.schemes import Scheme
 
@@ -73,10 +78,10 @@ def open_checkpoint(folder: Path) -> Iterator[OpenCheckpoint]:
     reader = open_format(raw)
     config = models.load_config(folder, str(folder))
     model = build_empty(config, torch.bfloat16)
-    linears = models.linear_layers(model)
     parameters = {id(p): p.numel() for p in model.parameters()}
     with TensorFiles(folder) as files:
         files.rename(models.memory_names(model, files.names))
+        linears = stored_linears(model, files.names)
         schemes = reader.schemes(list(linears), set(files.names))
         if not schemes:
             raise QuantkitError(
@@ -88,6 +93,9 @@ def open_checkpoint(folder: Path) -> Iterator[OpenCheckpoint]:
             reader=reader,
             files=files,
             schemes=schemes,
-            shapes={n: (x.out_features, x.in_features) for n, x in linears.items()},
+            shapes={
+                name: (linear.out_features, linear.in_features)
+                for name, linear in models.linear_layers(model).items()
+            },
             parameters=sum(parameters.values()),
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quantkit.checkpoint.config import named_scheme
-from quantkit.checkpoint.fields import as_integer
+from quantkit.checkpoint.fields import as_flag, as_integer
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.schemes import Granularity, QuantSpec, Scheme
 
@@ -34,14 +34,14 @@ class LayerOptions:
         """With a layer's own values, spelled as in config.json.
 
         Raises:
-            UsageError: bits or a group size that is no integer.
+            UsageError: bits or a group size that is no integer, or sym that is not true or false.
         """
-        symmetric = given.get("sym")
+        symmetric = as_flag(given.get("sym"), "sym")
         return replace(
             self,
             bits=as_integer(given.get("bits") or self.bits, "bits"),
             group_size=as_integer(given.get("group_size") or self.group_size, "group_size"),
-            symmetric=self.symmetric if symmetric is None else bool(symmetric),
+            symmetric=self.symmetric if symmetric is None else symmetric,
         )
 
     def scheme(self) -> Scheme:

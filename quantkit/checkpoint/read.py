@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from quantkit.errors import QuantkitError, UsageError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -69,6 +70,23 @@ def build_empty(config: Any, dtype: torch.dtype) -> PreTrainedModel:
         model: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=False)
         models.linearize(model)
     return model
+
+
+def stored_linears(model: PreTrainedModel, names: Iterable[str]) -> dict[str, nn.Linear]:
+    """The linear layers that a checkpoint may hold quantized: all but a tied head without tensors
+    of its own. AutoRound names it among those that it quantized, and stores the embedding alone.
+
+    Args:
+        model: its config's.
+        names: of the checkpoint's tensors, as the model has them.
+    """
+    linears = models.linear_layers(model)
+    # Without weights both are tensors of their own whatever the config says.
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    head = models.head_name(model) if tied else None
+    if head is not None and not any(name.rpartition(".")[0] == head for name in names):
+        linears.pop(head, None)
+    return linears
 
 
 #: Beside several files: which of them holds a tensor.
@@ -183,13 +201,20 @@ class TensorFiles:
         return self._stored[self._modules[name][0]].rpartition(".")[0]
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor. Raises QuantkitError when it is not there."""
+        """One tensor. Raises QuantkitError when it is not there, or of a type that torch lacks."""
         if name not in self._files:
             raise QuantkitError(
                 f"{name}: missing from the checkpoint",
                 remedy="the file is incomplete; copy it again",
             )
-        return self._files[name].get_tensor(self._stored[name])
+        try:
+            found: Tensor = self._files[name].get_tensor(self._stored[name])
+        except Exception as e:  # safetensors' own, or whatever torch makes of a type it lacks
+            raise QuantkitError(
+                f"{self.folder}: {name}: cannot be read ({models.first_line(e)})",
+                remedy="the file is damaged, or holds a type of numbers that torch lacks",
+            ) from e
+        return found
 
     def size(self, name: str) -> int:
         """Bytes of one tensor, from its file's header."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from quantkit import packing
 from quantkit.checkpoint.config import SCALE_DTYPES, format_name
 from quantkit.checkpoint.layer import LayerTensors, StoredLayer, column_order
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.numerics import QTensor
 from quantkit.schemes import DType, Granularity, ScaleFormat, Scheme
 
@@ -66,10 +66,18 @@ def from_disk(
         name: of the layer, for messages.
 
     Raises:
-        QuantkitError: a tensor is missing, unknown, or has another shape than the layer.
-        UsageError: groups of columns that cannot be brought together.
+        QuantkitError: a tensor is missing, unknown, has another shape than the layer, or numbers
+            that it cannot have.
+        UsageError: groups of columns that cannot be brought together, or of inputs that do not
+            divide them.
     """
     spec, (n, k) = scheme.weight, shape
+    inputs = scheme.input.group_size if scheme.input else None
+    if inputs is not None and k % inputs:
+        raise UsageError(
+            f"{name}: scales of {inputs} inputs each, which do not divide {k}",
+            remedy="the config does not belong to this model",
+        )
     parts = LayerTensors(name, tensors)
     scale_shape = spec.scale_shape(shape)
     scale = parts.take_scales("weight_scale", scale_shape, SCALE_DTYPES[spec.scale])
@@ -77,7 +85,7 @@ def from_disk(
     if spec.scale is not ScaleFormat.MODEL:
         codes = packing.unpack_fp4(parts.take("weight_packed", (n, k // 2), torch.uint8))
         if spec.scale is ScaleFormat.E4M3:
-            global_scale = parts.take_scales("weight_global_scale", (1,))
+            global_scale = parts.take_divisor("weight_global_scale")
     elif _is_packed(tensors, scheme):
         _check_shape(parts, shape)
         words = packing.packed_columns(k, spec.bits)
@@ -91,9 +99,11 @@ def from_disk(
     else:
         stored = torch.int8 if spec.dtype is DType.INT else torch.float8_e4m3fn
         codes = parts.take("weight", shape, stored)
+        if spec.bits < 8:
+            parts.check_codes("weight", codes, spec)
         if not spec.symmetric:
-            zero = parts.take_scales("weight_zero_point", scale_shape)
-    input_scale = parts.take_scales("input_scale", (1,)) if scheme.needs_static_input else None
+            zero = parts.take_zero_points("weight_zero_point", scale_shape, spec)
+    input_scale = parts.take_divisor("input_scale") if scheme.needs_static_input else None
     order = None
     if parts.find("weight_g_idx") is not None and spec.granularity is Granularity.GROUP:
         order = column_order(parts.take("weight_g_idx", (k,)), scale_shape[-1], name)

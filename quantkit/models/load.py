@@ -23,6 +23,7 @@ from quantkit.checkpoint.read import (
     build_empty,
     original_hash,
     read_quantization_config,
+    stored_linears,
 )
 from quantkit.checkpoint.write import manifest_if_any
 from quantkit.errors import KernelMissingError, QuantkitError, UsageError
@@ -268,7 +269,7 @@ def _cache_scales(runtime: Runtime) -> CacheScales | None:
 
 
 def _fill(
-    model: nn.Module,
+    model: PreTrainedModel,
     files: TensorFiles,
     reader: Reader,
     attentions: Mapping[str, nn.Module],
@@ -282,7 +283,7 @@ def _fill(
     Returns:
         bytes, bits a quantized weight, and the cache scales of each attention module.
     """
-    linears = models.linear_layers(model)
+    linears = stored_linears(model, files.names)
     schemes = reader.schemes(list(linears), set(files.names))
     if not schemes:
         raise QuantkitError(
@@ -316,15 +317,11 @@ def _fill(
         shape = (linear.out_features, linear.in_features)
         parts = files.layer(name)
         stored += sum(t.numel() * t.element_size() for t in parts.values())
-        if linear.bias is not None and "bias" not in parts:
-            raise QuantkitError(
-                f"{name}.bias: missing from the checkpoint",
-                remedy="the file is incomplete; copy it again",
-            )
+        _check_bias(name, linear.bias, parts.get("bias"))
         read = partial(_read_layer, files, reader, name, scheme, shape, kernels, dtype)
         layer = StreamedLinear(read, shape) if streamed else read()
         models.set_submodule(model, name, layer)
-    model.tie_weights()  # type: ignore[operator]
+    model.tie_weights()
     empty = [n for n, p in model.named_parameters() if p.is_meta]
     if empty:
         raise QuantkitError(
@@ -333,6 +330,21 @@ def _fill(
         )
     weights = sum(linears[n].out_features * linears[n].in_features for n in schemes)
     return size + stored, 8 * stored / weights, scales
+
+
+def _check_bias(name: str, bias: Tensor | None, stored: Tensor | None) -> None:
+    """Raise QuantkitError where a layer has a bias and the files have none, or the other way round:
+    some writers store zeros for a bias that the model lacks."""
+    if bias is not None and stored is None:
+        raise QuantkitError(
+            f"{name}.bias: missing from the checkpoint",
+            remedy="the file is incomplete; copy it again",
+        )
+    if bias is None and stored is not None and stored.count_nonzero():
+        raise QuantkitError(
+            f"{name}.bias: stored, where the model has none",
+            remedy="config.json does not belong to these tensors",
+        )
 
 
 def _read_layer(
@@ -348,6 +360,10 @@ def _read_layer(
     parts = files.layer(name)
     stored = list(parts.values())
     bias = parts.pop("bias", None)
+    if bias is not None and tuple(bias.shape) != shape[:1]:
+        raise QuantkitError(
+            f"{name}.bias: stored as {list(bias.shape)} where the layer has {[shape[0]]}"
+        )
     found = reader.layer(parts, scheme, shape, name)
     layer = QuantLinear(
         found.weight,
@@ -386,6 +402,8 @@ def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
         raise QuantkitError(
             f"{key}: stored as {list(tensor.shape)} where the model has {list(current.shape)}"
         )
+    if current.is_floating_point() and not tensor.is_floating_point():
+        raise QuantkitError(f"{key}: is {tensor.dtype} where the model has {current.dtype}")
     if isinstance(current, nn.Parameter):
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
     else:

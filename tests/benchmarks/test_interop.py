@@ -46,10 +46,41 @@ def test_what_an_engine_raises_is_its_reason() -> None:
         "ValueError: No kernel. Reasons: Marlin cannot run on CPUs"
     )
     assert interop.reason_of(QuantkitError(listed[0])) == "ValueError: No kernel. Reasons:"
+    others = [
+        *listed,
+        "(EngineCore pid=7) ERROR 11-22 [core.py:9]   CPUWNA16 takes 4 bits",
+        "(EngineCore pid=7) ERROR 11-22 [core.py:9] a record of the same place",
+        "(APIServer pid=6) RuntimeError: Engine core initialization failed. See above.",
+    ]
+    assert interop.reason_of(QuantkitError("\n".join(others))) == (
+        "ValueError: No kernel. Reasons: Marlin cannot run on CPUs; CPUWNA16 takes 4 bits"
+    )
+    bare = ["ValueError: No kernel. Reasons: ", "Marlin requires capability 75", " no CPU", "bye"]
+    assert interop.reason_of(QuantkitError("\n".join(bare))) == (
+        "ValueError: No kernel. Reasons: Marlin requires capability 75; no CPU"
+    )
+    foreign = [listed[0], "(APIServer pid=6) INFO shutting down"]
+    assert interop.reason_of(QuantkitError("\n".join(foreign))) == "ValueError: No kernel. Reasons:"
     assert interop.reason_of(KeyError("x")) == "KeyError: 'x'"
     assert interop.last_line("progress\nerror: group 128 does not divide\n") == (
         "group 128 does not divide"
     )
+
+
+def test_a_reason_that_lost_its_list_is_measured_again() -> None:
+    def row(reason: str, loads: bool = False) -> dict[str, object]:
+        return {"loads": loads, "reason": reason}
+
+    facts = {"model": "m", "prompts": 2, "new_tokens": 3, "machine": "x", "versions": {}}
+    lost, whole = row("ValueError: No kernel. Reasons:"), row("ValueError: No kernel. Reasons: x")
+    assert interop.is_cut(None)
+    assert interop.is_cut(lost)
+    assert not interop.is_cut(whole)
+    assert not interop.is_cut(row("", loads=True))
+    assert "measures this row again" in interop.table(
+        {"facts": facts, "rows": {"w8a16 vllm": lost}}
+    )
+    assert "again" not in interop.table({"facts": facts, "rows": {"w8a16 vllm": whole}})
 
 
 def test_rows_of_two_calls_are_measured_alike() -> None:

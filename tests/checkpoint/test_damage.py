@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from quantkit.checkpoint.formats import open_format
 from quantkit.checkpoint.read import TensorFiles
 from quantkit.checkpoint.tensors import from_disk, to_disk
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.numerics import quantize_weight
 from quantkit.schemes import SCHEMES, Scheme, parse_scheme
 from tests.checkpoint.format_writers import gptq, quantize
@@ -22,6 +23,7 @@ SHAPE = (64, 96)
 SCHEME: dict[str, Scheme] = {
     **SCHEMES,
     "int8-tensor": parse_scheme({"weight": {"bits": 8, "granularity": "tensor"}}),
+    "int4-bytes": parse_scheme({"weight": {"bits": 4, "group_size": 32, "symmetric": False}}),
     "int5": parse_scheme({"weight": {"bits": 5}}),
 }
 
@@ -31,7 +33,11 @@ def layer(name: str) -> dict[str, Tensor]:
     scheme = SCHEME[name]
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     inputs = torch.ones(1) if scheme.needs_static_input else None
-    return to_disk(quantize_weight(weight, scheme.weight), scheme, inputs)
+    q = quantize_weight(weight, scheme.weight)
+    if name == "int4-bytes":
+        assert q.zero is not None
+        return {"weight": q.codes, "weight_scale": q.scale, "weight_zero_point": q.zero}
+    return to_disk(q, scheme, inputs)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +82,58 @@ def test_exponents_of_another_dtype() -> None:
         from_disk(tensors, SCHEME["mxfp4a16"], SHAPE, "a")
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("w4a16-g32", "weight_scale", torch.full((64, 3), torch.nan), "holds NaN or infinity"),
+        ("w8a16", "weight_scale", torch.full((64, 1), torch.inf), "holds NaN or infinity"),
+        ("w8a16", "weight_scale", torch.ones(64, 1, dtype=torch.int16), "is torch.int16, not a fl"),
+        ("w8a16", "weight_scale", torch.ones(64, 1).double(), "is torch.float64, not a float of"),
+        (
+            "nvfp4a16",
+            "weight_scale",
+            torch.full((64, 6), 127, dtype=torch.uint8).view(torch.float8_e4m3fn),
+            "holds NaN or infinity",
+        ),
+        ("mxfp4a16", "weight_scale", torch.full((64, 3), 255).byte(), "holds NaN or infinity"),
+        ("nvfp4a16", "weight_global_scale", torch.zeros(1), "is 0, which nothing can be divided"),
+        ("w8a8-static", "input_scale", torch.zeros(1), "is 0, which nothing can be divided by"),
+        ("w8a8-static", "input_scale", torch.tensor([-1.0]), "is -1, which nothing can be divid"),
+        ("fp8-static", "input_scale", torch.tensor([torch.nan]), "holds NaN or infinity"),
+        (
+            "int4-bytes",
+            "weight",
+            torch.full((64, 96), 8).char(),
+            "8 to 8, where 4 bits are -8 to 7",
+        ),
+        ("int4-bytes", "weight_zero_point", torch.full((64, 3), -9), "-9 to -9, where 4 bits are"),
+        ("int4-bytes", "weight_zero_point", torch.ones(64, 3), "is torch.float32, not integers"),
+    ],
+)
+def test_numbers_that_a_layer_cannot_have(name: str, key: str, value: Tensor, message: str) -> None:
+    tensors = layer(name)
+    from_disk(tensors, SCHEME[name], SHAPE, "a")
+    assert key in tensors
+    with pytest.raises(QuantkitError, match=rf"a\.{key}: .*{message}"):
+        from_disk(tensors | {key: value}, SCHEME[name], SHAPE, "a")
+
+
+def test_zero_points_of_a_wider_type() -> None:
+    tensors = layer("int4-bytes")
+    expected = from_disk(tensors, SCHEME["int4-bytes"], SHAPE, "a").weight
+    tensors["weight_zero_point"] = tensors["weight_zero_point"].long()
+    found = from_disk(tensors, SCHEME["int4-bytes"], SHAPE, "a").weight
+    assert found.zero is not None
+    assert expected.zero is not None
+    assert found.zero.dtype == torch.int8
+    assert torch.equal(found.zero, expected.zero)
+
+
+def test_inputs_that_their_groups_do_not_divide() -> None:
+    with pytest.raises(UsageError, match="a: scales of 128 inputs each, which do not divide 96"):
+        from_disk(layer("fp8-block"), SCHEME["fp8-block"], SHAPE, "a")
+
+
 def test_scales_whose_axes_of_one_are_missing() -> None:
     """Writers differ there."""
     for name, size in (("int8-tensor", ()), ("int8-tensor", (1, 1)), ("w8a16", (64,))):
@@ -102,6 +160,59 @@ def test_groups_of_another_number_of_columns(columns: int) -> None:
     [scheme] = reader.schemes(["a"], {"a.qweight"}).values()
     with pytest.raises(QuantkitError, match=message):
         reader.layer(theirs, scheme, SHAPE, "a")
+
+
+def gptq_layer(config: dict[str, Any], shape: tuple[int, int] = SHAPE) -> dict[str, Tensor]:
+    """A layer with scattered columns, of the bits that a config says."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).half()
+    return gptq(quantize(weight, config["bits"], 32, symmetric=True, scattered=True))
+
+
+def test_groups_without_end() -> None:
+    """A count of each group would take 16 GiB."""
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+    tensors = gptq_layer(config)
+    tensors["g_idx"][5] = 2**31 - 1
+    reader = open_format(config)
+    [scheme] = reader.schemes(["a"], {"a.qweight"}).values()
+    with pytest.raises(UsageError, match="columns of its groups number"):
+        reader.layer(tensors, scheme, SHAPE, "a")
+
+
+@pytest.mark.parametrize("more", [{}, {"static_groups": True}, {"group_size": -1}])
+def test_scattered_columns_that_nothing_places(more: dict[str, Any]) -> None:
+    """Static groups lie together, and one group is all there is of a channel."""
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": True}
+    config |= more
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).half()
+    tensors = gptq(quantize(weight, 4, config["group_size"], symmetric=True), with_groups=False)
+    reader = open_format(config)
+    [scheme] = reader.schemes(["a"], {"a.qweight"}).values()
+    if more:
+        assert reader.layer(tensors, scheme, SHAPE, "a").order is None
+        return
+    with pytest.raises(QuantkitError, match=r"a\.g_idx: missing, where desc_act"):
+        reader.layer(tensors, scheme, SHAPE, "a")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_outputs_that_end_within_a_word(method: str) -> None:
+    config = {"quant_method": method, "bits": 4, "group_size": 32}
+    reader = open_format(config)
+    [scheme] = reader.schemes(["a"], {"a.qweight"}).values()
+    with pytest.raises(UsageError, match="a: 12 codes of 4 bits do not fill words"):
+        reader.layer({}, scheme, (12, 96), "a")
+
+
+def test_a_type_of_numbers_that_torch_lacks(tmp_path: Path) -> None:
+    header = {"a.weight": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "0.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"abc")
+    with (
+        pytest.raises(QuantkitError, match=r"a\.weight: cannot be read|0\.safetensors: truncated"),
+        TensorFiles(tmp_path) as files,
+    ):
+        files.tensor("a.weight")
 
 
 def shards(folder: Path, *files: tuple[str, ...]) -> Path:

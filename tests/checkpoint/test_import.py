@@ -14,11 +14,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from quantkit.checkpoint.config import build_config
 from quantkit.checkpoint.formats import READERS, open_format
+from quantkit.checkpoint.opened import open_checkpoint
+from quantkit.checkpoint.tensors import to_disk
 from quantkit.cli.main import run
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.model import linear_layers
 from quantkit.models.load import load_runtime
-from quantkit.numerics import dequantize
+from quantkit.numerics import dequantize, quantize_weight
+from quantkit.schemes import SCHEMES
+from tests.checkpoint.conftest import merging_tokenizer, small_llama
 from tests.checkpoint.format_writers import Codes, awq, gptq, quantize, write
 
 SHAPE = (64, 96)
@@ -160,6 +166,9 @@ def test_an_older_folder_keeps_its_config_in_a_file_of_its_own(small: Path, tmp_
         (gptq_config(is_marlin_format=True), "checkpoint_format 'marlin'"),
         (gptq_config(pack_dtype="int16"), "pack_dtype 'int16'"),
         ({"quant_method": "gptq", "bits": 4}, "has no 'group_size'"),
+        (gptq_config(sym="false"), "sym: 'false' is not true or false"),
+        (gptq_config(desc_act="yes"), "desc_act: 'yes' is not true or false"),
+        ({**AWQ_CONFIG, "zero_point": 0}, "zero_point: 0 is not true or false"),
         (gptq_config(dynamic={"+:(": {}}), "no regular expression"),
         (gptq_config(dynamic={"-:a": {}}), "has a qweight where the config leaves it out"),
         ({**AWQ_CONFIG, "version": "gemv"}, "version 'gemv'"),
@@ -255,6 +264,67 @@ def test_what_compressed_tensors_may_say_and_no_kernel_runs(
     }
     with pytest.raises(UsageError, match=message):
         open_format(raw).schemes(["a"], set())
+
+
+def changed(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Store other tensors in a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+def test_tensors_that_are_none_of_the_model(small: Path, tmp_path: Path) -> None:
+    """Some writers store zeros where the model has no bias."""
+    folder = tmp_path / "awq"
+    write(
+        small, folder, AWQ_CONFIG, awq, lambda _, weight: quantize(weight, 4, 32, symmetric=False)
+    )  # fmt: skip
+    plain = load_runtime(folder).logits(IDS)
+    changed(folder, lambda t: t.update({f"{UP}.bias": torch.zeros(96).half()}))
+    assert torch.equal(load_runtime(folder).logits(IDS), plain)
+    changed(folder, lambda t: t[f"{UP}.bias"].fill_(1))
+    with pytest.raises(QuantkitError, match=r"up_proj\.bias: stored, where the model has none"):
+        load_runtime(folder)
+    changed(folder, lambda t: t.update({f"{UP}.bias": torch.zeros(95).half()}))
+    with pytest.raises(QuantkitError, match=r"up_proj\.bias: stored as \[95\] where .* \[96\]"):
+        load_runtime(folder)
+    changed(folder, lambda t: t.pop(f"{UP}.bias"))
+    changed(folder, lambda t: t.update({"model.norm.weight": torch.ones(64).int()}))
+    with pytest.raises(QuantkitError, match=r"model\.norm\.weight: is torch\.int32 where the mod"):
+        load_runtime(folder)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_that_the_config_names_and_no_file_holds(tied: bool, tmp_path: Path) -> None:
+    """As AutoRound leaves it; a head that is not tied is missing."""
+    model = small_llama(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    merging_tokenizer().save_pretrained(tmp_path)
+    scheme = SCHEMES["w8a16"]
+    names = [name for name in linear_layers(model) if name != "lm_head"]
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in names:
+        q = quantize_weight(tensors.pop(f"{name}.weight"), scheme.weight)
+        tensors |= {f"{name}.{key}": value for key, value in to_disk(q, scheme, None).items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["tie_word_embeddings"] = tied
+    config["quantization_config"] = build_config(dict.fromkeys([*names, "lm_head"], scheme), [])
+    assert config["quantization_config"]["ignore"] == []
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if not tied:
+        with pytest.raises(QuantkitError, match=r"lm_head\.weight_scale: missing"):
+            load_runtime(tmp_path)
+        return
+    runtime = load_runtime(tmp_path, kernels="reference")
+    assert isinstance(runtime.model.get_output_embeddings(), torch.nn.Linear)
+    assert torch.isfinite(runtime.logits(IDS)).all()
+    with open_checkpoint(tmp_path) as opened:
+        assert set(opened.schemes) == set(names)
+        assert "lm_head" in opened.shapes
 
 
 def test_verify_without_a_manifest(small: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -11,11 +13,12 @@ from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
     QuantizationScheme,
+    apply_quantization_config,
 )
 from torch import Tensor
 
-from quantkit.checkpoint.config import build_config, to_args
-from quantkit.checkpoint.formats import CompressedTensorsReader
+from quantkit.checkpoint.config import build_config, from_args, to_args
+from quantkit.checkpoint.formats import CompressedTensorsReader, Reader, open_format
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.numerics import QTensor, quantize_weight
 from quantkit.schemes import SCHEMES, Scheme, parse_scheme
@@ -121,6 +124,74 @@ def test_a_label_of_another_layout(name: str, label: str, packed: bool, actual: 
     with pytest.raises(QuantkitError, match=message) as caught:
         reader(scheme, label, in_group=True).schemes(["a"], {f"a.{key}" for key in tensors})
     assert not isinstance(caught.value, UsageError)
+
+
+def group(scheme: str, *targets: str) -> dict[str, Any]:
+    return {"targets": list(targets), "weights": to_args(SCHEMES[scheme].weight).model_dump()}
+
+
+def opened(*groups: dict[str, Any], **more: Any) -> Reader:
+    raw = {"quant_method": "compressed-tensors", **more}
+    return open_format(raw | {"config_groups": {f"group_{i}": g for i, g in enumerate(groups)}})
+
+
+def test_the_target_that_fits_best_counts() -> None:
+    """A name before a pattern, a pattern before the class, in whichever order groups stand; what is
+    ignored has none. So does compressed-tensors itself."""
+    names = ["m.a_proj", "m.b_proj", "m.c_proj", "m.head"]
+    groups = [
+        group("w4a16-g32", "Linear"),
+        group("w8a16", "re:.*[ab]_proj"),
+        group("w4a16-g64", "m.a_proj"),
+    ]
+    expected = {"m.a_proj": "w4a16-g64", "m.b_proj": "w8a16", "m.c_proj": "w4a16-g32"}
+    model = torch.nn.ModuleDict({"m": torch.nn.ModuleDict()})
+    for name in names:
+        model["m"].register_module(name.removeprefix("m."), torch.nn.Linear(64, 64, bias=False))
+    for order in itertools.permutations(groups):
+        found = opened(*order, ignore=["re:.*head"]).schemes(names, set())
+        assert {name: scheme.name for name, scheme in found.items()} == expected
+        theirs = copy.deepcopy(model)
+        config = {f"group_{i}": QuantizationScheme(**g) for i, g in enumerate(order)}
+        apply_quantization_config(
+            theirs, QuantizationConfig(config_groups=config, ignore=["re:.*head"])
+        )
+        for name in names:
+            scheme = getattr(theirs.get_submodule(name), "quantization_scheme", None)
+            assert (scheme is None) == (name not in expected)
+            if scheme is not None:
+                assert from_args(scheme.weights) == found[name].weight
+
+
+def test_every_linear_layer_may_be_ignored() -> None:
+    assert opened(group("w8a16", "Linear"), ignore=["Linear"]).schemes(["a"], set()) == {}
+
+
+def test_a_config_one_level_below() -> None:
+    inner = {"config_groups": {"g": group("w8a16", "Linear")}, "format": "pack-quantized"}
+    raw = {"quant_method": "compressed-tensors", "quantization_config": inner}
+    assert open_format(raw).schemes(["a"], set()) == {"a": SCHEMES["w8a16"]}
+    sparse = {**raw, "sparsity_config": {"format": "sparse-24-bitmask"}}
+    with pytest.raises(UsageError, match="sparse-24-bitmask"):
+        open_format(sparse).schemes(["a"], set())
+
+
+def test_a_group_of_no_weights() -> None:
+    """Rounded queries and keys would be left out without a word."""
+    args = to_args(SCHEMES["fp8-static"].weight).model_dump()
+    attention = {"targets": ["LlamaAttention"], "input_activations": args}
+    with pytest.raises(UsageError, match="activations of LlamaAttention without weights"):
+        opened(group("w8a16", "Linear"), attention).schemes(["a"], set())
+    nothing = {"targets": ["LlamaAttention"]}
+    assert opened(group("w8a16", "Linear"), nothing).schemes(["a"], set()).keys() == {"a"}
+
+
+@pytest.mark.parametrize("block", [[0, 128], [128], [128, 128, 128], [128, 2**31]])
+def test_blocks_that_are_none(block: list[int]) -> None:
+    given = group("fp8-block", "Linear")
+    given["weights"]["block_structure"] = block
+    with pytest.raises(UsageError, match="block_structure"):
+        opened(given).schemes(["a"], set())
 
 
 # Rotated inputs
