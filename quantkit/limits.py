@@ -38,14 +38,15 @@ def check_limits(
 
     Raises:
         UsageError: one batch of hidden states is more than ``activation_memory``, or the others
-            cannot go to disk; signround on other inputs than tokens; a rotation at inference off
-            the CPU; something that several processes cannot do, or fewer batches than processes.
+            cannot go to disk; a reconstructor on other inputs than tokens or on a single window; a
+            rotation at inference off the CPU; something that several processes cannot do, or fewer
+            batches than processes.
     """
     spilled = spills(plan, activation_memory)
     if spilled:
         _check_spilling(model)
-    if plan.signround is not None:
-        check_windows(batches)
+    if plan.reconstruction is not None:
+        check_windows(plan.reconstruction, batches)
     if plan.rotation is not None and plan.rotation.mlp and model.device.type != "cpu":
         raise UsageError(
             f"rotate: mlp: its product has kernels for the CPU, and the model is on {model.device}",
@@ -53,8 +54,9 @@ def check_limits(
         )
     if together.size == 1:
         return
-    if spilled or plan.signround is not None:
-        what = "--activation-memory" if spilled else "signround"
+    if spilled or plan.reconstruction is not None:
+        trained = plan.reconstruction
+        what = "--activation-memory" if spilled or trained is None else trained.name
         raise UsageError(
             f"{what}: goes through all windows of a block, and they are in {together.size} "
             "processes",
