@@ -14,6 +14,7 @@ _WEIGHT_ONLY = {
     "quantkit GPTQ": "gptq",
     "quantkit GPTQ, Fisher": _FISHER,
     "quantkit GPTQ, Fisher, distill": f"[{_FISHER}, distill]",
+    "quantkit GPTQ, Fisher, blocks, distill": f"[{_FISHER}, blockdistill, distill]",
 }
 _SMOOTH = "{smoothquant: {alpha: auto, pairs: all}}"
 _ONLINE = "{rotate: {mlp: true}}"
@@ -71,6 +72,7 @@ def _uniform(scheme: str, algorithms: dict[str, str]) -> dict[str, Ours]:
 RECIPES: dict[str, dict[str, Ours]] = {
     "w4a16-g64": _uniform("w4a16-g64", _WEIGHT_ONLY),
     "w3a16-g64": _uniform("w3a16-g64", _WEIGHT_ONLY),
+    "w2a16-g32": _uniform("w2a16-g32", _WEIGHT_ONLY),
     "w8a8": _uniform("w8a8", _WITH_ACTIVATIONS),
     "w8a8-static": _uniform("w8a8-static", _STATIC),
     "fp8": _uniform("fp8", _WITH_ACTIVATIONS),

@@ -35,10 +35,10 @@ from quantkit.numerics import QTensor
 #: zero_lr, weight_lr: of zero points and of weights, in steps of the code; 0 leaves them.
 #: seed: of the windows that are held back, and of the order of the others.
 OPTIONS: dict[str, Any] = {
-    "steps": 100,
+    "steps": 60,
     "windows": 2,
-    "scale_lr": 0.003,
-    "norm_lr": 0.001,
+    "scale_lr": 0.005,
+    "norm_lr": 0.0015,
     "zero_lr": 0.0,
     "weight_lr": 0.0,
     "seed": 0,
