@@ -24,6 +24,9 @@ BATCH_TOKENS = 4096
 #: Windows that a recipe runs which needs no data, only to measure output errors.
 PROBE_WINDOWS = 8
 
+#: Windows that training is judged on and never sees, at most.
+HELD_WINDOWS = 8
+
 
 @dataclass(frozen=True)
 class CalibrationData:
@@ -119,3 +122,11 @@ def random_batch(model: PreTrainedModel, length: int = 64) -> Batch:
     frames = 2 * model.config.max_source_positions
     features = torch.zeros(1, model.config.num_mel_bins, frames, dtype=model.dtype)
     return {"input_features": features, "decoder_input_ids": ids}
+
+
+def held_back(windows: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Numbers of the windows that are never trained on, one in sixteen and `HELD_WINDOWS` at most,
+    and of the others, in the order in which these are trained on; int64."""
+    order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
+    held = min(HELD_WINDOWS, max(1, windows // 16))
+    return order[:held], order[held:]

@@ -20,6 +20,7 @@ from quantkit.algorithms import Stats
 from quantkit.batches import Batch
 from quantkit.collector import Collector
 from quantkit.errors import QuantkitError
+from quantkit.folding import norm_offset
 from quantkit.kv_cache import BlockCache, CacheEntry, CacheRange, quantized_caches
 from quantkit.parallel import World
 from quantkit.paused import Spine, run_paused, run_repeated, trace_groups
@@ -60,6 +61,7 @@ class Blocks:
         exact: hidden states of the unquantized model, where a solver compares with them.
         importance: what errors cost, where a solver does not take tokens or outputs to be alike.
         caches: ranges of keys and values found so far, by attention module.
+        norms: weights of the norms of the block that is finished, if they were trained.
         solve_seconds: time in solvers.
         training: steps that training one block takes, and the pass behind it.
     """
@@ -88,6 +90,7 @@ class Blocks:
         self.exact: list[Tensor] = []
         self.importance: Importance | None = None
         self.caches: dict[str, CacheRange] = {}
+        self.norms: dict[str, Tensor] = {}
         self.groups: list[list[str]] | None = None
         self.solve_seconds = 0.0
         self.training = training_steps(plan, batches)
@@ -132,6 +135,7 @@ class Blocks:
     ) -> tuple[dict[str, QuantizedLayer], list[Tensor]]:
         """A block's layers, solved and, where the plan says so, trained; and its outputs."""
         done = self.steps.done + len(hidden) + self.training
+        self.norms = {}
         originals = {n: self.linears[n].weight for n, x in layers.items() if x.reconstructed}
         reread = [self.linears[name].weight for name in layers] if self.plan.needs_reference else []
         if self.plan.needs_reference and not self.plan.needs_drift:
@@ -154,28 +158,34 @@ class Blocks:
         originals: Mapping[str, Tensor],
         hidden: list[Tensor],
     ) -> dict[str, QuantizedLayer]:
-        assert self.plan.signround is not None
-        options = self.plan.signround.options
+        step = self.plan.reconstruction
+        assert step is not None
         memory.trim_heap()  # the passes' leave it to training
         local = index - self.spine.first
-        writer = f"{self.spine.prefix}.{local}.{residual_writer(self.model)}"
+        prefix = f"{self.spine.prefix}.{local}."
+        module = self.spine.blocks[local]
         block = Block(
-            self.spine.blocks[local],
+            module,
             lambda x: self.calls(index, [x])[0](),
             {name: self.linears[name] for name in layers},
             layers,
             solved,
             originals,
+            {prefix + name: norm for name, norm in models.norms(module).items()},
+            norm_offset(self.model),
         )
-        return reconstruct(
+        writer = f"{prefix}{residual_writer(self.model)}"
+        trained = reconstruct(
             block,
             Windows.of(hidden, self.exact, writer, self.importance),
-            options,
-            seed=options["seed"] + index,
+            step,
+            seed=step.options["seed"] + index,
             advance=lambda what: self.steps.advance(
                 f"block {index + 1}/{self.plan.blocks}: {what}"
             ),
         )
+        self.norms = dict(trained.norms)
+        return trained.layers
 
     def _solve(
         self, index: int, layers: Mapping[str, PlannedLayer], hidden: list[Tensor]
@@ -337,6 +347,12 @@ class Blocks:
             module.weight = nn.Parameter(weight, requires_grad=False)
             memory.forget_pages(original)
 
+    def install_norms(self, norms: Mapping[str, Tensor]) -> None:
+        """Give norms the weights that training left them with."""
+        for name, weight in norms.items():
+            norm = self.model.get_submodule(name)
+            norm.weight = nn.Parameter(weight.to(self.model.device), requires_grad=False)
+
     def release(self, layers: Mapping[str, PlannedLayer]) -> None:
         """Drop the weights of layers that have run for the last time."""
         for name in layers:
@@ -359,4 +375,5 @@ def _forgetting(run: Callable[[], Tensor], x: Tensor) -> Callable[[], Tensor]:
 
 def training_steps(plan: Plan, batches: Sequence[Batch]) -> int:
     """Steps of one block's training and of the pass behind it; 0 where blocks are not trained."""
-    return plan.signround.options["steps"] + len(batches) if plan.signround else 0
+    step = plan.reconstruction
+    return 0 if step is None else step.options["steps"] + len(batches)

@@ -1,6 +1,6 @@
 """The calibration loop: for each block, rotate → rescale → observe → solve → replace → propagate.
 
-A block whose rounding is trained on its output (`quantkit.reconstruct`) is so between the last two.
+A block that is trained on its output (`quantkit.reconstruct`) is so between the last two.
 
 Statistics live for one block. What persists, and what a resumed run starts from, are the
 finished blocks in the work folder (`quantkit.work`).
@@ -42,6 +42,7 @@ from quantkit.plan import Plan, PlannedLayer
 from quantkit.progress import Progress, Steps, silent
 from quantkit.quantize import QuantizedLayer, quantized_inputs
 from quantkit.recipe import Step
+from quantkit.reconstruct import rows_at_once
 from quantkit.rescale import choose_scales
 from quantkit.rotation import rotate_block, rotate_ends
 from quantkit.routing import ExpertTokens
@@ -228,8 +229,10 @@ class _Loop:
         self.blocks.spine = spine
         hidden = self._embed(spine, encoded)
         self.blocks.exact = list(hidden) if self.plan.needs_reference else []
-        if self.plan.signround is not None:  # learns to call blocks on so many windows
-            spine.embed([self._windows()[: self.plan.signround.options["windows"]]])
+        if self.plan.reconstruction is not None:  # learns to call blocks on so many windows
+            windows = self._windows()
+            for count in rows_at_once(self.plan.reconstruction, len(windows)):
+                spine.embed([windows[:count]])
         return hidden
 
     def _embed(self, spine: Spine, encoded: list[Tensor]) -> list[Tensor]:
@@ -256,6 +259,7 @@ class _Loop:
         if saved is not None:
             blocks.exact = blocks.run_exact(index)
             blocks.install(saved)
+            blocks.install_norms(self._on_disk(WorkFolder.load_norms, index))
             if self.plan.kv is not None:
                 blocks.caches |= self._on_disk(WorkFolder.load_caches, index, self.plan.kv)
             hidden = blocks.propagate(index, layers, saved, hidden, "resumed")
@@ -265,6 +269,8 @@ class _Loop:
             if self.plan.kv is not None:
                 found = {name: blocks.caches[name] for name in self.plan.caches_in(index)}
                 self._on_disk(WorkFolder.save_caches, index, found)
+            if blocks.norms:
+                self._on_disk(WorkFolder.save_norms, index, blocks.norms)
             saved = self._on_disk(WorkFolder.save, index, solved, layers)
         else:
             solved = blocks.solve_without_data(layers)

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from quantkit import model as models
 from quantkit import numerics
-from quantkit.algorithms.distill import ScaledLinear, divergence
+from quantkit.algorithms.distill import BETAS, ScaledLinear, divergence, learning_rate
+from quantkit.batches import held_back
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.folding import ONE_PLUS_NORMS
+from quantkit.folding import norm_offset
 from quantkit.paused import head_input
 from quantkit.plan import Plan
 from quantkit.quantize import QuantizedLayer
@@ -31,15 +32,6 @@ if TYPE_CHECKING:
 
 #: Steps between two states on disk.
 SAVE_STEPS = 10
-
-#: Windows that are never trained on: one in sixteen, at most this many.
-HELD_WINDOWS = 8
-
-_WARM_UP = 5
-_LEAST_RATE = 0.05
-
-#: Adam's decay rates: with tens of steps, second moments must follow within tens.
-_BETAS = (0.9, 0.99)
 
 
 @dataclass(frozen=True)
@@ -174,9 +166,7 @@ def distill(
     """
     assert plan.distill is not None
     options = plan.distill.options
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(options["seed"]))
-    held_windows = min(HELD_WINDOWS, max(1, len(ids) // 16))
-    held, trained = order[:held_windows], order[held_windows:]
+    held, trained = held_back(len(ids), options["seed"])
     training = _Training(model, plan, layers, options)
     student = teacher.student(model.get_output_embeddings())
 
@@ -211,14 +201,14 @@ def distill(
                     target = teacher.hidden[i : i + 1].to(seen.device)
                     weight = 1.0 / (windows * ids.shape[1])
                     total += weight * divergence(seen, target, student, teacher.predict, weight)
-            training.step(_rate(step, int(options["steps"])))
+            training.step(learning_rate(step, int(options["steps"])))
             advance(f"distill, KL {total:.4f}")
             if (step + 1) % SAVE_STEPS == 0 or step + 1 == options["steps"]:
                 work.save_tensors("distill", training.state(step + 1, before))
         after = on_held()
         if not after < before:
             training.undo()
-    return Distilled(training.result(), before, after, held_windows)
+    return Distilled(training.result(), before, after, len(held))
 
 
 class _Training:
@@ -234,13 +224,8 @@ class _Training:
         self.plan, self.layers = plan, layers
         self.linears = models.linear_layers(model)
         self.names = [layer.name for layer in plan.layers if layer.distilled]
-        offset = 1.0 if model.config.get_text_config().model_type in ONE_PLUS_NORMS else 0.0
-        self.norms = {
-            name: module
-            for name, module in model.named_modules()
-            if type(module).__name__.endswith("Norm")
-            and getattr(module, "weight", None) is not None
-        }
+        offset = norm_offset(model)
+        self.norms = models.norms(model)
         self.first_norms = {name: _weight(m).float().clone() for name, m in self.norms.items()}
         #: A norm's change is measured in the root mean square of what it multiplies by.
         self.sizes = {
@@ -258,7 +243,7 @@ class _Training:
                 {"params": scales, "lr": float(options["scale_lr"])},
                 {"params": norms, "lr": float(options["norm_lr"])},
             ],
-            betas=_BETAS,
+            betas=BETAS,
         )
         self.rates = [group["lr"] for group in self.adam.param_groups]
         #: fp32 leaves whose gradients `ScaledLinear` adds to.
@@ -370,16 +355,10 @@ class _Training:
         for name in self.names:
             module = self.linears[name]
             module.weight.data = numerics.dequantize(self._qtensor(name), module.weight.dtype)
-        for name, module in self.norms.items():
-            weight = _weight(module)
+        for name, norm in self.norms.items():
+            weight = _weight(norm)
             moved = self.first_norms[name] + self.sizes[name] * self.deltas[f"norm:{name}"]
             weight.data = moved.to(weight.dtype)
-
-
-def _rate(step: int, steps: int) -> float:
-    """Share of the full learning rate at a step: warm-up, then a cosine."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return min(1.0, (step + 1) / _WARM_UP) * (_LEAST_RATE + (1 - _LEAST_RATE) * cosine)
 
 
 def _weight(module: nn.Module) -> nn.Parameter:

@@ -79,6 +79,11 @@ PAIRS: dict[str, tuple[Pair, ...]] = {
 ONE_PLUS_NORMS = frozenset({"gemma", "gemma2", "gemma3_text"})
 
 
+def norm_offset(model: PreTrainedModel) -> float:
+    """What the model's norms add to their weight before they multiply."""
+    return 1.0 if model.config.get_text_config().model_type in ONE_PLUS_NORMS else 0.0
+
+
 @dataclass(frozen=True)
 class Fold:
     """One place of one block where a scaling folds.

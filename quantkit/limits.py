@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from quantkit import model as models
-from quantkit.batches import Batch
+from quantkit.batches import Batch, rows
 from quantkit.errors import UsageError
 from quantkit.footprint import spills
 from quantkit.parallel import ALONE, World
@@ -38,18 +38,25 @@ def check_limits(
 
     Raises:
         UsageError: one batch of hidden states is more than ``activation_memory``, or the others
-            cannot go to disk; signround on other inputs than tokens; something that several
-            processes cannot do, or fewer batches than processes.
+            cannot go to disk; a reconstructor on other inputs than tokens or on a single window, or
+            distillation on one; something that several processes cannot do, or fewer batches than
+            processes.
     """
     spilled = spills(plan, activation_memory)
     if spilled:
         _check_spilling(model)
-    if plan.signround is not None:
-        check_windows(batches)
+    if plan.reconstruction is not None:
+        check_windows(plan.reconstruction, batches)
+    if plan.distill is not None and sum(rows(batch) for batch in batches) < 2:
+        raise UsageError(
+            "distill holds windows back that it does not train on, and there is one in all",
+            remedy="give --samples 2 or more",
+        )
     if together.size == 1:
         return
-    if spilled or plan.signround is not None:
-        what = "--activation-memory" if spilled else "signround"
+    if spilled or plan.reconstruction is not None:
+        trained = plan.reconstruction
+        what = "--activation-memory" if spilled or trained is None else trained.name
         raise UsageError(
             f"{what}: goes through all windows of a block, and they are in {together.size} "
             "processes",

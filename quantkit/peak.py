@@ -4,8 +4,8 @@ Resident memory, which is what the system counts: what the process holds, and th
 that it has mapped and not let go. Phases follow one another, so the peak is the largest of them.
 What was there before calibration, libraries and data included, is measured; the rest is counted
 from the plan. Terms follow the code that they name: a term without a name there is wrong. What one
-pass leaves for the way back (Fisher weights, SignRound, distillation) is estimated from the shapes
-of layers. Keys and values of the text and prompts that are scored are not counted.
+pass leaves for the way back (Fisher weights, trained blocks, distillation) is estimated from the
+shapes of layers. Keys and values of the text and prompts that are scored are not counted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from quantkit import memory
 from quantkit import model as models
-from quantkit.algorithms import RESCALERS, SOLVERS
+from quantkit.algorithms import RECONSTRUCTORS, RESCALERS, SOLVERS
 from quantkit.algorithms.clip import columns_of_a_scale
 from quantkit.algorithms.distill import PREDICTED_TOKENS
 from quantkit.algorithms.refine import NORMAL_FLOATS
@@ -98,7 +98,10 @@ def peak_memory(
         "fisher": count.fisher if plan.needs_fisher else None,
         "rescale": count.rescale if plan.folds else None,
         "blocks": count.blocks,
-        "signround": count.signround if plan.signround is not None else None,
+        **{
+            name: count.reconstruct if plan.reconstructed_by(name) is not None else None
+            for name in RECONSTRUCTORS
+        },
         "head": count.head if count.heads else None,
         "distill": count.distill if plan.distill is not None else None,
         "export": count.export,
@@ -230,9 +233,9 @@ class _Count:
         for index in range(self.plan.blocks):
             yield list(self.plan.in_block(index).values())
 
-    def signround(self) -> int:
+    def reconstruct(self) -> int:
         """Inputs and targets of all windows; spilled ones are read in random order, and stay."""
-        trained = _signround_bytes(self.plan, self.element, self.hidden)
+        trained = _reconstruct_bytes(self.plan, self.element, self.hidden)
         return self.held + self.block + 2 * self.line + trained
 
     def head(self) -> int:
@@ -400,17 +403,19 @@ def _rescale_bytes(plan: Plan, block: int, element: int, passing: int) -> int:
     return seen + max(passing, most)
 
 
-def _signround_bytes(plan: Plan, element: int, hidden: int) -> int:
+def _reconstruct_bytes(plan: Plan, element: int, hidden: int) -> int:
     """What `quantkit.reconstruct` holds of the block that takes most, beside its weights."""
-    assert plan.signround is not None
-    together = min(plan.signround.options["windows"], plan.samples) * plan.seq_len
+    assert plan.reconstruction is not None
+    options = plan.reconstruction.options
+    together = min(options["windows"], plan.samples) * plan.seq_len
+    # Signround: weights and offsets in fp32. Codes that move: they, their gradients and Adam's.
+    numbers = 8 if plan.reconstructed_by("signround") else 16 if options["weight_lr"] else 0
     most = 0
     for layers in (list(plan.in_block(index).values()) for index in range(plan.blocks)):
         trained = [layer.weights for layer in layers if layer.reconstructed]
-        # Weights and offsets in fp32; weights as they are multiplied with, and their gradients; the
-        # codes of the start, the best step and this one. `Rounding.descend` of one layer: seven
-        # times fp32.
-        training = (8 + 2 * element + 3) * sum(trained) + 7 * 4 * max(trained, default=0)
+        # Beside them weights as they are multiplied with, and their gradients; the codes of the
+        # start, the best step and this one. A step's descent of one layer: seven times fp32.
+        training = (numbers + 2 * element + 3) * sum(trained) + 7 * 4 * max(trained, default=0)
         # A step's windows and targets, and outputs and errors of them in fp32.
         windows = together * hidden * (2 * element + 4 * 4)
         most = max(most, training + windows + _graph_bytes(layers, together, element, hidden))

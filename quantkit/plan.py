@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantkit import model as models
-from quantkit.algorithms import ROTATE, SOLVERS
+from quantkit.algorithms import RECONSTRUCTORS, ROTATE, SOLVERS
 from quantkit.errors import UsageError
 from quantkit.folding import Fold, find_folds
 from quantkit.footprint import footprint
@@ -51,7 +51,7 @@ class PlannedLayer:
         solver: name of the algorithm that rounds it.
         options: the solver's options, defaults filled in.
         rescalers: what scales its input before it is solved, in order; options filled in.
-        reconstructed: its rounding is trained once its block's layers are solved.
+        reconstructor: what trains it once its block's layers are solved; None for nothing.
         distilled: its scales are trained once every layer is solved.
         rotated: whether the model's rotation turns its weight.
         hadamard: order of the Hadamard matrix that multiplies its input at inference, 0 for none.
@@ -64,7 +64,7 @@ class PlannedLayer:
     solver: str
     options: Mapping[str, Any] = field(default_factory=dict)
     rescalers: tuple[Step, ...] = ()
-    reconstructed: bool = False
+    reconstructor: str | None = None
     distilled: bool = False
     rotated: bool = False
     hadamard: int = 0
@@ -84,6 +84,11 @@ class PlannedLayer:
         return float(self.options.get("fisher", 0.0))
 
     @property
+    def reconstructed(self) -> bool:
+        """Whether it is trained once its block's layers are solved."""
+        return self.reconstructor is not None
+
+    @property
     def needs_gradients(self) -> bool:
         """Whether its solver or one of its rescalers asks what errors of its output cost."""
         return bool(self.fisher) or weighs_costs(self.rescalers)
@@ -97,7 +102,7 @@ class PlannedLayer:
     def steps(self) -> str:
         """Its algorithms in order, for people: ``smoothquant → gptq``."""
         first = [ROTATE] if self.rotated else []
-        last = ["signround"] if self.reconstructed else []
+        last = [self.reconstructor] if self.reconstructor else []
         last += ["distill"] if self.distilled else []
         return " → ".join([*first, *(step.name for step in self.rescalers), self.solver, *last])
 
@@ -127,7 +132,7 @@ class Plan:
         rotation: what is rotated before anything else, or None.
         folds: where rescalers scale, in order.
         unscaled: label → reason, for whatever the recipe would have scaled and cannot.
-        signround: how the rounding of the layers that ask for it is trained, block by block.
+        reconstruction: how the layers that ask for it are trained, block by block.
         distill: how the scales of the layers that ask for it are trained.
         kv: how keys and values are quantized, or None.
         caches: the attention modules whose keys and values are, in order.
@@ -147,7 +152,7 @@ class Plan:
     rotation: PlannedRotation | None = None
     folds: tuple[PlannedFold, ...] = ()
     unscaled: Mapping[str, str] = field(default_factory=dict)
-    signround: Step | None = None
+    reconstruction: Step | None = None
     distill: Step | None = None
     kv: QuantSpec | None = None
     caches: tuple[str, ...] = ()
@@ -160,7 +165,7 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        return bool(self.folds or self.signround or self.distill or self.caches) or any(
+        return bool(self.folds or self.reconstruction or self.distill or self.caches) or any(
             SOLVERS[layer.solver].needs_hessian or layer.scheme.needs_static_input
             for layer in self.layers
         )
@@ -173,12 +178,17 @@ class Plan:
     @property
     def needs_reference(self) -> bool:
         """Whether the unquantized model runs through every block, too."""
-        return self.needs_drift or self.signround is not None
+        return self.needs_drift or self.reconstruction is not None
 
     @property
     def needs_fisher(self) -> bool:
         """Whether calibration goes back through the unquantized model first."""
         return any(layer.needs_gradients for layer in self.layers)
+
+    def reconstructed_by(self, name: str) -> Step | None:
+        """How blocks are trained, if they are by this algorithm."""
+        step = self.reconstruction
+        return step if step is not None and step.name == name else None
 
     def in_block(self, block: int | None) -> dict[str, PlannedLayer]:
         """The planned layers of one block (None: outside of all blocks), by name."""
@@ -217,7 +227,13 @@ class Plan:
                 for fold in self.folds
             },
             "unscaled": dict(self.unscaled),
-            "signround": _trained(self.signround, [x.name for x in self.layers if x.reconstructed]),
+            **{
+                name: _trained(
+                    self.reconstructed_by(name),
+                    [x.name for x in self.layers if x.reconstructed],
+                )
+                for name in RECONSTRUCTORS
+            },
             "distill": _trained(self.distill, [x.name for x in self.layers if x.distilled]),
             "kv_cache": None if self.kv is None else self.kv.label(),
             "caches": list(self.caches),
@@ -274,12 +290,12 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
         steps = layer_steps(recipe, name)
         check_codes(name, steps.solver.name, scheme)
         if steps.reconstructor is not None and block is not None:
-            check_reconstructible(name, scheme)
+            check_reconstructible(name, steps.reconstructor.name, scheme)
             reconstructors[name] = steps.reconstructor
         if steps.refiner is not None and block is not None:
             check_trainable(name, scheme)
             refiners[name] = steps.refiner
-        trained = (name in reconstructors, name in refiners)
+        trained = (reconstructors[name].name if name in reconstructors else None, name in refiners)
         solver, options = steps.solver.name, steps.solver.options
         layers.append(
             PlannedLayer(name, block, shape, scheme, solver, options, steps.rescalers, *trained)
@@ -334,7 +350,7 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
         rotation=rotation,
         folds=folds,
         unscaled=unscaled,
-        signround=one_trainer(reconstructors, "a whole block"),
+        reconstruction=one_trainer(reconstructors, "a whole block"),
         distill=one_trainer(refiners, "the whole model"),
         kv=recipe.kv_cache,
         caches=caches,

@@ -22,11 +22,11 @@ from quantkit.schemes import Granularity, QuantSpec, ScaleFormat
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What training a block's rounding came to (`quantkit.reconstruct`).
+    """What training a block came to (`quantkit.reconstruct`).
 
     Attributes:
         start_loss: mean squared error of the block's output as the solvers left it, over all
-            windows, as tokens and channels are weighed.
+            windows or those that were held back, as tokens and channels are weighed.
         loss: the same of what is kept; ``start_loss`` if that is the start.
         steps: how many were taken.
     """

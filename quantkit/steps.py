@@ -69,13 +69,13 @@ def _stage(step: Step) -> int:
     return next(i for i, known in enumerate(stages) if step.name in known)
 
 
-def check_reconstructible(name: str, scheme: Scheme) -> None:
+def check_reconstructible(name: str, algorithm: str, scheme: Scheme) -> None:
     """UsageError for a scheme whose codes are no integers."""
     if scheme.weight.dtype is not DType.INT:
         raise UsageError(
-            f"{name}: signround trains the rounding of integers, and {scheme.name} has "
+            f"{name}: {algorithm} trains integers and their scales, and {scheme.name} has "
             f"{scheme.weight.label()} weights",
-            remedy="take signround out of this layer's algorithm list",
+            remedy=f"take {algorithm} out of this layer's algorithm list",
         )
 
 
@@ -107,11 +107,18 @@ def one_trainer(asking: Mapping[str, Step], scope: str) -> Step | None:
         scope: what is trained at once, such as ``"the whole model"``.
 
     Raises:
-        UsageError: layers ask for it with different options.
+        UsageError: layers ask for different ones, or for one with different options.
     """
     steps = list(asking.items())
     for name, step in steps[1:]:
-        if step != steps[0][1]:
+        first = steps[0][1]
+        if step.name != first.name:
+            raise UsageError(
+                f"{steps[0][0]} asks for {first.name} and {name} for {step.name}, and either "
+                f"trains {scope} at once",
+                remedy="give both the same, or leave one of them out",
+            )
+        if step != first:
             raise UsageError(
                 f"{steps[0][0]} and {name} ask for {step.name} with different options, and it "
                 f"trains {scope} at once",
@@ -203,7 +210,7 @@ def _check_option(algorithm: str, key: str, value: Any) -> None:
         refuse("is auto or a number from 0 to 0.5")
     if key == "seed" and not (type(value) is int and value >= 0):
         refuse("is a whole number from 0")
-    if key in ("scale_lr", "norm_lr") and not _is_number(value, 0, 0.5):
+    if key in ("scale_lr", "norm_lr", "zero_lr", "weight_lr") and not _is_number(value, 0, 0.5):
         refuse("is a number from 0 to 0.5")
     if key == "p" and not (_is_number(value, 0, 2) and value > 0):
         refuse("is a number above 0, at most 2")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from quantkit import model as models
+from quantkit.algorithms import RECONSTRUCTORS
 from quantkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ _NO_LOGITS = {
     "distill": "scales are trained on next-token predictions",
     "feedback": "the unquantized pass runs beside the quantized one in causal models only",
     "signround": "the unquantized pass runs beside the quantized one in causal models only",
+    "blockdistill": "the unquantized pass runs beside the quantized one in causal models only",
 }
 
 #: What an expert, which sees the tokens that a router chooses, cannot have.
@@ -27,6 +29,7 @@ _NO_ROUTER = {
     "distill": "an expert that no token of a batch reaches has no gradient",
     "feedback": "the quantized and the unquantized model's routers send it other tokens",
     "signround": "an expert that no token of a step reaches has no gradient",
+    "blockdistill": "an expert that no token of a step reaches has no gradient",
 }
 
 
@@ -62,7 +65,7 @@ def check_family(model: PreTrainedModel, layers: Sequence[PlannedLayer]) -> None
             "fisher": layer.needs_gradients,
             "distill": layer.distilled,
             "feedback": layer.needs_drift,
-            "signround": layer.reconstructed,
+            **{name: layer.reconstructor == name for name in RECONSTRUCTORS},
         }
         for option, reason in reasons.items():
             if wanted[option]:

@@ -10,6 +10,7 @@
     WORK/hidden/                  hidden states between blocks, where they are not held in memory
     WORK/blocks/0007.scales       what block 7's producers were divided by, if they were
                                   (safetensors)
+    WORK/blocks/0007.norms        its norms' weights, if they were trained (safetensors)
     WORK/blocks/0007.cache.json   the ranges of its keys and values, if they are quantized
     WORK/blocks/0007.safetensors  codes, scales and zero points of block 7's layers
     WORK/blocks/0007.json         their errors, who rounded them, and the digest of the tensors;
@@ -194,6 +195,15 @@ class WorkFolder:
         """What `save_scales` wrote, or None."""
         path = self._stem(index).with_suffix(".scales")
         return _load_tensors(path) if path.exists() else None
+
+    def save_norms(self, index: int, norms: Mapping[str, Tensor]) -> None:
+        """Write the trained weights of a block's norms, by name, before the block is finished."""
+        _write_tensors(dict(norms), self._stem(index).with_suffix(".norms"))
+
+    def load_norms(self, index: int) -> dict[str, Tensor]:
+        """What `save_norms` wrote; empty where no norms were trained."""
+        path = self._stem(index).with_suffix(".norms")
+        return _load_tensors(path) if path.exists() else {}
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write what belongs to the whole model, under a name of its own."""

@@ -128,3 +128,13 @@ def test_activation_memory_is_a_number_above_zero(
 ) -> None:
     assert run(["calibrate", str(tiny), "--dry-run", f"--activation-memory={given}"]) == 2
     assert "not a number of GB above 0; leave it out" in capsys.readouterr().err
+
+
+def test_distillation_wants_a_window_to_train_on() -> None:
+    """One is held back, and there must be another."""
+    model = build("phi")
+    plan = plan_of(model, replace(W4, algorithm=(Step("rtn"), Step("distill"))))
+    [*_, one] = cut_batches(torch.zeros(1, 8, dtype=torch.int64), 2)
+    with pytest.raises(UsageError, match=r"distill holds windows back .* there is one in all"):
+        check_limits(plan, model, [one])
+    check_limits(plan, model, BATCHES)

@@ -32,6 +32,7 @@ NEAREST = replace(GPTQ, algorithm=(Step("rtn"),))
 WITH_HEAD = replace(GPTQ, keep=())
 DISTILLED = replace(NEAREST, algorithm=(Step("rtn"), Step("distill")))
 SIGNROUND = replace(NEAREST, algorithm=(Step("rtn"), Step("signround")))
+BLOCKDISTILL = replace(NEAREST, algorithm=(Step("rtn"), Step("blockdistill")))
 AWQ = replace(NEAREST, algorithm=(Step("awq"), Step("rtn")))
 
 #: Of `tiny_llama`: the embedding, and all weights.
@@ -70,6 +71,7 @@ def test_phases_stand_on_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
         (COUPLED, "fisher"),
         (AWQ, "rescale"),
         (SIGNROUND, "signround"),
+        (BLOCKDISTILL, "blockdistill"),
         (DISTILLED, "distill"),
     ):
         assert set(phases(recipe)) == {"prepare", "blocks", phase, "export", "reload"}
@@ -141,6 +143,17 @@ def test_spilled_windows_of_signround_are_read_all_the_same() -> None:
         more = phases(SIGNROUND, spilled=spilled, samples=128)["signround"]
         more -= phases(SIGNROUND, spilled=spilled)["signround"]
         assert more == 2 * 64 * 512 * 2 * 384
+
+
+@pytest.mark.usefixtures("nothing_held")
+def test_codes_that_move_are_counted_with_what_moves_them() -> None:
+    """Positions, their gradients and Adam's two moments, in fp32, of one block."""
+    moving = Step("blockdistill", {"weight_lr": 0.01})
+    found = [
+        phases(replace(NEAREST, algorithm=(Step("rtn"), step)))["blockdistill"]
+        for step in (moving, Step("blockdistill"))
+    ]
+    assert found[0] - found[1] == 16 * (2 * 384**2 + 2 * 384 * 192 + 3 * 384 * 768)
 
 
 @pytest.mark.usefixtures("nothing_held")
@@ -284,6 +297,11 @@ RUNS = {
     "awq": ("algorithm: [{awq: {grid: 2}}, rtn]\nkeep: [lm_head]\n", ("--no-gate",)),
     "signround": (
         "algorithm: [rtn, {signround: {steps: 4}}]\nkeep: [lm_head]\n",
+        ("--no-gate",),
+    ),
+    "blockdistill": (
+        "algorithm: [rtn, {blockdistill: {steps: 4, windows: 8, weight_lr: 0.01}}]\n"
+        "keep: [lm_head]\n",
         ("--no-gate",),
     ),
     "distill": (

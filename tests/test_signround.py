@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from quantkit import model as models
 from quantkit import numerics
 from quantkit.algorithms import Stats, gptq, rtn
-from quantkit.algorithms.signround import OPTIONS, Rounding, window_losses
+from quantkit.algorithms.signround import OPTIONS, Rounding
+from quantkit.algorithms.training import window_losses
 from quantkit.calibrate import Calibrated, CalibrationData, calibrate
 from quantkit.cli.main import run as command_line
 from quantkit.errors import UsageError
@@ -191,7 +192,7 @@ def two_layers(scheme: Scheme, solver: str = "rtn") -> tuple[Block, Windows]:
     for name, weight in originals.items():
         q = starts(weight, scheme.weight)[solver]
         shape = (weight.shape[0], weight.shape[1])
-        planned[name] = PlannedLayer(name, 0, shape, scheme, solver, reconstructed=True)
+        planned[name] = PlannedLayer(name, 0, shape, scheme, solver, reconstructor="signround")
         solved[name] = QuantizedLayer(q, None, 0.0, None)
         linears[name].weight = nn.Parameter(numerics.dequantize(q, weight.dtype), False)
     block = Block(module, module, linears, planned, solved, originals)
@@ -214,7 +215,7 @@ def test_a_blocks_error_falls(scheme: Scheme, solver: str) -> None:
     block, windows = two_layers(scheme, solver)
     first = error_of(block.module, windows)
     options = {**OPTIONS, "steps": 40, "windows": 3}
-    result = reconstruct(block, windows, options, seed=0)
+    result = reconstruct(block, windows, Step("signround", options), seed=0).layers
     done = result["up"].reconstruction
     assert done is not None
     assert done.steps == 40
@@ -235,7 +236,7 @@ def test_a_block_that_gets_no_better_stays_as_it_was() -> None:
     block, windows = two_layers(BITS[4], "gptq")
     weights = {name: layer.weight.clone() for name, layer in block.linears.items()}
     options = {**OPTIONS, "steps": 3, "lr": 0.5, "range_lr": 0.5}
-    result = reconstruct(block, windows, options, seed=0)
+    result = reconstruct(block, windows, Step("signround", options), seed=0).layers
     done = result["up"].reconstruction
     assert done is not None
     assert done.loss == done.start_loss
@@ -248,7 +249,9 @@ def test_patience_ends_a_block_early() -> None:
     block, windows = two_layers(BITS[4], "gptq")
     options = {**OPTIONS, "steps": 50, "lr": 0.5, "range_lr": 0.5, "patience": 4}
     said: list[str] = []
-    result = reconstruct(block, windows, options, seed=0, advance=said.append)
+    result = reconstruct(
+        block, windows, Step("signround", options), seed=0, advance=said.append
+    ).layers
     done = result["up"].reconstruction
     assert done is not None
     assert done.steps == len(said) < 50
@@ -259,7 +262,11 @@ def test_the_order_of_windows_is_seeded() -> None:
     codes = []
     for seed in (0, 0, 1):
         block, windows = two_layers(BITS[2])
-        codes.append(reconstruct(block, windows, options, seed=seed)["up"].qtensor.codes)
+        codes.append(
+            reconstruct(block, windows, Step("signround", options), seed=seed)
+            .layers["up"]
+            .qtensor.codes
+        )
     assert torch.equal(codes[0], codes[1])
     assert not torch.equal(codes[0], codes[2])
 
@@ -402,7 +409,7 @@ def test_lists_that_cannot_run_are_refused(text: str, message: str) -> None:
 )
 def test_codes_that_are_no_integers_are_refused(name: str) -> None:
     recipe = Recipe(SCHEMES[name], algorithm=(Step("rtn"), STEP), keep=("lm_head",))
-    with pytest.raises(UsageError, match="signround trains the rounding of integers"):
+    with pytest.raises(UsageError, match="signround trains integers and their scales"):
         make_plan(recipe, tiny_llama(), samples=4, seq_len=16)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quantkit.algorithms import (
     awq,
+    blockdistill,
     distill,
     gptq,
     hqq,
@@ -32,6 +33,7 @@ from quantkit.algorithms import (
     smoothquant,
 )
 from quantkit.algorithms.scaling import Scaling
+from quantkit.algorithms.training import Solved, Training
 from quantkit.numerics import QTensor
 from quantkit.schemes import QuantSpec
 
@@ -96,12 +98,18 @@ RESCALERS: dict[str, Rescaler] = {
 
 @dataclass(frozen=True)
 class Reconstructor:
-    """What trains a block's codes and scales once its layers are solved, with its options."""
+    """What trains a block once its layers are solved, with its options (name → default); and
+    whether it holds windows back, to be judged on those alone."""
 
+    start: Callable[[Solved, Mapping[str, Any]], Training]
     options: Mapping[str, Any]
+    holds_back: bool = False
 
 
-RECONSTRUCTORS: dict[str, Reconstructor] = {"signround": Reconstructor(signround.OPTIONS)}
+RECONSTRUCTORS: dict[str, Reconstructor] = {
+    "signround": Reconstructor(signround.SignRound, signround.OPTIONS),
+    "blockdistill": Reconstructor(blockdistill.BlockDistill, blockdistill.OPTIONS, holds_back=True),
+}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ thousand tokens do not tell its sign (benchmarks/LOG.md), while a scale's sums o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +36,20 @@ OPTIONS: dict[str, Any] = {
     "seed": 0,
 }
 
+#: Adam's decay rates: with tens of steps, second moments must follow within tens.
+BETAS = (0.9, 0.99)
+
+_WARM_UP = 5
+_LEAST_RATE = 0.05
+
 #: Tokens whose predictions are compared at once: 4 · vocabulary bytes each, several times.
 PREDICTED_TOKENS = 128
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Share of the full learning rate at a step: warm-up, then a cosine."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / _WARM_UP) * (_LEAST_RATE + (1 - _LEAST_RATE) * cosine)
 
 
 def levels(q: QTensor) -> Tensor:

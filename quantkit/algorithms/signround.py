@@ -17,13 +17,14 @@ are the solver's result, to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantkit import numerics
+from quantkit.algorithms.training import Solved, Trained
 from quantkit.numerics import QTensor
 from quantkit.schemes import QuantSpec
 
@@ -147,6 +148,28 @@ class Rounding:
         return numerics.to_groups(x.float(), self.spec)
 
 
+class SignRound:
+    """A block's offsets and clip ranges; see `quantkit.algorithms.training.Training`."""
+
+    def __init__(self, solved: Solved, options: Mapping[str, Any]) -> None:
+        self.rounding = {
+            name: Rounding(weight, solved.layers[name]) for name, weight in solved.weights.items()
+        }
+        self.steps = int(options["steps"])
+        self.rates = [
+            1.0 / self.steps if options[key] == "auto" else float(options[key])
+            for key in ("lr", "range_lr")
+        ]
+
+    def trained(self) -> Trained:
+        return Trained({name: rounding.quantized() for name, rounding in self.rounding.items()})
+
+    def descend(self, gradients: Mapping[str, Tensor], step: int) -> None:
+        rate, range_rate = (step_size(first, step, self.steps) for first in self.rates)
+        for name, rounding in self.rounding.items():
+            rounding.descend(gradients[name], rate, range_rate)
+
+
 def _none(scale: Tensor) -> Tensor:
     """The zero point of codes that have none."""
     return scale.new_zeros(())
@@ -165,33 +188,6 @@ def _in_cells(
     above = torch.where(codes == spec.qmax, torch.inf, codes + half)
     moved = position.clamp(below, above)
     return torch.where(moved == position, weight, (moved - zero) * scale)
-
-
-def window_losses(
-    out: Tensor,
-    target: Tensor,
-    weights: Tensor | None = None,
-    metric: Sequence[Tensor] = (),
-) -> Tensor:
-    """Mean squared error of a block's output, for each window, differentiable in ``out``.
-
-    Args:
-        out, target: ``[B, T, H]``.
-        weights: what each token's error counts, fp32 ``[B, T]``; None for all alike.
-        metric: symmetric matrices ``[n, n]``, H rows in all, that tell how errors of different
-            channels count together; empty for the identity.
-
-    Returns:
-        fp32 ``[B]``.
-    """
-    error = out.float() - target.float()
-    if metric:
-        parts = error.split([len(block) for block in metric], dim=-1)
-        seen = torch.cat([part @ block for part, block in zip(parts, metric, strict=True)], -1)
-        costs = (seen * error).mean(-1)
-    else:
-        costs = error.square().mean(-1)
-    return (costs if weights is None else costs * weights).mean(-1)
 
 
 def step_size(first: float, step: int, steps: int) -> float:

@@ -159,7 +159,7 @@ def _rounding_facts(layer: QuantizedLayer) -> dict[str, Any]:
 
 
 def _reconstruction_facts(layer: QuantizedLayer) -> dict[str, Any]:
-    """What training the rounding of the layer's block came to."""
+    """What training the layer's block came to."""
     found = layer.reconstruction
     return {} if found is None else {"reconstruction": asdict(found)}
 

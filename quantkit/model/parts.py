@@ -89,6 +89,15 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
+def norms(module: nn.Module) -> dict[str, nn.Module]:
+    """Every norm that has a weight, by name."""
+    return {
+        name: m
+        for name, m in module.named_modules()
+        if type(m).__name__.endswith("Norm") and getattr(m, "weight", None) is not None
+    }
+
+
 def head_name(model: PreTrainedModel) -> str | None:
     """The name of the output head, or None."""
     head = model.get_output_embeddings()
