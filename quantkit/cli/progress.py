@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,10 @@ from quantkit.progress import Progress
 
 #: Seconds between two plain lines.
 PLAIN_INTERVAL = 10.0
+
+#: Seconds of the past that tell how fast the rest will go: steps of one phase cost what those of
+#: another do not.
+SPEED_PERIOD = 60.0
 
 
 @contextmanager
@@ -49,8 +54,8 @@ def _bar(title: str) -> Iterator[Progress]:
 
 
 def _lines(title: str) -> Progress:
-    began = time.monotonic()
-    last = began
+    began = last = time.monotonic()
+    told: deque[tuple[float, int]] = deque([(began, 0)])
 
     def progress(done: int, total: int, label: str) -> None:
         nonlocal last
@@ -58,10 +63,17 @@ def _lines(title: str) -> Progress:
         if done < total and now - last < PLAIN_INTERVAL:
             return
         last = now
-        eta = (now - began) / done * (total - done) if done else 0.0
-        sys.stderr.write(
-            f"{title}: {done}/{total} {label} · {now - began:.0f} s, about {eta:.0f} s left\n"
+        while len(told) > 1 and now - told[1][0] >= SPEED_PERIOD:
+            told.popleft()
+        then, before = told[0]
+        told.append((now, done))
+        speed = (done - before) / (now - then) if now > then else 0.0
+        left = (
+            f"about {(total - done) / speed:.0f} s left" if speed else "nobody knows how long yet"
         )
+        if done >= total:
+            left = "done"
+        sys.stderr.write(f"{title}: {done}/{total} {label} · {now - began:.0f} s, {left}\n")
         sys.stderr.flush()
 
     return progress
