@@ -7,13 +7,13 @@ needs a CUDA build of torch and the built libraries.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.gpu_command import run
 from benchmarks.gpu_timing import Contenders, Table, same_bits
 from quantkit import ops
 from quantkit.ops import reference_gpu_attention as reference
@@ -156,17 +156,7 @@ def bench(path: str | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("check").add_argument("--small", action="store_true")
-    commands.add_parser("bench").add_argument("--json")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device; run this on a machine with a GPU")
-    if arguments.command == "bench":
-        bench(arguments.json)
-    else:
-        check(arguments.small)
+    run(__doc__, check, bench)
 
 
 if __name__ == "__main__":

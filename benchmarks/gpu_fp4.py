@@ -5,13 +5,13 @@ Run by ``benchmarks/gpu_session.sh``; needs a CUDA build of torch and the built 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 
 import torch
 from torch import Tensor
 
 from benchmarks import gpu_w4a16
+from benchmarks.gpu_command import run
 from benchmarks.gpu_timing import Contenders, Table, same_bits
 from quantkit import ops
 from quantkit.ops import reference_fp4
@@ -129,18 +129,7 @@ def bench(path: str | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("check").add_argument("--small", action="store_true")
-    commands.add_parser("bench").add_argument("--json")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device; run this on a machine with a GPU")
-    torch.manual_seed(0)
-    if arguments.command == "bench":
-        bench(arguments.json)
-    else:
-        check(arguments.small)
+    run(__doc__, check, bench)
 
 
 if __name__ == "__main__":

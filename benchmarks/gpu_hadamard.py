@@ -8,12 +8,12 @@ libraries.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_command import run
 from benchmarks.gpu_timing import Contenders, Table, same_bits
 from quantkit import ops
 from quantkit.hadamard import base_order, factor, largest_order, multiply
@@ -139,18 +139,7 @@ def bench(path: str | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("check").add_argument("--small", action="store_true")
-    commands.add_parser("bench").add_argument("--json")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device; run this on a machine with a GPU")
-    torch.manual_seed(0)
-    if arguments.command == "bench":
-        bench(arguments.json)
-        return
-    print(f"{check(arguments.small)} Hadamard products: all right")
+    run(__doc__, lambda small: print(f"{check(small)} Hadamard products: all right"), bench)
 
 
 if __name__ == "__main__":

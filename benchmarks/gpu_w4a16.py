@@ -5,7 +5,6 @@ Run by ``benchmarks/gpu_session.sh``; needs a CUDA build of torch and the built 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import itertools
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_command import run
 from benchmarks.gpu_timing import Table, same_bits
 from quantkit import ops
 from quantkit.ops import reference
@@ -220,20 +220,7 @@ def bench(path: str | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("probes").add_argument("library")
-    commands.add_parser("check").add_argument("--small", action="store_true")
-    commands.add_parser("bench").add_argument("--json")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device; run this on a machine with a GPU")
-    if arguments.command == "probes":
-        probes(arguments.library)
-    elif arguments.command == "check":
-        check(arguments.small)
-    else:
-        bench(arguments.json)
+    run(__doc__, check, bench, probes)
 
 
 if __name__ == "__main__":

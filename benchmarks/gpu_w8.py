@@ -5,13 +5,13 @@ Run by ``benchmarks/gpu_session.sh``; needs a CUDA build of torch and the built 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_command import run
 from benchmarks.gpu_timing import Contenders, Table, same_bits
 from quantkit import ops
 from quantkit.ops import reference, reference_gpu, reference_parts
@@ -231,20 +231,13 @@ def bench(path: str | None) -> None:
     table.write(path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("check").add_argument("--small", action="store_true")
-    commands.add_parser("bench").add_argument("--json")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device; run this on a machine with a GPU")
-    torch.manual_seed(0)
-    if arguments.command == "bench":
-        bench(arguments.json)
-        return
-    linear, rows = check_linear(arguments.small), check_rows(arguments.small)
+def check(small: bool) -> None:
+    linear, rows = check_linear(small), check_rows(small)
     print(f"{linear} linear layers and {rows} quantizers: all right")
+
+
+def main() -> None:
+    run(__doc__, check, bench)
 
 
 if __name__ == "__main__":

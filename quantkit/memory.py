@@ -62,7 +62,7 @@ def bounded_heap() -> Iterator[None]:
     it would have risen to.
 
     For forward passes that pause. Training frees and asks for the same large buffers in every step:
-    to map each anew cost distillation 60 % of its time, Fisher's pass 20 % and SignRound 8 %.
+    to map each anew cost distillation 60 % more processor time and Fisher's pass 20 %.
     """
     trim_heap()
     _set_thresholds(*_BOUNDED)

@@ -27,7 +27,7 @@ from quantkit.schemes import SCHEMES
 ROOT = Path(__file__).parent.parent
 
 #: Installed recipes that quantize the output layer too.
-QUANTIZED_HEADS = {"w4a16-head8", "w8a16-g32"}
+QUANTIZED_HEADS = {"w4a16-head8", "w8a8-head8", "w8a16-g32"}
 
 FULL = r"""
 model: some/model
