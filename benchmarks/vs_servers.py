@@ -36,10 +36,8 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -47,13 +45,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import hardware
+from benchmarks.servers import (
+    READY_SECONDS,
+    llama_version,
+    schemes_of,
+    start_llama,
+    start_vllm,
+)
 from benchmarks.systems import gguf_types, named
 from benchmarks.transformers_serve import ARGUMENTS, body_of, start_transformers, survives, version
 from benchmarks.vllm_configs import CONFIGS, Config, Trial, best, read_config
-from quantkit.engines.artifact import Artifact, read_artifact
-from quantkit.engines.process import EngineProcess, free_port, start
-from quantkit.engines.vllm import VllmOptions, find_vllm
-from quantkit.engines.vllm import running as running_vllm
+from quantkit.engines.artifact import read_artifact
+from quantkit.engines.process import EngineProcess
 from quantkit.errors import QuantkitError
 from quantkit.evals.endpoint import EndpointConfig, connect
 from quantkit.loadtest.answer import Answer
@@ -64,7 +67,6 @@ from quantkit.loadtest.row import Row, make_row
 from quantkit.loadtest.server import serving
 from quantkit.loadtest.tiers import LoadTier, Slo
 
-READY_SECONDS = 900.0
 SHARED = 0.75
 EVERYBODY = LoadTier("all", 1.0, Slo())
 PHASES = ("off", "on")
@@ -199,59 +201,6 @@ def start_all(
             peer.model, peer.version = Path(found.model).name, peer.version or found.server
             peer.wake(False)
         yield peers
-
-
-def schemes_of(artifact: Artifact) -> str:
-    """Names of its schemes, or the dtype of an original."""
-    return ", ".join(scheme.name for scheme in artifact.schemes) or artifact.dtype or ""
-
-
-def llama_version(server: Path) -> str:
-    """What ``llama-server --version`` says: its number, commit and compiler."""
-    command = [str(server), "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return " ".join((done.stdout + done.stderr).split())
-
-
-@contextlib.contextmanager
-def start_llama(
-    args: argparse.Namespace, cached: bool, slots: int, context: int
-) -> Iterator[EngineProcess]:
-    port = free_port()
-    command = [
-        str(args.llama_server), "-m", str(args.gguf), "--port", str(port), "--host", "127.0.0.1",
-        "-t", str(args.threads), "-tb", str(args.threads), "-np", str(slots),
-        # Its slots share the context out; a page more for what it keeps to itself.
-        "-c", str(slots * (context + 64)), "--no-webui",
-        "--cache-prompt" if cached else "--no-cache-prompt",
-    ]  # fmt: skip
-    with start(command, f"http://127.0.0.1:{port}") as process:
-        process.wait_ready(READY_SECONDS)
-        yield process
-
-
-@contextlib.contextmanager
-def start_vllm(
-    args: argparse.Namespace, artifact: Artifact, cached: bool, slots: int, way: Config
-) -> Iterator[EngineProcess]:
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": str(args.vllm_cache_gb),
-        "OMP_NUM_THREADS": str(args.threads),
-        **way.environment,
-    }
-    flag = "--enable-prefix-caching" if cached else "--no-enable-prefix-caching"
-    options = VllmOptions(max_sequences=slots, arguments=(flag, *args.vllm_arg, *way.arguments))
-    with running_vllm(
-        find_vllm(args.vllm_python),
-        artifact,
-        options,
-        environment=environment,
-        timeout=READY_SECONDS,
-        refuse=False,
-    ) as process:
-        yield process
 
 
 def measure(peer: Peer, asks: Sequence[Ask], concurrency: int) -> Row:
@@ -423,7 +372,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--transformers-python", metavar="PATH", help="of an environment with transformers[serving]"
     )
     parser.add_argument(
-        "--transformers", choices=ARGUMENTS, default="one by one", help="how it runs requests"
+        "--transformers",
+        choices=ARGUMENTS,
+        default="continuous batching",
+        help="how it runs requests",
     )
     parser.add_argument("--server", type=named, action="append", default=[], metavar="NAME=URL")
     parser.add_argument("--phase", choices=PHASES, action="append", help="by default both")

@@ -21,20 +21,29 @@ from quantkit import reconstruct as training
 from quantkit.algorithms.blockdistill import EDGE, OPTIONS, BlockDistill, Weight
 from quantkit.algorithms.training import Solved
 from quantkit.batches import held_back
-from quantkit.calibrate import Calibrated, CalibrationData, calibrate
+from quantkit.calibrate import Calibrated
 from quantkit.cli.main import run as command_line
 from quantkit.errors import UsageError
 from quantkit.limits import check_limits
 from quantkit.numerics import QTensor
 from quantkit.plan import PlannedLayer, make_plan
 from quantkit.quantize import QuantizedLayer, Reconstruction
-from quantkit.recipe import Recipe, Rule, Step
+from quantkit.recipe import Recipe, Step
 from quantkit.reconstruct import Block, Windows, reconstruct
-from quantkit.schemes import SCHEMES, DType, QuantSpec, Scheme
+from quantkit.schemes import SCHEMES, QuantSpec, Scheme
 from tests.architectures import build
 from tests.conftest import plan_for_tiny, tiny_llama
+from tests.reconstruct_helpers import (
+    BITS,
+    IDS,
+    SPECS,
+    WITH_INPUTS,
+    run,
+    same_model,
+    starts,
+    through,
+)
 from tests.run_helpers import arguments, contents
-from tests.test_signround import BITS, IDS, SPECS, WITH_INPUTS, starts, through
 
 #: All that can move does.
 RATES = {"scale_lr": 0.01, "norm_lr": 0.01, "zero_lr": 0.05, "weight_lr": 0.05}
@@ -311,14 +320,6 @@ def test_zero_points_move_with_a_rate_of_their_own() -> None:
     assert moved[0] == 0 < moved[1]
 
 
-def run(
-    source: Path, work: Path, recipe: Recipe, ids: Tensor = IDS, **options: object
-) -> tuple[models.SourceModel, Calibrated]:
-    loaded = models.load_source(str(source))
-    plan = make_plan(recipe, loaded.model, samples=len(ids), seq_len=ids.shape[1])
-    return loaded, calibrate(loaded, plan, CalibrationData(ids, "hash"), work, **options)  # type: ignore[arg-type]
-
-
 STEP = Step("blockdistill", {"steps": 12, "windows": 2, "scale_lr": 0.01, "norm_lr": 0.01})
 TRAINED = Recipe(SCHEMES["w3a16-g64"], algorithm=(Step("rtn"), STEP), keep=("lm_head",))
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -329,11 +330,6 @@ def trained(
     tiny: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[models.SourceModel, Calibrated]:
     return run(tiny, tmp_path_factory.mktemp("blockdistill") / "work", TRAINED)
-
-
-def same_model(a: models.SourceModel, b: models.SourceModel) -> bool:
-    left, right = dict(a.model.named_parameters()), dict(b.model.named_parameters())
-    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
 
 
 def test_codes_stay_and_norms_move(
@@ -356,38 +352,6 @@ def test_codes_stay_and_norms_move(
     # The last norm belongs to no block.
     assert torch.equal(loaded.model.model.norm.weight, first.model.model.norm.weight)
     assert not any("forward" in vars(m) for m in models.linear_layers(loaded.model).values())
-
-
-@pytest.mark.parametrize("stopped_at", ["block 1/2: blockdistill", "block 2/2: blockdistill"])
-def test_resumes_to_the_same_bytes(
-    stopped_at: str,
-    tiny: Path,
-    tmp_path: Path,
-    trained: tuple[models.SourceModel, Calibrated],
-) -> None:
-    """As if killed while a block was being trained, norms of the finished ones included."""
-
-    class Killed(Exception):
-        pass
-
-    def progress(done: int, total: int, label: str) -> None:
-        if label.startswith(stopped_at):
-            raise Killed
-
-    seen: list[tuple[int, int]] = []
-    with pytest.raises(Killed):
-        run(tiny, tmp_path / "w", TRAINED, progress=progress)
-    loaded, resumed = run(
-        tiny, tmp_path / "w", TRAINED, resume=True, progress=lambda *x: seen.append(x[:2])
-    )
-    for name, layer in trained[1].layers.items():
-        for part, tensor in layer.qtensor.tensors().items():
-            assert torch.equal(resumed.layers[name].qtensor.tensors()[part], tensor)
-        assert resumed.layers[name].reconstruction == layer.reconstruction
-    assert same_model(loaded, trained[0])
-    done = [d for d, _ in seen]
-    assert done == sorted(done)
-    assert seen[-1][0] == seen[-1][1]
 
 
 @pytest.mark.slow
@@ -422,13 +386,6 @@ def test_a_rate_of_zero_leaves_norms(tiny: Path, tmp_path: Path) -> None:
     assert next(iter(calibrated.layers.values())).reconstruction is not None
 
 
-def test_layers_under_a_rule_are_left_alone(tiny: Path, tmp_path: Path) -> None:
-    rule = Rule("*.down_proj", SCHEMES["w8a8"], (Step("rtn"),))
-    _, calibrated = run(tiny, tmp_path / "a", dataclasses.replace(TRAINED, rules=(rule,)))
-    for name, layer in calibrated.layers.items():
-        assert (layer.reconstruction is None) == name.endswith("down_proj")
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -455,15 +412,6 @@ def test_layers_under_a_rule_are_left_alone(tiny: Path, tmp_path: Path) -> None:
 def test_lists_that_cannot_run_are_refused(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         plan_for_tiny(f"scheme: w4a16-g64\nkeep: [lm_head]\n{text}\n")
-
-
-@pytest.mark.parametrize(
-    "name", [s.name for s in SCHEMES.values() if s.weight.dtype is not DType.INT]
-)
-def test_codes_that_are_no_integers_are_refused(name: str) -> None:
-    recipe = Recipe(SCHEMES[name], algorithm=(Step("rtn"), STEP), keep=("lm_head",))
-    with pytest.raises(UsageError, match="blockdistill trains integers and their scales"):
-        make_plan(recipe, tiny_llama(), samples=4, seq_len=16)
 
 
 @pytest.mark.parametrize(

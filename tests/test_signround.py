@@ -14,45 +14,20 @@ from torch import Tensor, nn
 
 from quantkit import model as models
 from quantkit import numerics
-from quantkit.algorithms import Stats, gptq, rtn
 from quantkit.algorithms.signround import OPTIONS, Rounding
 from quantkit.algorithms.training import window_losses
-from quantkit.calibrate import Calibrated, CalibrationData, calibrate
+from quantkit.calibrate import Calibrated
 from quantkit.cli.main import run as command_line
 from quantkit.errors import UsageError
 from quantkit.numerics import QTensor
 from quantkit.plan import PlannedLayer, make_plan
 from quantkit.quantize import QuantizedLayer
-from quantkit.recipe import Recipe, Rule, Step
+from quantkit.recipe import Recipe, Step
 from quantkit.reconstruct import Block, Windows, reconstruct
-from quantkit.schemes import SCHEMES, DType, Granularity, QuantSpec, Scheme
+from quantkit.schemes import SCHEMES, QuantSpec, Scheme
 from tests.conftest import plan_for_tiny, tiny_llama
+from tests.reconstruct_helpers import BITS, IDS, SPECS, WITH_INPUTS, run, starts, through
 from tests.run_helpers import arguments, contents
-
-IDS = torch.randint(0, 256, (6, 32), generator=torch.Generator().manual_seed(4))
-SPECS = [
-    QuantSpec(bits, granularity=Granularity.GROUP, group_size=32, symmetric=symmetric)
-    for bits in (2, 3, 4, 8)
-    for symmetric in (True, False)
-]
-SPECS += [
-    QuantSpec(4),
-    QuantSpec(4, symmetric=False),
-    QuantSpec(8, granularity=Granularity.TENSOR),
-    QuantSpec(8, granularity=Granularity.BLOCK, block=(10, 48)),
-]
-
-
-def starts(weight: Tensor, spec: QuantSpec) -> dict[str, QTensor]:
-    """The results of solvers: of either sign of scales, far from the nearest codes."""
-    x = torch.randn(256, weight.shape[1], generator=torch.Generator().manual_seed(7))
-    x = x + 2 * x[:, :1]
-    stats = Stats(x.t() @ x / len(x), len(x))
-    return {
-        "rtn": rtn.solve(weight, Stats(), spec, {"clip": "none"}),
-        "mse": rtn.solve(weight, Stats(), spec, {"clip": "mse"}),
-        "gptq": gptq.solve(weight, stats, spec, gptq.OPTIONS),
-    }
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=QuantSpec.label)
@@ -121,10 +96,6 @@ class Literal:
                     share -= range_rate * share.grad.sign()
                     share.copy_(torch.minimum(share.clamp(min=0.1), limit))
         self.offsets.grad = self.alpha.grad = self.beta.grad = None
-
-
-def through(x: Tensor, rounded: object) -> Tensor:
-    return x + (rounded(x) - x).detach()  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=QuantSpec.label)
@@ -205,10 +176,6 @@ def error_of(module: nn.Module, windows: Windows) -> float:
     return total / len(windows)
 
 
-BITS = [Scheme(spec.label(), spec) for spec in SPECS if spec.granularity is Granularity.GROUP]
-WITH_INPUTS = Scheme("a8", SPECS[4], QuantSpec(8, granularity=Granularity.TOKEN, dynamic=True))
-
-
 @pytest.mark.parametrize("scheme", [*BITS, WITH_INPUTS], ids=lambda s: s.name)
 @pytest.mark.parametrize("solver", ["rtn", "gptq"])
 def test_a_blocks_error_falls(scheme: Scheme, solver: str) -> None:
@@ -271,14 +238,6 @@ def test_the_order_of_windows_is_seeded() -> None:
     assert not torch.equal(codes[0], codes[2])
 
 
-def run(
-    source: Path, work: Path, recipe: Recipe, **options: object
-) -> tuple[models.SourceModel, Calibrated]:
-    loaded = models.load_source(str(source))
-    plan = make_plan(recipe, loaded.model, samples=len(IDS), seq_len=IDS.shape[1])
-    return loaded, calibrate(loaded, plan, CalibrationData(IDS, "hash"), work, **options)  # type: ignore[arg-type]
-
-
 STEP = Step("signround", {"steps": 12, "windows": 4})
 TRAINED = Recipe(SCHEMES["w3a16-g64"], algorithm=(Step("rtn"), STEP), keep=("lm_head",))
 
@@ -318,37 +277,6 @@ def test_blocks_come_nearer_to_the_original(
     assert torch.equal(weight, numerics.dequantize(calibrated.layers[name].qtensor, weight.dtype))
 
 
-@pytest.mark.parametrize("stopped_at", ["block 1/2: signround", "block 2/2: signround"])
-def test_resumes_to_the_same_bytes(
-    stopped_at: str,
-    tiny: Path,
-    tmp_path: Path,
-    trained: tuple[models.SourceModel, Calibrated],
-) -> None:
-    """As if killed while a block was being trained."""
-
-    class Killed(Exception):
-        pass
-
-    def progress(done: int, total: int, label: str) -> None:
-        if label.startswith(stopped_at):
-            raise Killed
-
-    seen: list[tuple[int, int]] = []
-    with pytest.raises(Killed):
-        run(tiny, tmp_path / "w", TRAINED, progress=progress)
-    _, resumed = run(
-        tiny, tmp_path / "w", TRAINED, resume=True, progress=lambda *x: seen.append(x[:2])
-    )
-    for name, layer in trained[1].layers.items():
-        for part, tensor in layer.qtensor.tensors().items():
-            assert torch.equal(resumed.layers[name].qtensor.tensors()[part], tensor)
-        assert resumed.layers[name].reconstruction == layer.reconstruction
-    done = [d for d, _ in seen]
-    assert done == sorted(done)
-    assert seen[-1][0] == seen[-1][1]
-
-
 def test_gptqs_fisher_weights_weigh_the_blocks_error(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,13 +304,6 @@ def test_gptqs_fisher_weights_weigh_the_blocks_error(
     assert sum(len(block) for block in first.metric) == 384
 
 
-def test_layers_under_a_rule_are_left_alone(tiny: Path, tmp_path: Path) -> None:
-    rule = Rule("*.down_proj", SCHEMES["w8a8"], (Step("rtn"),))
-    _, calibrated = run(tiny, tmp_path / "a", dataclasses.replace(TRAINED, rules=(rule,)))
-    for name, layer in calibrated.layers.items():
-        assert (layer.reconstruction is None) == name.endswith("down_proj")
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -402,15 +323,6 @@ def test_layers_under_a_rule_are_left_alone(tiny: Path, tmp_path: Path) -> None:
 def test_lists_that_cannot_run_are_refused(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         plan_for_tiny(f"scheme: w4a16-g64\nkeep: [lm_head]\n{text}\n")
-
-
-@pytest.mark.parametrize(
-    "name", [s.name for s in SCHEMES.values() if s.weight.dtype is not DType.INT]
-)
-def test_codes_that_are_no_integers_are_refused(name: str) -> None:
-    recipe = Recipe(SCHEMES[name], algorithm=(Step("rtn"), STEP), keep=("lm_head",))
-    with pytest.raises(UsageError, match="signround trains integers and their scales"):
-        make_plan(recipe, tiny_llama(), samples=4, seq_len=16)
 
 
 def test_the_plan_tells_every_option() -> None:
