@@ -13,7 +13,7 @@ benchmark fails.
 The result says for each recipe what the dry run stated, the measured peak of both together (VmHWM)
 and of anonymous memory alone, seconds, and whether `quantkit verify` reads the export back. Random
 weights say nothing of quality. For a limit that the kernel enforces, start all of it in a group of
-its own: ``systemd-run --scope -p MemoryMax=6G python benchmarks/streaming.py …``.
+its own: ``systemd-run --scope -p MemoryMax=9G python benchmarks/streaming.py …``.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from quantkit.batches import BATCH_TOKENS, PROBE_WINDOWS
 from quantkit.checkpoint.shards import SHARD_BYTES
 from quantkit.fisher import output_parts
 from quantkit.importance import pass_bytes
+from quantkit.models.load import FORGOTTEN
 from quantkit.plan import Plan, PlannedLayer
 from quantkit.rescale import COSTED_TOKENS, SAMPLE_TOKENS
 from quantkit.steps import weighs_costs
@@ -264,17 +265,36 @@ class _Count:
         return self.base + self.copied + model + filled + 8 * self.largest
 
     def reload(self) -> int:
-        """Packed for the kernels; the file's pages, mapped once by the kernels' loader and once by
-        the reference's; a kept head packed beside them, and twice more while it is; one layer read
-        again."""
-        kept = 0 if self.heads else 3 * self.table
-        return self.base + 3 * self.plan.size_bytes + kept + 8 * self.largest
+        """Layers as the kernels take them, and pages of those too small to be let go, mapped once
+        by the kernels' loader and once by the reference's. A kept head as it was read and packed,
+        and once more while it is packed; behind that one layer read again."""
+        packed = sum(_packed_bytes(layer) for layer in self.plan.layers)
+        small = [_codes_bytes(layer) for layer in self.plan.layers]
+        pages = 2 * sum(size for size in small if size < FORGOTTEN)
+        again = 8 * self.largest
+        kept = again if self.heads else max(3 * self.table, 2 * self.table + again)
+        return self.base + packed + pages + kept
 
     def evals(self) -> int:
         """Both models in the native decoder, packed and as pages of their files, which stay as long
         as the model that is mapped from them; and logits of a few tokens."""
         candidate = 2 * self.plan.size_bytes + (0 if self.heads else self.table)
         return self.base + candidate + 2 * self.plan.source_bytes + LOGITS_BYTES
+
+
+def _codes_bytes(layer: PlannedLayer) -> int:
+    """Of a layer's codes on disk."""
+    return layer.weights * layer.scheme.weight.bits // 8
+
+
+def _packed_bytes(layer: PlannedLayer) -> int:
+    """A layer in the kernels' layout: codes of 4 or 8 bits; scales, in fp32 and as the decoder
+    takes them, and zero points in fp32."""
+    weight = layer.scheme.weight
+    scales = layer.weights // columns_of_a_scale(layer.shape, weight)
+    return layer.weights // (2 if weight.bits <= 4 else 1) + scales * (
+        8 if weight.symmetric else 12
+    )
 
 
 def _groups(layers: Sequence[PlannedLayer]) -> Iterator[list[PlannedLayer]]:
@@ -415,8 +435,11 @@ def _reconstruct_bytes(plan: Plan, element: int, hidden: int) -> int:
     for layers in (list(plan.in_block(index).values()) for index in range(plan.blocks)):
         trained = [layer.weights for layer in layers if layer.reconstructed]
         # Beside them weights as they are multiplied with, and their gradients; the codes of the
-        # start, the best step and this one. A step's descent of one layer: seven times fp32.
-        training = (numbers + 2 * element + 3) * sum(trained) + 7 * 4 * max(trained, default=0)
+        # start, the best step and this one. A step's descent of one layer: seven times fp32, and
+        # as much again left free where that lies on the heap, as in `_distill_bytes`.
+        largest = 4 * max(trained, default=0)
+        descent = (7 if largest >= memory.MAPPED_AT_LAST else 14) * largest
+        training = (numbers + 2 * element + 3) * sum(trained) + descent
         # A step's windows and targets, and outputs and errors of them in fp32.
         windows = together * hidden * (2 * element + 4 * 4)
         most = max(most, training + windows + _graph_bytes(layers, together, element, hidden))

@@ -164,6 +164,22 @@ def test_both_models_are_there_when_a_gate_scores() -> None:
     assert found == peak.FIRST_USE + both + 4 * 4 * CHUNK_ELEMENTS
 
 
+@pytest.mark.usefixtures("nothing_held")
+@pytest.mark.parametrize("scheme", ["w4a16-g64", "w3a16-g64", "w4a16-asym-g64", "w8a8"])
+def test_what_is_loaded_again_is_packed(scheme: str) -> None:
+    """Codes of 4 or 8 bits, scales twice, and pages of layers below 1 MB in both loaders; a kept
+    head as it was read and packed, and what works beside it."""
+    recipe = replace(NEAREST, scheme=SCHEMES[scheme])
+    weight = SCHEMES[scheme].weight
+    weights = (WEIGHTS - TABLE - 2 * 5 * 384) // 2
+    rows = 2 * (2 * 384 + 2 * 192 + 2 * 768 + 384)
+    scales = rows if weight.group_size is None else weights // weight.group_size
+    packed = weights // (1 if weight.bits == 8 else 2) + scales * (8 if weight.symmetric else 12)
+    pages, again = 2 * weights * weight.bits // 8, 8 * 384 * 768
+    expected = packed + pages + max(3 * TABLE, 2 * TABLE + again)
+    assert phases(recipe)["reload"] == peak.FIRST_USE + expected
+
+
 def test_layers_with_fisher_weights_have_sums_of_their_own() -> None:
     """And are solved one by one; beside all sums counts the larger of a solver and a pass."""
 
@@ -296,7 +312,7 @@ RUNS = {
     "head": ("algorithm: gptq\nkeep: []\n", ("--no-gate",)),
     "awq": ("algorithm: [{awq: {grid: 2}}, rtn]\nkeep: [lm_head]\n", ("--no-gate",)),
     "signround": (
-        "algorithm: [rtn, {signround: {steps: 4}}]\nkeep: [lm_head]\n",
+        "algorithm: [rtn, {signround: {steps: 4, lr: 0.005, range_lr: 0.005}}]\nkeep: [lm_head]\n",
         ("--no-gate",),
     ),
     "blockdistill": (

@@ -53,7 +53,7 @@ KERNELS: Mapping[str, str] = MappingProxyType(
 
 
 #: Bytes from which it pays to look up a tensor's mapping, a few milliseconds, to drop its pages.
-_FORGOTTEN = 1 << 20
+FORGOTTEN = 1 << 20
 
 
 def load_runtime(
@@ -83,6 +83,16 @@ def load_runtime(
         KernelMissingError: the native library is not built, or has no kernel for a layer there.
     """
     check_target(kernels, device)
+    with memory.bounded_heap(128 << 10):
+        runtime = _load(source, kernels, device, dtype, streamed=streamed)
+    memory.trim_heap()
+    return runtime
+
+
+def _load(
+    source: str | Path, kernels: str, device: str, dtype: torch.dtype | str, *, streamed: bool
+) -> Runtime:
+    """See `load_runtime`, whose arguments these are, but for a target that was checked."""
     if streamed and kernels != "reference":
         raise UsageError(
             f"kernels {kernels!r}: layers that stay on disk compute in the reference kernels only",
@@ -321,6 +331,7 @@ def _fill(
         read = partial(_read_layer, files, reader, name, scheme, shape, kernels, dtype)
         layer = StreamedLinear(read, shape) if streamed else read()
         models.set_submodule(model, name, layer)
+    memory.trim_heap()  # of what unpacking left free between layers that stay
     model.tie_weights()
     empty = [n for n, p in model.named_parameters() if p.is_meta]
     if empty:
@@ -375,7 +386,7 @@ def _read_layer(
         hadamard=found.hadamard,
     )
     for tensor in stored:
-        if tensor.numel() * tensor.element_size() >= _FORGOTTEN:
+        if tensor.numel() * tensor.element_size() >= FORGOTTEN:
             memory.forget_pages(tensor)
     return layer
 
