@@ -1,7 +1,7 @@
 """Do other engines read what quantkit writes, and do they say the same?
 
     python benchmarks/interop.py MODEL --data c4.jsonl [--vllm-python PATH] [--only w4a16-g64 …] \
-        -o results.json --write docs/interop.md
+        -o results.json --write docs/interop.md [--mark padded]
 
 One row a scheme and engine. For each scheme a checkpoint is made (round to nearest: what is tested
 is the format, not the solver), and each engine that takes it continues prompts greedily and scores
@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ from typing import Any
 from quantkit.errors import QuantkitError
 from quantkit.schemes import SCHEMES
 
-#: Between these marks the page is written by this script.
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+#: Between such marks the page is written by this script.
+BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"
 
 OURS = "quantkit"
 ENGINES = ("transformers", "vllm")
@@ -56,15 +56,18 @@ class Answers:
     Attributes:
         logprobs: log-probability of each prompt's tokens but the first, a token, in nats.
         texts: greedy continuations.
+        how: what the engine was asked for that it does not do by itself.
     """
 
     logprobs: list[float]
     texts: list[str]
+    how: str = ""
 
 
 @dataclass(frozen=True)
 class Row:
     """One scheme on one engine. ``reason`` is why it does not load; the numbers are then None.
+    ``how`` is what it takes to load it, if that is more than its name.
 
     ``usual`` and ``floor`` are agreement and difference between two paths of our own.
     """
@@ -75,6 +78,7 @@ class Row:
     usual: float | None = None
     delta: float | None = None
     floor: float | None = None
+    how: str = ""
 
 
 def main() -> None:
@@ -88,6 +92,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--write", type=Path, help="page whose table is replaced")
+    parser.add_argument("--mark", default="measured", help="which of its tables")
     args = parser.parse_args()
 
     document = json.loads(args.output.read_text()) if args.output.exists() else {"rows": {}}
@@ -106,7 +111,8 @@ def main() -> None:
                 print(name, engine, row, flush=True)
             save(args.output, document)
     if args.write is not None:
-        args.write.write_text(replace_table(args.write.read_text(), table(document)))
+        found = table(document, wanted(args.only))
+        args.write.write_text(replace_table(args.write.read_text(), found, args.mark))
 
 
 def wanted(only: Sequence[str] | None) -> list[str]:
@@ -161,6 +167,7 @@ def compare(ours: Answers, ask: Callable[[], Answers], oracle: Answers) -> Row:
         agreement(ours, oracle),
         distance(ours, theirs),
         distance(ours, oracle),
+        theirs.how,
     )
 
 
@@ -246,23 +253,36 @@ def ask_ours(checkpoint: Path, kernels: str, prompts: Sequence[str], new: int) -
 
 
 def ask_transformers(checkpoint: Path, prompts: Sequence[str], new: int) -> Answers:
-    """transformers' own loader in its default mode."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """transformers' own loader: in its default mode and, where that fails, dequantizing.
+
+    The default mode computes with the stored tensors and gives packed zero points the shape of
+    unpacked ones. The other one drops activation quantization, so it is tried for schemes of
+    weights alone.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
     from quantkit.evals.language_model import QuantkitLM
     from quantkit.models.runtime import Runtime
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, local_files_only=True).eval()
+    how, load = "", AutoModelForCausalLM.from_pretrained
+    try:
+        model = load(checkpoint, local_files_only=True)
+    except Exception:  # whatever a mode fails with, the other one may not
+        if SCHEMES[checkpoint.name].input is not None:
+            raise
+        how = "CompressedTensorsConfig(dequantize=True)"
+        config = CompressedTensorsConfig(dequantize=True)
+        model = load(checkpoint, local_files_only=True, quantization_config=config)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
     runtime = Runtime(
-        model=model,
+        model=model.eval(),
         tokenizer=tokenizer,
         name=str(checkpoint),
         fingerprint={},
         size_bytes=0,
         bits_per_weight=0.0,
     )
-    return ask(QuantkitLM(runtime), prompts, new)
+    return replace(ask(QuantkitLM(runtime), prompts, new), how=how)
 
 
 def ask_vllm(checkpoint: Path, prompts: Sequence[str], args: argparse.Namespace) -> Answers:
@@ -348,8 +368,8 @@ def join_facts(known: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, A
     return now | {"versions": known["versions"] | now["versions"]}
 
 
-def table(document: dict[str, Any]) -> str:
-    """The measured part of the page."""
+def table(document: dict[str, Any], names: Sequence[str] = tuple(SCHEMES)) -> str:
+    """The measured part of the page; ``names`` of schemes that are to be in it."""
     facts = document["facts"]
     versions = ", ".join(f"{name} {found}" for name, found in facts["versions"].items())
     lines = [
@@ -363,18 +383,19 @@ def table(document: dict[str, Any]) -> str:
         name, engine = key.split()
         if row["loads"]:
             cells = [
-                "yes",
+                f"yes, with `{row['how']}`" if row.get("how") else "yes",
                 f"{row['agreement']:.0%} ({row['usual']:.0%})",
                 f"{row['delta']:.5f} ({row['floor']:.5f})",
             ]
         else:
             reason = row["reason"].replace("|", "\\|")
             shown = reason if len(reason) <= REASON else reason[:REASON] + "…"
-            cells = [f"no: {shown}{_CUT if is_cut(row) else ''}", "", ""]
+            made = "" if reason.startswith("not made") else "no: "
+            cells = [f"{made}{shown}{_CUT if is_cut(row) else ''}", "", ""]
         lines.append(f"| {name} | {engine} | " + " | ".join(cells) + " |")
     unmeasured = [
         f"{name} ({', '.join(left)})"
-        for name in SCHEMES
+        for name in names
         if (left := [e for e in ENGINES if f"{name} {e}" not in document["rows"]])
     ]
     if unmeasured:
@@ -382,13 +403,14 @@ def table(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def replace_table(page: str, measured: str) -> str:
+def replace_table(page: str, measured: str, mark: str = "measured") -> str:
     """The page with another table between its marks. SystemExit if it has none."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = BEGIN.format(mark), END.format(mark)
+    before, begin, rest = page.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise SystemExit(f"the page has no {BEGIN} … {END}")
-    return f"{before}{BEGIN}\n{measured}\n{END}{after}"
+        raise SystemExit(f"the page has no {first} … {last}")
+    return f"{before}{first}\n{measured}\n{last}{after}"
 
 
 def save(path: Path, document: dict[str, Any]) -> None:

@@ -5,11 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from benchmark_scripts import load_script
 
+from quantkit import model as models
+from quantkit.calibrate import CalibrationData, calibrate
+from quantkit.checkpoint.write import write_checkpoint
 from quantkit.errors import QuantkitError
+from quantkit.plan import make_plan
+from quantkit.recipe import Recipe
+from quantkit.schemes import SCHEMES
 
 interop = load_script("interop")
+
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+FACTS = {
+    "model": "m",
+    "prompts": 2,
+    "new_tokens": 3,
+    "machine": "x",
+    "versions": {"torch": "1"},
+}
 
 
 def answers(shift: float = 0.0, *texts: str) -> object:
@@ -21,6 +37,37 @@ def test_rows_hold_agreement_and_distance() -> None:
     row = interop.compare(answers(), lambda: answers(0.5, "a", "c"), oracle)
     assert (row.loads, row.agreement, row.usual) == (True, 0.5, 1.0)
     assert (row.delta, row.floor) == (pytest.approx(0.5), pytest.approx(0.1))
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("w4a16-g64", ""), ("w4a16-asym-g64", "CompressedTensorsConfig(dequantize=True)")],
+)
+def test_a_row_says_what_transformers_was_asked_for(
+    name: str, how: str, tiny: Path, tmp_path: Path
+) -> None:
+    """Its default mode gives packed zero points the wrong shape."""
+    folder = tmp_path / name
+    recipe = Recipe(SCHEMES[name], keep=("lm_head",))
+    loaded = models.load_source(str(tiny))
+    plan = make_plan(recipe, loaded.model, samples=2, seq_len=32)
+    done = calibrate(loaded, plan, CalibrationData(torch.zeros(2, 32).long(), "x"), tmp_path / "w")
+    write_checkpoint(folder, loaded, plan, done.layers, {})
+    prompts = ["Where is my parcel?", "Hello there"]
+    theirs = interop.ask_transformers(folder, prompts, 4)
+    ours = interop.ask_ours(folder, "reference", prompts, 4)
+    assert theirs.how == how
+    row = interop.compare(ours, lambda: theirs, ours)
+    assert row.delta < 1e-3
+    document = {"rows": {f"{name} transformers": vars(row)}, "facts": FACTS}
+    assert f"| yes{f', with `{how}`' if how else ''} |" in interop.table(document)
+
+
+def test_an_engine_that_cannot_run_activations_is_not_asked_without_them(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(OSError, match="w8a8"):
+        interop.ask_transformers(tmp_path / "w8a8", ["a"], 1)
 
 
 def test_what_an_engine_raises_is_its_reason() -> None:
@@ -98,13 +145,6 @@ def test_rows_of_two_calls_are_measured_alike() -> None:
 
 
 def test_the_page_keeps_everything_but_its_table() -> None:
-    facts = {
-        "model": "m",
-        "prompts": 2,
-        "new_tokens": 3,
-        "machine": "x",
-        "versions": {"torch": "1"},
-    }
     rows = {
         "w4a16-g64 transformers": {
             "loads": True,
@@ -115,8 +155,8 @@ def test_the_page_keeps_everything_but_its_table() -> None:
         },
         "w8a16 vllm": {"loads": False, "reason": "a | b" + "x" * 500},
     }
-    page = f"above\n{interop.BEGIN}\nold\n{interop.END}\nbelow\n"
-    written = interop.replace_table(page, interop.table({"facts": facts, "rows": rows}))
+    page = f"above\n{BEGIN}\nold\n{END}\nbelow\n"
+    written = interop.replace_table(page, interop.table({"facts": FACTS, "rows": rows}))
     assert written.startswith("above\n")
     assert written.endswith("\nbelow\n")
     assert "old" not in written
@@ -129,7 +169,14 @@ def test_the_page_keeps_everything_but_its_table() -> None:
 
 def test_the_page_in_the_docs_has_its_marks() -> None:
     page = (Path(__file__).parents[2] / "docs" / "interop.md").read_text()
-    assert f"{interop.BEGIN}\nx\n{interop.END}" in interop.replace_table(page, "x")
+    for mark in ("measured", "padded"):
+        written = f"{interop.BEGIN.format(mark)}\nx\n{interop.END.format(mark)}"
+        assert written in interop.replace_table(page, "x", mark)
+
+
+def test_a_table_of_some_schemes_misses_no_others() -> None:
+    text = interop.table({"facts": FACTS, "rows": {}}, ["w4a16-g128"])
+    assert text.endswith("Not measured yet: w4a16-g128 (transformers, vllm).")
 
 
 def test_only_known_schemes_are_asked_for() -> None:

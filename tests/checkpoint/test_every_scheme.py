@@ -68,7 +68,7 @@ def in_transformers(folder: Path, scheme: Scheme, dtype: torch.dtype) -> torch.n
     # FP4 weights are decompressed to bf16 whatever dtype was asked for, so fp32 is cast after.
     fp4 = scheme.weight.scale is not ScaleFormat.MODEL
     if not scheme.weight.symmetric or fp4:
-        config["quantization_config"] = CompressedTensorsConfig(run_compressed=False)
+        config["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     load = torch.bfloat16 if fp4 else dtype
     return AutoModelForCausalLM.from_pretrained(folder, dtype=load, **config).eval().to(dtype)
 
