@@ -4,9 +4,9 @@
         -o results.json --write docs/interop.md [--mark padded]
 
 One row a scheme and engine. For each scheme a checkpoint is made (round to nearest: what is tested
-is the format, not the solver), and each engine that takes it continues prompts greedily and scores
-them. Agreement is the share of prompts whose whole continuation is ours (``--kernels
-native-float``). |Δ| is the root mean square, over prompts, of the difference from our
+is the format, not the solver; 2 bits by GPTQ), and each engine that takes it continues prompts
+greedily and scores them. Agreement is the share of prompts whose whole continuation is ours
+(``--kernels native-float``). |Δ| is the root mean square, over prompts, of the difference from our
 log-probability a token. The floor beside it is the same number between two paths of our own that
 differ only in where they round (``native-float`` and ``reference``), in both columns. An engine
 that does not take a scheme gives its reason in its own words.
@@ -46,7 +46,7 @@ ENGINES = ("transformers", "vllm")
 _CUT = " (the list was not kept; the next call measures this row again)"
 
 #: Longest reason that the table shows.
-REASON = 160
+REASON = 480
 
 
 @dataclass(frozen=True)
@@ -232,10 +232,12 @@ def last_line(text: str) -> str:
 
 
 def make_checkpoint(name: str, args: argparse.Namespace, out: Path) -> None:
-    """Round to nearest under one scheme, head kept."""
+    """Round to nearest under one scheme, head kept; 2 bits by GPTQ, or nothing is left of a model
+    of this size and its reload is refused."""
     recipe = out.with_name("recipe.yaml")
+    algorithm = "gptq" if SCHEMES[name].weight.bits == 2 else "rtn"
     recipe.write_text(
-        f"scheme: {name}\nalgorithm: rtn\nkeep: [lm_head]\n"
+        f"scheme: {name}\nalgorithm: {algorithm}\nkeep: [lm_head]\n"
         "calibrate: {samples: 16, seq_len: 256, seed: 0}\n"
     )
     command = [
@@ -379,8 +381,11 @@ def table(document: dict[str, Any], names: Sequence[str] = tuple(SCHEMES)) -> st
         "| scheme | engine | loads | greedy agreement (floor) | \\|Δ log p\\| a token (floor) |",
         "|---|---|---|---|---|",
     ]
-    for key, row in document["rows"].items():
-        name, engine = key.split()
+    rows = document["rows"]
+    for key in (f"{name} {engine}" for name in SCHEMES for engine in ENGINES):
+        if key not in rows:
+            continue
+        (name, engine), row = key.split(), rows[key]
         if row["loads"]:
             cells = [
                 f"yes, with `{row['how']}`" if row.get("how") else "yes",
@@ -396,7 +401,7 @@ def table(document: dict[str, Any], names: Sequence[str] = tuple(SCHEMES)) -> st
     unmeasured = [
         f"{name} ({', '.join(left)})"
         for name in names
-        if (left := [e for e in ENGINES if f"{name} {e}" not in document["rows"]])
+        if (left := [e for e in ENGINES if f"{name} {e}" not in rows])
     ]
     if unmeasured:
         lines += ["", f"Not measured yet: {', '.join(unmeasured)}."]

@@ -57,6 +57,15 @@ VLLM_REFUSES: tuple[Refusal, ...] = (
         "on a CPU its block FP8 kernel needs AMX (Sapphire Rapids or newer)",
     ),
     Refusal(
+        lambda s, host: (
+            s.input is not None
+            and s.input.dtype is DType.FLOAT
+            and not s.input.dynamic
+            and host.device == "cpu"
+        ),
+        "on a CPU it cannot round activations to FP8 by a calibrated scale",
+    ),
+    Refusal(
         lambda s, host: s.input is not None and s.weight.dtype is not s.input.dtype,
         "it has no kernel for this pair of weight and activation types",
     ),

@@ -153,7 +153,7 @@ def test_the_page_keeps_everything_but_its_table() -> None:
             "delta": 0.01,
             "floor": 0.001,
         },
-        "w8a16 vllm": {"loads": False, "reason": "a | b" + "x" * 500},
+        "w8a16 vllm": {"loads": False, "reason": "a | b" + "x" * 900},
     }
     page = f"above\n{BEGIN}\nold\n{END}\nbelow\n"
     written = interop.replace_table(page, interop.table({"facts": FACTS, "rows": rows}))

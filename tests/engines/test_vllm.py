@@ -58,7 +58,7 @@ def test_every_scheme_has_an_answer(name: str) -> None:
 
 def test_what_its_source_says_is_refused() -> None:
     few = ("w3a16-g64", "w3a16-asym-g32", "w2a16-g32", "w2a16-asym-g64")
-    for name in ("w8a16", *few, "nvfp4a16", "mxfp4a16", "fp8-block"):
+    for name in ("w8a16", *few, "nvfp4a16", "mxfp4a16", "fp8-block", "fp8-static"):
         assert why_not(SCHEMES[name], CPU), name
         assert why_not(SCHEMES[name], CUDA) is None, name
     assert why_not(SCHEMES["fp8-block"], Host("cpu", frozenset({"amx_tile"}))) is None
