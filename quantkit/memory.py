@@ -13,6 +13,10 @@ _MADV_DONTNEED = 4  # sys/mman.h
 _PAGE = 4096
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
+#: Bytes of a tensor from which it pays to look up its mapping, a few milliseconds, and drop its
+#: pages, where many are read.
+FORGOTTEN = 1 << 20
+
 #: Bytes of the smallest buffer that is mapped by itself, and of free heap behind the last one that
 #: go back to the system: hidden states of a batch stay on the heap, where they are recycled.
 _BOUNDED = (8 << 20, 32 << 20)

@@ -30,7 +30,6 @@ from quantkit.batches import BATCH_TOKENS, PROBE_WINDOWS
 from quantkit.checkpoint.shards import SHARD_BYTES
 from quantkit.fisher import output_parts
 from quantkit.importance import pass_bytes
-from quantkit.models.load import FORGOTTEN
 from quantkit.plan import Plan, PlannedLayer
 from quantkit.rescale import COSTED_TOKENS, SAMPLE_TOKENS
 from quantkit.steps import weighs_costs
@@ -270,7 +269,7 @@ class _Count:
         and once more while it is packed; behind that one layer read again."""
         packed = sum(_packed_bytes(layer) for layer in self.plan.layers)
         small = [_codes_bytes(layer) for layer in self.plan.layers]
-        pages = 2 * sum(size for size in small if size < FORGOTTEN)
+        pages = 2 * sum(size for size in small if size < memory.FORGOTTEN)
         again = 8 * self.largest
         kept = again if self.heads else max(3 * self.table, 2 * self.table + again)
         return self.base + packed + pages + kept

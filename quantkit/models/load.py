@@ -52,8 +52,8 @@ KERNELS: Mapping[str, str] = MappingProxyType(
 )
 
 
-#: Bytes from which it pays to look up a tensor's mapping, a few milliseconds, to drop its pages.
-FORGOTTEN = 1 << 20
+#: Bytes of the smallest buffer that is mapped by itself: glibc's own, before it rises.
+_MAPPED = 128 << 10
 
 
 def load_runtime(
@@ -83,7 +83,7 @@ def load_runtime(
         KernelMissingError: the native library is not built, or has no kernel for a layer there.
     """
     check_target(kernels, device)
-    with memory.bounded_heap(128 << 10):
+    with memory.bounded_heap(_MAPPED):
         runtime = _load(source, kernels, device, dtype, streamed=streamed)
     memory.trim_heap()
     return runtime
@@ -386,7 +386,7 @@ def _read_layer(
         hadamard=found.hadamard,
     )
     for tensor in stored:
-        if tensor.numel() * tensor.element_size() >= FORGOTTEN:
+        if tensor.numel() * tensor.element_size() >= memory.FORGOTTEN:
             memory.forget_pages(tensor)
     return layer
 
