@@ -30,7 +30,11 @@ def main() -> int:
     model = AutoModelForCausalLM.from_pretrained(args.model, local_files_only=True)
     if not isinstance(model, LlamaForCausalLM):
         raise SystemExit(f"{args.model}: is a {type(model).__name__}, and only a Llama is padded")
-    padded(model).save_pretrained(args.out)
+    try:
+        wide = padded(model)
+    except ValueError as e:
+        raise SystemExit(f"{args.model}: {e}") from None
+    wide.save_pretrained(args.out)
     AutoTokenizer.from_pretrained(args.model, local_files_only=True).save_pretrained(args.out)
     return 0
 
@@ -39,10 +43,12 @@ def padded(model: LlamaForCausalLM) -> LlamaForCausalLM:
     """A model of the same function whose linear layers have multiples of `GROUP` inputs.
 
     Raises:
-        ValueError: its MLP is not of such a width: there is nothing to fill it up with that no
-            layer would see.
+        ValueError: its MLP is not of such a width, or its layers have biases, which are not filled
+            up here.
     """
     config = copy.deepcopy(model.config)
+    if config.attention_bias or config.mlp_bias:
+        raise ValueError("its linear layers have biases")
     if config.intermediate_size % GROUP:
         raise ValueError(f"intermediate_size {config.intermediate_size} is no multiple of {GROUP}")
     head_dim = model.model.layers[0].self_attn.head_dim

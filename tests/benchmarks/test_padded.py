@@ -43,6 +43,14 @@ def test_a_padded_model_says_the_same(tmp_path: Path) -> None:
     assert model.config.hidden_size == 192
 
 
-def test_an_mlp_cannot_be_padded() -> None:
-    with pytest.raises(ValueError, match="intermediate_size 250 is no multiple of 128"):
-        padded(llama(intermediate_size=250))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"intermediate_size": 250}, "intermediate_size 250 is no multiple of 128"),
+        ({"attention_bias": True}, "have biases"),
+        ({"mlp_bias": True}, "have biases"),
+    ],
+)
+def test_what_cannot_be_filled_up_is_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        padded(llama(**options))
