@@ -15,7 +15,7 @@ from quantkit.ops.library import CPU
 
 
 def argmax(blocks: Sequence[Tensor]) -> tuple[list[int], list[float]]:
-    """Of each row of each block: where its first largest value is, or its first NaN, and that value.
+    """Where each row's first largest value is, or its first NaN, and that value; block after block.
 
     One call for all of them, on the threads of the forward pass. torch's own wakes its threads,
     which then spin for milliseconds on the cores that the next pass needs.

@@ -137,7 +137,8 @@ class Worker:
         sequence = chunk.sequence
         request = sequence.request
         sequence.computed = chunk.end
-        self.metrics.prompt_tokens.inc(_prompt_tokens(chunk))
+        if read := _prompt_tokens(chunk):
+            self.metrics.prompt_tokens.inc(read)
         if request.sampling.scores_prompt and not sequence.output_tokens:
             self._score_prompt(chunk, logits)
         if sequence.left:
@@ -167,9 +168,10 @@ class Worker:
     def _write(self, chunk: Chunk, logits: Tensor, likeliest: Items[Likeliest]) -> None:
         """Choose the tokens behind a chunk and emit them, as many as its guesses foresaw and one.
 
-        Of its last rows, row i is what the model says after i guesses, so it counts if it was asked about the
-        tokens that were really chosen. Every token is drawn from the request's own stream, as it
-        would be without guesses: they change how many passes an answer takes, and nothing else.
+        Of its last rows, row i is what the model says after i guesses, so it counts if it was asked
+        about the tokens that were really chosen. Every token is drawn from the request's own
+        stream, as it would be without guesses: they change how many passes an answer takes, and
+        nothing else.
         """
         sequence = chunk.sequence
         answer = sequence.answer or self._begin(sequence)
@@ -204,9 +206,7 @@ def internal_error() -> Failed:
     return Failed("internal error while generating; the server's log has the details")
 
 
-def _likeliest(
-    chunks: Items[Chunk], results: Items[Tensor | Exception]
-) -> list[Items[Likeliest]]:
+def _likeliest(chunks: Items[Chunk], results: Items[Tensor | Exception]) -> list[Items[Likeliest]]:
     """Of each chunk that greedy tokens follow: what is likeliest in each row that foretells one;
     nothing of others. All in one search, or a step's end would take as long as some of its layers.
     """
@@ -216,9 +216,7 @@ def _likeliest(
         for i, (chunk, result) in enumerate(zip(chunks, results, strict=True))
         if isinstance(result, Tensor) and _is_greedy(chunk)
     ]
-    for (i, _), rows in zip(
-        asked, sampler.likeliest([rows for _, rows in asked]), strict=True
-    ):
+    for (i, _), rows in zip(asked, sampler.likeliest([rows for _, rows in asked]), strict=True):
         found[i] = rows
     return found
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A request as a policy sees it.
+class Entry(NamedTuple):
+    """A request as a policy sees it. A step makes two of each that runs, so it is a tuple.
 
     Attributes:
         id: the request's.
