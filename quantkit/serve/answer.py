@@ -36,6 +36,7 @@ class Answer:
 
     Attributes:
         finish_reason: why it is over; None while it is not.
+        greedy: tokens are the likeliest ones, of logits that nobody else looks at.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Answer:
         self._params = params = request.sampling
         self._end_ids = end_ids
         self._constraint = constraint
-        self._plain = params.greedy and params.logprobs is None and constraint is None
+        self.greedy = params.greedy and params.logprobs is None and constraint is None
         self._left = params.max_tokens
         self._generator = sampler.make_generator(params.seed, device)
         self._logits = LogitsProcessor(params, request.prompt_ids, self._end_ids, vocab, device)
@@ -61,8 +62,8 @@ class Answer:
 
     @property
     def plain(self) -> bool:
-        """The next token is the likeliest, and nothing is asked about it: see `take`."""
-        return self._plain and self._logits.idle
+        """The next token is the likeliest, and its logits stay as they are: see `take`."""
+        return self.greedy and self._logits.idle
 
     def take(self, found: Likeliest) -> TokenEvent:
         """`choose` where it is `plain`, by what was found in a row.

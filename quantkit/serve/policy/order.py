@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 
-class Entry(NamedTuple):
-    """A request as a policy sees it. A step makes two of each that runs, so it is a tuple.
+@dataclass(frozen=True)
+class Entry:
+    """A request as a policy sees it.
 
     Attributes:
         id: the request's.
