@@ -21,7 +21,9 @@ every quantized layer off by half a last bit of fp32 (`flips`) or bf16 (`flips16
 error of logits no larger than that says nothing about arithmetic; that of layers does.
 
 transformers does not load everything that its neighbours write, and what it loads it may not run
-in fp32. Then weights and `memory` are what counts. A scheme that quantkit does not run must be
+in fp32. Then weights and `memory` are what counts. What a file lacks transformers leaves as the
+memory happened to be, and goes on; where that is the scales of a head that nobody quantized, the
+logits are made from its last states and the embeddings. A scheme that quantkit does not run must be
 refused, in words that name it. Rows of FILE that are not asked for stay, if they have the same
 versions.
 """
@@ -66,14 +68,21 @@ MARGIN = 1.5
 #: Packages of the peers whose versions belong to the rows.
 PEERS = ("llmcompressor", "auto-round", "compressed-tensors", "transformers", "torch")
 
-#: Keeps logits, and the input and output of each linear layer of a block.
+#: Keeps logits, the input and output of each linear layer of a block, and what was made up.
 _LOAD = """
 import sys
 import torch
 from transformers import AutoModelForCausalLM
 
 folder, ids_path, kept_path = sys.argv[1:4]
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+model, info = AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, output_loading_info=True
+)
+missing = sorted(info["missing_keys"])
+tied = model.config.tie_word_embeddings
+if any(not (tied and name.startswith("lm_head.")) for name in missing):
+    sys.exit("made up: " + ", ".join(missing))
+model.eval()
 layers = {}
 for name, module in model.named_modules():
     if name.endswith("_proj"):
@@ -81,8 +90,11 @@ for name, module in model.named_modules():
             layers[name] = (given[0], made)
         module.register_forward_hook(keep)
 with torch.no_grad():
-    logits = model(torch.load(ids_path)[:1]).logits[0].float()
-torch.save({"logits": logits, "layers": layers}, kept_path)
+    made = model(torch.load(ids_path)[:1], output_hidden_states=True)
+logits = made.logits[0]
+if missing:
+    logits = made.hidden_states[-1][0] @ model.get_input_embeddings().weight.T
+torch.save({"logits": logits.detach().float(), "layers": layers, "missing": missing}, kept_path)
 """
 
 _VERSIONS = """
@@ -211,6 +223,8 @@ def measure(case: Case, folder: Path, python: str, ids: Tensor) -> Row:
         if case.activations:
             found |= {"flips": flips(out, ids, 2**-24), "flips16": flips(out, ids, 2**-9)}
     said = f"transformers: {unread}" if unread else ""
+    if theirs is not None and theirs["missing"]:
+        said = f"transformers: made up {', '.join(theirs['missing'])}"
     return Row(ok=case.refused is None and is_right(found), **found, said=said)
 
 

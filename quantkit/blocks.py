@@ -62,6 +62,8 @@ class Blocks:
         importance: what errors cost, where a solver does not take tokens or outputs to be alike.
         caches: ranges of keys and values found so far, by attention module.
         norms: weights of the norms of the block that is finished, if they were trained.
+        originals: weights that the solvers were given, of layers whose codes move once all are
+            solved.
         solve_seconds: time in solvers.
         training: steps that training one block takes, and the pass behind it.
     """
@@ -91,6 +93,8 @@ class Blocks:
         self.importance: Importance | None = None
         self.caches: dict[str, CacheRange] = {}
         self.norms: dict[str, Tensor] = {}
+        self.latent = plan.latent
+        self.originals: dict[str, Tensor] = {}
         self.groups: list[list[str]] | None = None
         self.solve_seconds = 0.0
         self.training = training_steps(plan, batches)
@@ -343,6 +347,8 @@ class Blocks:
         for name, layer in layers.items():
             module = self.linears[name]
             original = module.weight
+            if name in self.latent:
+                self.originals.setdefault(name, original.detach())
             weight = numerics.dequantize(layer.qtensor, original.dtype).to(original.device)
             module.weight = nn.Parameter(weight, requires_grad=False)
             memory.forget_pages(original)

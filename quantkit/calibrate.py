@@ -331,7 +331,14 @@ class _Loop:
         assert self.work is not None
         with self.blocks.quantized_caches():
             return distill(
-                self.model, self.plan, results, self.ids, teacher, self.work, self.steps.advance
+                self.model,
+                self.plan,
+                results,
+                self.ids,
+                teacher,
+                self.work,
+                self.steps.advance,
+                self.blocks.originals,
             )
 
     def _rescale(

@@ -1,7 +1,7 @@
-"""Training a quantized model's scales and norms until it predicts what the original predicts.
+"""Training a quantized model until it predicts what the original predicts.
 
 See `quantkit.algorithms.distill` for what is trained and why. Some windows are held back; if the
-divergence there does not fall, the solvers' scales stay, and the run says so.
+divergence there does not fall, what the solvers made stays, and the run says so.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantkit import memory, numerics
 from quantkit import model as models
-from quantkit import numerics
 from quantkit.algorithms.distill import BETAS, ScaledLinear, divergence, learning_rate
+from quantkit.algorithms.latent import EPSILON, Weight
 from quantkit.batches import held_back
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.folding import norm_offset
@@ -30,8 +31,9 @@ from quantkit.work import WorkFolder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Steps between two states on disk.
+#: Steps between two states on disk, and where codes move: twelve bytes a weight each time.
 SAVE_STEPS = 10
+SAVE_STEPS_OF_CODES = 50
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Distilled:
     """What training made.
 
     Attributes:
-        layers: every layer of the plan, in its order: with new scales, if training was kept.
+        layers: every layer of the plan, in its order: with new scales, and with new codes where
+            these move, if training was kept.
         before, after: nats of KL per token on the held windows.
         held: how many windows these are.
     """
@@ -61,8 +64,8 @@ class Distilled:
             return None
         return (
             f"distillation moved KL on {self.held} held windows from {self.before:.4f} to "
-            f"{self.after:.4f} and was undone: lower `scale_lr` and `norm_lr`, or calibrate on "
-            "more samples"
+            f"{self.after:.4f} and was undone: lower `scale_lr`, `norm_lr` and `weight_lr`, or "
+            "calibrate on more samples"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -148,8 +151,9 @@ def distill(
     teacher: Teacher,
     work: WorkFolder,
     advance: Callable[[str], None] = lambda _: None,
+    originals: Mapping[str, Tensor] | None = None,
 ) -> Distilled:
-    """Train the plan's distilled layers' scales, and every norm.
+    """Train the plan's distilled layers' scales, and codes where these move, and every norm.
 
     Args:
         model: quantized: its planned layers hold dequantized weights. Its weights and norms
@@ -160,6 +164,8 @@ def distill(
         teacher: of the same tokens.
         work: holds the state of training, which a resumed run goes on from.
         advance: called with a label after each step.
+        originals: weights ``[N, K]`` that the solvers were given, the model's dtype, by layer;
+            where codes move, for the layers that are trained.
 
     Raises:
         QuantkitError: the divergence on the held windows is NaN.
@@ -167,7 +173,7 @@ def distill(
     assert plan.distill is not None
     options = plan.distill.options
     held, trained = held_back(len(ids), options["seed"])
-    training = _Training(model, plan, layers, options)
+    training = _Training(model, plan, layers, options, originals or {})
     student = teacher.student(model.get_output_embeddings())
 
     def on_held() -> float:
@@ -180,7 +186,7 @@ def distill(
         if not math.isfinite(total):
             raise QuantkitError(
                 "distillation: the divergence on held windows is NaN or infinite",
-                remedy="lower `scale_lr` and `norm_lr`",
+                remedy="lower `scale_lr`, `norm_lr` and `weight_lr`",
             )
         return total / ids[held].numel()
 
@@ -203,7 +209,7 @@ def distill(
                     total += weight * divergence(seen, target, student, teacher.predict, weight)
             training.step(learning_rate(step, int(options["steps"])))
             advance(f"distill, KL {total:.4f}")
-            if (step + 1) % SAVE_STEPS == 0 or step + 1 == options["steps"]:
+            if (step + 1) % training.save_steps == 0 or step + 1 == options["steps"]:
                 work.save_tensors("distill", training.state(step + 1, before))
         after = on_held()
         if not after < before:
@@ -220,10 +226,18 @@ class _Training:
         plan: Plan,
         layers: Mapping[str, QuantizedLayer],
         options: Mapping[str, Any],
+        originals: Mapping[str, Tensor],
     ) -> None:
         self.plan, self.layers = plan, layers
         self.linears = models.linear_layers(model)
-        self.names = [layer.name for layer in plan.layers if layer.distilled]
+        self.moving = float(options["weight_lr"]) > 0
+        self.save_steps = SAVE_STEPS_OF_CODES if self.moving else SAVE_STEPS
+        self.weights: dict[str, Weight] = {}
+        for name in (layer.name for layer in plan.layers if layer.distilled):
+            weight = originals[name] if self.moving else self.linears[name].weight
+            self.weights[name] = Weight(weight, layers[name].qtensor, codes=self.moving)
+            if self.moving:
+                memory.forget_pages(weight)
         offset = norm_offset(model)
         self.norms = models.norms(model)
         self.first_norms = {name: _weight(m).float().clone() for name, m in self.norms.items()}
@@ -232,23 +246,26 @@ class _Training:
             name: (w + offset).square().mean().sqrt() for name, w in self.first_norms.items()
         }
         self.deltas: dict[str, Tensor] = {}
-        for name in self.names:
-            self.deltas[f"scale:{name}"] = torch.zeros_like(layers[name].qtensor.scale.float())
-        for name, weight in self.first_norms.items():
-            self.deltas[f"norm:{name}"] = torch.zeros_like(weight)
-        scales = [d for key, d in self.deltas.items() if key.startswith("scale:")]
-        norms = [d for key, d in self.deltas.items() if key.startswith("norm:")]
-        self.adam = torch.optim.Adam(
-            [
-                {"params": scales, "lr": float(options["scale_lr"])},
-                {"params": norms, "lr": float(options["norm_lr"])},
-            ],
-            betas=BETAS,
-        )
+        groups = []
+        for kind, rate in _RATES.items():
+            found = {
+                f"{kind}:{name}": weight.numbers[kind]
+                for name, weight in self.weights.items()
+                if kind in weight.numbers
+            }
+            self.deltas |= found
+            groups.append({"params": list(found.values()), "lr": float(options[rate])})
+        moved = {f"norm:{name}": torch.zeros_like(w) for name, w in self.first_norms.items()}
+        self.deltas |= moved
+        groups.append({"params": list(moved.values()), "lr": float(options["norm_lr"])})
+        groups = [group for group in groups if group["params"]]
+        self.adam = torch.optim.Adam(groups, betas=BETAS, eps=EPSILON if self.moving else 1e-8)
         self.rates = [group["lr"] for group in self.adam.param_groups]
-        #: fp32 leaves whose gradients `ScaledLinear` adds to.
+        #: fp32 leaves whose gradients `ScaledLinear` adds to; where codes move, a weight's own
+        #: gradient is that of all its numbers.
         self.scales = {
-            name: layers[name].qtensor.scale.float().requires_grad_() for name in self.names
+            name: layers[name].qtensor.scale.float().requires_grad_()
+            for name in ({} if self.moving else self.weights)
         }
         self.asked = {n: _weight(m).requires_grad for n, m in self.norms.items()}
 
@@ -256,9 +273,10 @@ class _Training:
     def active(self) -> Iterator[None]:
         """While active, the model computes with the trained scales, and its graph reaches them."""
         planned = [layer for layer in self.plan.layers if layer.block is not None]
-        frozen = [p for p in _parameters(self.linears) if p.requires_grad]
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        asked = {p: p.requires_grad for p in _parameters(self.linears)}
+        trained = {self.linears[name].weight for name in self.weights if self.moving}
+        for parameter in asked:
+            parameter.requires_grad_(parameter in trained)
         for module in self.norms.values():
             _weight(module).requires_grad_(True)
         for layer in planned:
@@ -273,8 +291,9 @@ class _Training:
             for name, module in self.norms.items():
                 _weight(module).requires_grad_(self.asked[name])
                 _weight(module).grad = None
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+            for parameter, before in asked.items():
+                parameter.requires_grad_(before)
+                parameter.grad = None
 
     def _forward(self, name: str, module: nn.Linear) -> Callable[[Tensor], Tensor]:
         [planned] = [layer for layer in self.plan.layers if layer.name == name]
@@ -298,6 +317,11 @@ class _Training:
             assert scale.grad is not None
             self.deltas[f"scale:{name}"].grad = scale.grad * self.layers[name].qtensor.scale.float()
             scale.grad = None
+        for name in self.weights if self.moving else ():
+            parameter = self.linears[name].weight
+            assert parameter.grad is not None
+            self.weights[name].differentiate(parameter.grad)
+            parameter.grad = None
         for name, module in self.norms.items():
             gradient = _weight(module).grad
             if gradient is not None:
@@ -306,6 +330,9 @@ class _Training:
         for group, full in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = full * rate
         self.adam.step()
+        self.adam.zero_grad()
+        for weight in self.weights.values():
+            weight.confine()
         self._apply()
 
     def state(self, steps: int, before: float) -> dict[str, Tensor]:
@@ -332,33 +359,36 @@ class _Training:
 
     def undo(self) -> None:
         """Back to where training began."""
-        for delta in self.deltas.values():
-            delta.zero_()
+        for weight in self.weights.values():
+            weight.reset()
+        for name in self.norms:
+            self.deltas[f"norm:{name}"].zero_()
         self._apply()
 
     def result(self) -> dict[str, QuantizedLayer]:
         """Every planned layer, trained or not, in the plan's order."""
         return {
-            layer.name: replace(self.layers[layer.name], qtensor=self._qtensor(layer.name))
-            if layer.name in self.scales
+            layer.name: replace(
+                self.layers[layer.name], qtensor=self.weights[layer.name].quantized()
+            )
+            if layer.name in self.weights
             else self.layers[layer.name]
             for layer in self.plan.layers
         }
 
-    def _qtensor(self, name: str) -> numerics.QTensor:
-        q = self.layers[name].qtensor
-        grown = q.scale.float() * (1 + self.deltas[f"scale:{name}"])
-        return replace(q, scale=grown.to(q.scale.dtype))
-
     def _apply(self) -> None:
         """Give the model's layers and norms what the trained numbers stand for."""
-        for name in self.names:
+        for name, trained in self.weights.items():
             module = self.linears[name]
-            module.weight.data = numerics.dequantize(self._qtensor(name), module.weight.dtype)
+            module.weight.data = numerics.dequantize(trained.quantized(), module.weight.dtype)
         for name, norm in self.norms.items():
             weight = _weight(norm)
             moved = self.first_norms[name] + self.sizes[name] * self.deltas[f"norm:{name}"]
             weight.data = moved.to(weight.dtype)
+
+
+#: A weight's numbers → the option that is their learning rate.
+_RATES = {"scale": "scale_lr", "codes": "weight_lr"}
 
 
 def _weight(module: nn.Module) -> nn.Parameter:

@@ -452,8 +452,15 @@ def _distill_bytes(plan: Plan, element: int, hidden: int, vocabulary: int) -> in
     # A scale, its change, both gradients and Adam's moments, in fp32; codes as they are mapped.
     scales = sum(math.prod(x.scheme.weight.scale_shape(x.shape)) for x in trained)
     numbers = 6 * 4 * scales + sum(layer.weights for layer in plan.layers)
+    # Codes that move: they, Adam's moments and gradients in fp32, weights' own gradients, codes
+    # as they are stored, and the originals that they begin at, mapped from the model's files
+    # unless something was folded into them.
+    if plan.latent:
+        folded = element if plan.folds or plan.rotation is not None else 0
+        numbers += (16 + element + 1 + folded) * sum(layer.weights for layer in trained)
     # `ScaledLinear.backward` of one layer: its weight's gradient, the levels, and their product.
-    backward = (3 * element + 2) * largest
+    # Where codes move, a step of one layer in fp32.
+    backward = (7 * 4 if plan.latent else 3 * element + 2) * largest
     # `divergence`: both predictions, and four more of their size on the way to a gradient.
     buffer = 4 * min(PREDICTED_TOKENS, plan.seq_len) * vocabulary
     # Smaller ones lie on the heap and leave as much again free: measured, as in `_graph_bytes`.

@@ -52,7 +52,7 @@ class PlannedLayer:
         options: the solver's options, defaults filled in.
         rescalers: what scales its input before it is solved, in order; options filled in.
         reconstructor: what trains it once its block's layers are solved; None for nothing.
-        distilled: its scales are trained once every layer is solved.
+        distilled: it is trained once every layer is solved.
         rotated: whether the model's rotation turns its weight.
         hadamard: order of the Hadamard matrix that multiplies its input at inference, 0 for none.
     """
@@ -133,7 +133,7 @@ class Plan:
         folds: where rescalers scale, in order.
         unscaled: label → reason, for whatever the recipe would have scaled and cannot.
         reconstruction: how the layers that ask for it are trained, block by block.
-        distill: how the scales of the layers that ask for it are trained.
+        distill: how the layers that ask for it are trained once all are solved.
         kv: how keys and values are quantized, or None.
         caches: the attention modules whose keys and values are, in order.
     """
@@ -184,6 +184,13 @@ class Plan:
     def needs_fisher(self) -> bool:
         """Whether calibration goes back through the unquantized model first."""
         return any(layer.needs_gradients for layer in self.layers)
+
+    @property
+    def latent(self) -> frozenset[str]:
+        """Layers whose codes move when all layers are solved."""
+        if self.distill is None or not self.distill.options["weight_lr"]:
+            return frozenset()
+        return frozenset(layer.name for layer in self.layers if layer.distilled)
 
     def reconstructed_by(self, name: str) -> Step | None:
         """How blocks are trained, if they are by this algorithm."""
@@ -293,7 +300,7 @@ def make_plan(recipe: Recipe, model: PreTrainedModel, *, samples: int, seq_len: 
             check_reconstructible(name, steps.reconstructor.name, scheme)
             reconstructors[name] = steps.reconstructor
         if steps.refiner is not None and block is not None:
-            check_trainable(name, scheme)
+            check_trainable(name, scheme, steps.refiner)
             refiners[name] = steps.refiner
         trained = (reconstructors[name].name if name in reconstructors else None, name in refiners)
         solver, options = steps.solver.name, steps.solver.options

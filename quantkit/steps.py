@@ -89,8 +89,15 @@ def check_codes(name: str, solver: str, scheme: Scheme) -> None:
         )
 
 
-def check_trainable(name: str, scheme: Scheme) -> None:
-    """UsageError for a scheme whose scales cannot move in small steps."""
+def check_trainable(name: str, scheme: Scheme, step: Step) -> None:
+    """UsageError for a scheme whose scales cannot move in small steps, or whose codes cannot where
+    they are to."""
+    if step.options["weight_lr"] and scheme.weight.dtype is not DType.INT:
+        raise UsageError(
+            f"{name}: distill moves integers where `weight_lr` is above 0, and {scheme.name} has "
+            f"{scheme.weight.label()} weights",
+            remedy="take `weight_lr` out of this layer's distill step",
+        )
     if scheme.weight.scale is not ScaleFormat.MODEL:
         raise UsageError(
             f"{name}: distill trains scales in the model's dtype, and {scheme.name} has "

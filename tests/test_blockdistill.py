@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from quantkit import model as models
 from quantkit import numerics
 from quantkit import reconstruct as training
-from quantkit.algorithms.blockdistill import EDGE, OPTIONS, BlockDistill, Weight
+from quantkit.algorithms.blockdistill import OPTIONS, BlockDistill
+from quantkit.algorithms.latent import EDGE, Weight
 from quantkit.algorithms.training import Solved
 from quantkit.batches import held_back
 from quantkit.calibrate import Calibrated

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from quantkit import model as models
 from quantkit import numerics
 from quantkit.algorithms.distill import OPTIONS, ScaledLinear, divergence, levels
+from quantkit.algorithms.latent import Weight
 from quantkit.calibrate import Calibrated, CalibrationData, calibrate
 from quantkit.distill import Distilled, Teacher
 from quantkit.errors import UsageError
@@ -26,6 +27,11 @@ IDS = torch.randint(0, 256, (16, 32), generator=torch.Generator().manual_seed(4)
 #: Coarse, so that there is something to gain: a random model overfits its few windows otherwise.
 STEP = Step("distill", {"steps": 12, "scale_lr": 0.004})
 DISTILLED = Recipe(SCHEMES["w3a16-g64"], algorithm=(Step("rtn"), STEP), keep=("lm_head",))
+MOVING = Recipe(
+    SCHEMES["w2a16-g32"],
+    algorithm=(Step("rtn"), Step("distill", {"steps": 12, "weight_lr": 0.02})),
+    keep=("lm_head",),
+)
 
 TRAINABLE = [s for s in SCHEMES.values() if s.weight.scale is ScaleFormat.MODEL]
 
@@ -138,6 +144,65 @@ def test_the_divergence_falls_and_codes_stay(
     assert not any(p.grad is not None for p in loaded.model.parameters())
 
 
+@pytest.fixture(scope="module")
+def moved(
+    tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[models.SourceModel, Calibrated]:
+    return run(tiny, tmp_path_factory.mktemp("codes") / "work", MOVING, release=True)
+
+
+@pytest.mark.parametrize("scheme", ["w2a16-g32", "w2a16-g64"])
+def test_codes_move_where_they_are_asked_to(scheme: str, tiny: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(MOVING, scheme=SCHEMES[scheme])
+    loaded, calibrated = run(tiny, tmp_path / "a", recipe, release=True)
+    _, solved = run(tiny, tmp_path / "b", dataclasses.replace(recipe, algorithm=(Step("rtn"),)))
+    fixed = Step("distill", {"steps": 12, "weight_lr": 0.0})
+    still = dataclasses.replace(recipe, algorithm=(Step("rtn"), fixed))
+    scales = distilled(run(tiny, tmp_path / "c", still)[1])
+    result = distilled(calibrated)
+    assert result.kept
+    assert result.before == scales.before
+    assert result.after < 0.98 * scales.after
+    changed = total = 0
+    for name, layer in solved.layers.items():
+        q, first = calibrated.layers[name].qtensor, layer.qtensor
+        assert q.codes.dtype == first.codes.dtype
+        assert int(q.codes.min()) >= q.spec.qmin
+        assert int(q.codes.max()) <= q.spec.qmax
+        changed, total = changed + int((q.codes != first.codes).sum()), total + q.codes.numel()
+        weight = loaded.model.get_submodule(name).weight
+        assert torch.equal(weight, numerics.dequantize(q, weight.dtype))
+    assert 0 < changed < 0.2 * total
+    assert not any(p.grad is not None for p in loaded.model.parameters())
+
+
+def test_codes_begin_at_the_weights_that_were_solved(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those behind a rescaling, on a resumed run, too."""
+    begun: dict[str, torch.Tensor] = {}
+
+    class Watched(Weight):
+        def __init__(self, weight: torch.Tensor, start: numerics.QTensor, *, codes: bool) -> None:
+            super().__init__(weight, start, codes=codes)
+            begun[str(len(begun))] = self.numbers["codes"].clone()
+            # What rounds to nearest has its code in the middle of half a step.
+            position = weight.float() / start.scale.float().repeat_interleave(32, -1)
+            inside = position.abs() < 1.4
+            assert (position - start.codes)[inside].abs().max() < 0.51
+
+    monkeypatch.setattr("quantkit.distill.Weight", Watched)
+    algorithm = (Step("smoothquant", {"alpha": 0.5}), *MOVING.algorithm)
+    recipe = dataclasses.replace(MOVING, algorithm=algorithm)
+    run(tiny, tmp_path / "w", recipe)
+    first = dict(begun)
+    begun.clear()
+    (tmp_path / "w" / "distill.safetensors").unlink()
+    run(tiny, tmp_path / "w", recipe, resume=True)
+    assert first
+    assert all(torch.equal(begun[name], position) for name, position in first.items())
+
+
 def test_the_probe_is_of_the_trained_model(
     trained: tuple[models.SourceModel, Calibrated],
 ) -> None:
@@ -149,13 +214,19 @@ def test_the_probe_is_of_the_trained_model(
 
 
 @pytest.mark.parametrize("stopped_at", ["blocks", "middle"])
+@pytest.mark.parametrize("recipe", [DISTILLED, MOVING], ids=["scales", "codes"])
 def test_resumes_to_the_same_bytes(
+    recipe: Recipe,
     stopped_at: str,
     tiny: Path,
     tmp_path: Path,
     trained: tuple[models.SourceModel, Calibrated],
+    moved: tuple[models.SourceModel, Calibrated],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As if killed when half of the blocks were done, or between two steps of training."""
+    monkeypatch.setattr("quantkit.distill.SAVE_STEPS_OF_CODES", 10)
+    whole = trained if recipe is DISTILLED else moved
     work = tmp_path / "work"
     labels: list[str] = []
 
@@ -169,19 +240,21 @@ def test_resumes_to_the_same_bytes(
             raise Killed
 
     with pytest.raises(Killed):
-        run(tiny, work, DISTILLED, progress=progress)
-    loaded, resumed = run(tiny, work, DISTILLED, resume=True)
-    for name, layer in trained[1].layers.items():
+        run(tiny, work, recipe, progress=progress)
+    loaded, resumed = run(tiny, work, recipe, resume=True)
+    for name, layer in whole[1].layers.items():
         for part, tensor in layer.qtensor.tensors().items():
             assert torch.equal(resumed.layers[name].qtensor.tensors()[part], tensor)
-    for name, parameter in trained[0].model.named_parameters():
+    for name, parameter in whole[0].model.named_parameters():
         if "norm" in name:
             assert torch.equal(loaded.model.get_parameter(name), parameter)
-    assert distilled(resumed).before == distilled(trained[1]).before
+    assert distilled(resumed).before == distilled(whole[1]).before
 
 
-def test_what_made_it_worse_is_undone(tiny: Path, tmp_path: Path) -> None:
-    wild = Step("distill", {"steps": 8, "scale_lr": 0.3, "norm_lr": 0.3})
+@pytest.mark.parametrize("weight_lr", [0.0, 0.5])
+def test_what_made_it_worse_is_undone(weight_lr: float, tiny: Path, tmp_path: Path) -> None:
+    rates = {"scale_lr": 0.3, "norm_lr": 0.3, "weight_lr": weight_lr}
+    wild = Step("distill", {"steps": 8, **rates})
     recipe = dataclasses.replace(DISTILLED, algorithm=(Step("rtn"), wild))
     loaded, calibrated = run(tiny, tmp_path / "a", recipe)
     first, solved = run(
@@ -192,7 +265,8 @@ def test_what_made_it_worse_is_undone(tiny: Path, tmp_path: Path) -> None:
     assert result.warning is not None
     assert "was undone: lower `scale_lr`" in result.warning
     for name, layer in solved.layers.items():
-        assert torch.equal(calibrated.layers[name].qtensor.scale, layer.qtensor.scale)
+        for part, tensor in layer.qtensor.tensors().items():
+            assert torch.equal(calibrated.layers[name].qtensor.tensors()[part], tensor)
     for name, parameter in first.model.named_parameters():
         assert torch.equal(loaded.model.get_parameter(name), parameter)
 
@@ -246,6 +320,7 @@ def test_soft_capped_predictions_are_understood(tmp_path: Path) -> None:
         ("algorithm: [rtn, {distill: {steps: 0}}]", "steps 0: is a whole number from 1"),
         ("algorithm: [rtn, {distill: {scale_lr: 2}}]", "scale_lr 2: is a number from 0 to 0.5"),
         ("algorithm: [rtn, {distill: {seed: -1}}]", "seed -1: is a whole number from 0"),
+        ("algorithm: [rtn, {distill: {weight_lr: 1}}]", "weight_lr 1: is a number from 0 to 0.5"),
         (
             "algorithm: [rtn, distill]\nrules: [{match: '*.o_proj', scheme: w4a16-g64, "
             "algorithm: [rtn, {distill: {steps: 3}}]}]",
@@ -265,6 +340,13 @@ def test_scales_in_other_formats_are_refused(name: str) -> None:
     assert SCHEMES[name].weight.dtype is DType.FLOAT
     recipe = Recipe(SCHEMES[name], algorithm=(Step("rtn"), STEP), keep=("lm_head",))
     with pytest.raises(UsageError, match="distill trains scales in the model's dtype"):
+        make_plan(recipe, tiny_llama(), samples=4, seq_len=16)
+
+
+def test_codes_that_are_no_integers_do_not_move() -> None:
+    step = Step("distill", {"weight_lr": 0.01})
+    recipe = Recipe(SCHEMES["fp8"], algorithm=(Step("rtn"), step), keep=("lm_head",))
+    with pytest.raises(UsageError, match="distill moves integers where `weight_lr` is above 0"):
         make_plan(recipe, tiny_llama(), samples=4, seq_len=16)
 
 

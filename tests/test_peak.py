@@ -324,6 +324,10 @@ RUNS = {
         "algorithm: [rtn, {distill: {steps: 2}}]\nkeep: [lm_head]\n",
         ("--no-gate",),
     ),
+    "codes": (
+        "algorithm: [rtn, {distill: {steps: 2, weight_lr: 0.01}}]\nkeep: [lm_head]\n",
+        ("--no-gate",),
+    ),
     "evals": (
         "algorithm: rtn\nkeep: [lm_head]\ngate: {kl.mean: {max: 100}}\n",
         ("--text", "{held_out}", "--eval-seq-len", "256", "--eval-tokens", "512"),

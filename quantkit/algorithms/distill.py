@@ -4,10 +4,12 @@ Solvers minimise errors of single layers. What they leave, some of it shared by 
 taken back by training few numbers on the whole model's error. Hinton, Vinyals, Dean: "Distilling
 the Knowledge in a Neural Network" (arXiv 1503.02531) gives the loss, the divergence from the
 original's prediction at every token; Chen et al., "EfficientQAT" (arXiv 2407.11062, §3.3) train
-nothing but the scales end to end; Li et al., "Norm Tweaking" (arXiv 2309.02784) the norms.
+nothing but the scales end to end; Li et al., "Norm Tweaking" (arXiv 2309.02784) the norms; Liu et
+al., "LLM-QAT" (arXiv 2305.17888) all weights, straight through their rounding.
 
-Codes stay as they were rounded. A code's own gradient is too noisy to round by: a few ten
-thousand tokens do not tell its sign (benchmarks/LOG.md), while a scale's sums over its group's.
+Codes stay as they were rounded, unless `weight_lr` is asked for. At 3 bits and up a code's own
+gradient is too noisy to round by: a few ten thousand tokens do not tell its sign
+(benchmarks/LOG.md), while a scale's sums over its group's. At 2 bits some hundred thousand do.
 """
 
 from __future__ import annotations
@@ -27,12 +29,14 @@ from quantkit.schemes import DType
 #: steps: of Adam, with a warm-up of 5 and a cosine down to a twentieth.
 #: windows: calibration windows a step.
 #: scale_lr, norm_lr: learning rates, relative to a scale's and to a norm's size.
+#: weight_lr: of weights, in steps of the code; 0 leaves codes as they are.
 #: seed: of the order of windows.
 OPTIONS: dict[str, Any] = {
     "steps": 40,
     "windows": 2,
     "scale_lr": 0.002,
     "norm_lr": 0.001,
+    "weight_lr": 0.0,
     "seed": 0,
 }
 

@@ -134,6 +134,35 @@ def test_a_script_that_fails_gives_its_last_line(tmp_path: Path) -> None:
     assert peers.ask(sys.executable, "raise SystemExit('no such format')") == "no such format"
 
 
+def test_what_transformers_makes_up_is_not_compared(tmp_path: Path) -> None:
+    """A head that a config calls quantized and no file holds: its scales are left as memory was."""
+    model = small_llama(torch.bfloat16)
+    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    tensors = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    for name in linears - {"lm_head"}:
+        q = quantize_weight(tensors.pop(f"{name}.weight"), SCHEME.weight)
+        tensors |= {f"{name}.{key}": value for key, value in to_disk(q, SCHEME, None).items()}
+    model.config.quantization_config = build_config(dict.fromkeys(linears, SCHEME), sorted(linears))
+    model.config.save_pretrained(tmp_path)
+    ids = IDS % 250
+    torch.save(ids, tmp_path / "ids.pt")
+
+    def loaded() -> tuple[str, Path]:
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        kept = tmp_path / "kept.pt"
+        return peers.ask(sys.executable, peers._LOAD, tmp_path, tmp_path / "ids.pt", kept), kept
+
+    said, kept = loaded()
+    assert said == ""
+    theirs = torch.load(kept)
+    assert theirs["missing"] == ["lm_head.weight_scale"]
+    merging_tokenizer().save_pretrained(tmp_path)
+    assert peers.error(peers.logits(tmp_path, "native", ids), theirs["logits"]) < 0.1
+    del tensors["model.layers.0.mlp.up_proj.weight_scale"]
+    said, _ = loaded()
+    assert said.startswith("made up: lm_head.weight_scale, model.layers.0.mlp.up_proj.weight_scale")
+
+
 def test_scripts_are_python_and_a_folder_below_is_found(tmp_path: Path) -> None:
     for name, case in peers.CASES.items():
         compile(case.script, name, "exec")
