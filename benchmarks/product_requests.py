@@ -1,0 +1,80 @@
+"""Calibration text in the form of a product's requests: messages of others, asked as a suite asks.
+
+    python -m benchmarks.product_requests clinc150/data_full.json -o requests.jsonl
+        [--suite support_intent] [--messages 4000] [--repeat 4] [--seed 0]
+
+A router never sees a chat: it sees its own prompt around a message, and each queue's name behind
+it. What `quantkit serve --capture` would have written of such a product is made here of the users'
+first turns in the suite's traffic, each `--repeat` times, and of `--messages` of the training
+messages of clinc150, one of all answers that the suite knows drawn for each. Whether it is right
+plays no part: training is after the original's prediction of it. No message of the suite's items
+is used, and `quantkit calibrate` refuses text that holds one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantkit.evals.suite import Suite
+from quantkit.evals.suites import load_suites
+
+#: What the prompt of a suite of messages has where the message goes.
+PLACE = "{{message}}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("clinc", type=Path, help="data_full.json of clinc150")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--suite", default="support_intent")
+    parser.add_argument("--messages", type=int, default=4000, help="of clinc150")
+    parser.add_argument("--repeat", type=int, default=4, help="of each message of the traffic")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    [suite] = load_suites([args.suite])
+    generator = random.Random(args.seed)
+    others = [
+        text[:1].upper() + text[1:] for text, _ in json.loads(args.clinc.read_text())["train"]
+    ]
+    generator.shuffle(others)
+    messages = first_turns(suite) * args.repeat + others[: args.messages]
+    generator.shuffle(messages)
+    lines = [json.dumps({"text": text}) + "\n" for text in requests(suite, messages, generator)]
+    staging = args.output.with_name(args.output.name + ".tmp")
+    staging.write_text("".join(lines))
+    staging.replace(args.output)
+    print(f"{args.output}: {len(lines)} requests")
+    return 0
+
+
+def first_turns(suite: Suite) -> list[str]:
+    """What the users of a suite's traffic begin with."""
+    assert suite.traffic is not None
+    conversations = map(json.loads, suite.traffic.read_text().splitlines())
+    turns = (
+        [turn["content"] for turn in conversation["messages"] if turn["role"] == "user"]
+        for conversation in conversations
+    )
+    return [found[0] for found in turns if found]
+
+
+def requests(suite: Suite, messages: Sequence[str], generator: random.Random) -> list[str]:
+    """Each message in the suite's prompt, with one of its answers behind it.
+
+    Raises:
+        SystemExit: its prompt is not one around a message, or its items have no choices.
+    """
+    prompt = suite.config.get("doc_to_text")
+    if not isinstance(prompt, str) or PLACE not in prompt or "choices" not in suite.rows[0]:
+        raise SystemExit(f"{suite.name}: asks nothing of a {PLACE}; give a suite that does")
+    answers = sorted({choice for row in suite.rows for choice in row["choices"]})
+    return [f"{prompt.replace(PLACE, text)} {generator.choice(answers)}" for text in messages]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

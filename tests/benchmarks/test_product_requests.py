@@ -1,0 +1,45 @@
+"""Text in the form of a suite's requests."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import product_requests
+from quantkit.evals.suites import load_suites
+
+
+def test_requests_have_the_suites_form_and_none_of_its_messages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [suite] = load_suites(["support_intent"])
+    clinc, out = tmp_path / "clinc.json", tmp_path / "requests.jsonl"
+    clinc.write_text(json.dumps({"train": [[f"what is {i}", "x"] for i in range(30)]}))
+    argv = ["x", str(clinc), "-o", str(out), "--messages", "20", "--repeat", "2"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert product_requests.main() == 0
+    texts = [json.loads(line)["text"] for line in out.read_text().splitlines()]
+    turns = product_requests.first_turns(suite)
+    assert len(texts) == 2 * len(turns) + 20
+    answers = {choice for row in suite.rows for choice in row["choices"]}
+    asked = []
+    for text in texts:
+        assert text.startswith("Customer message: ")
+        message, _, answer = text[18:].rpartition("\nThis message is about ")
+        assert answer in answers
+        asked.append(message)
+    assert sorted(asked).count(turns[0]) == 2
+    assert sum(message.startswith("What is ") for message in asked) == 20
+    assert not set(asked) & {row["message"] for row in suite.rows}
+    product_requests.main()
+    assert texts == [json.loads(line)["text"] for line in out.read_text().splitlines()]
+
+
+def test_a_suite_that_asks_otherwise_is_refused() -> None:
+    [suite] = load_suites(["grounded_qa"])
+    with pytest.raises(SystemExit, match="grounded_qa: asks nothing of a"):
+        product_requests.requests(suite, ["hello"], random.Random(0))
