@@ -182,6 +182,7 @@ def force(engine: Engine, answers: dict[str, list[int]]) -> None:
             return choose(row)
 
         answer.choose = chosen  # type: ignore[method-assign]
+        answer.greedy = False  # not by logits that it never saw
         return answer
 
     engine.worker.begin = forced

@@ -626,43 +626,13 @@ int64_t qk_kv_page_bytes(int32_t dtype, int64_t head_dim) {
   return head_dim * QK_PAGE_TOKENS * bytes;
 }
 
-int64_t qk_argmax(const float* values, int64_t n) {
-  // Pieces are searched for their largest value, four lanes at a time; only the winner's piece is
-  // searched again for the place.
-  constexpr int64_t kPiece = 1024;
-  int64_t best_piece = -1;
-  float best = 0.0f;
-  for (int64_t first = 0; first < n; first += kPiece) {
-    const int64_t count = n - first < kPiece ? n - first : kPiece;
-    const float* x = values + first;
-    float most[4] = {x[0], x[0], x[0], x[0]};
-    uint32_t nan[4] = {};
-    int64_t i = 0;
-    for (; i + 4 <= count; i += 4) {
-      for (int j = 0; j < 4; ++j) {
-        most[j] = x[i + j] > most[j] ? x[i + j] : most[j];
-        nan[j] |= x[i + j] != x[i + j] ? 1u : 0u;
-      }
-    }
-    for (; i < count; ++i) {
-      most[0] = x[i] > most[0] ? x[i] : most[0];
-      nan[0] |= x[i] != x[i] ? 1u : 0u;
-    }
-    if ((nan[0] | nan[1] | nan[2] | nan[3]) != 0) {
-      for (i = 0; x[i] == x[i]; ++i) {
-      }
-      return first + i;
-    }
-    for (int j = 1; j < 4; ++j) most[0] = most[j] > most[0] ? most[j] : most[0];
-    if (best_piece < 0 || most[0] > best) {
-      best_piece = first;
-      best = most[0];
-    }
-  }
-  if (best_piece < 0) return -1;
-  int64_t place = best_piece;
-  while (values[place] != best) ++place;
-  return place;
+void qk_argmax_rows(const float* const* rows, int64_t count, int64_t n, int64_t* places,
+                    float* values) {
+  const auto argmax = kernels().rows.argmax;
+  parallel_for(count, [&](int64_t i) {
+    places[i] = argmax(rows[i], n);
+    values[i] = rows[i][places[i]];
+  });
 }
 
 int qk_decoder_create(const qk_decoder_config* config, const qk_decoder_layer* layers,

@@ -89,6 +89,7 @@ struct RowKernels {
   void (*int8_sums)(const int8_t* q, int64_t n, int64_t step, int32_t* sums);
   void (*float_sums)(const float* x, int64_t n, int64_t step, float* sums);
   void (*load)(float* out, const void* x, int32_t dtype, int64_t first, int64_t n);
+  int64_t (*argmax)(const float* x, int64_t n);
 };
 
 namespace {

@@ -195,10 +195,53 @@ inline void float_sums_row(const float* x, int64_t n, int64_t step, float* sums)
   }
 }
 
+// Where the first largest of n > 0 values is, or the first NaN. Pieces are searched for their largest
+// value, a few registers at a time; only the winner's piece is searched again for the place.
+inline int64_t argmax_row(const float* x, int64_t n) {
+  constexpr int64_t kPiece = 1024, kLanes = 64;
+  int64_t best_piece = 0;
+  float best = -__builtin_inff();
+  for (int64_t first = 0; first < n; first += kPiece) {
+    const int64_t count = min_of(kPiece, n - first);
+    const float* v = x + first;
+    float most[kLanes];
+    int32_t nan[kLanes] = {};
+    for (float& m : most) m = v[0];
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      for (int64_t j = 0; j < kLanes; ++j) {
+        most[j] = v[i + j] > most[j] ? v[i + j] : most[j];
+        nan[j] |= v[i + j] != v[i + j];
+      }
+    }
+    for (; i < count; ++i) {
+      most[0] = v[i] > most[0] ? v[i] : most[0];
+      nan[0] |= v[i] != v[i];
+    }
+    int32_t any = 0;
+    for (int64_t j = 0; j < kLanes; ++j) {
+      any |= nan[j];
+      most[0] = most[j] > most[0] ? most[j] : most[0];
+    }
+    if (any != 0) {
+      for (i = 0; v[i] == v[i]; ++i) {
+      }
+      return first + i;
+    }
+    if (most[0] > best) {
+      best_piece = first;
+      best = most[0];
+    }
+  }
+  int64_t place = best_piece;
+  while (x[place] != best) ++place;
+  return place;
+}
+
 inline RowKernels row_kernels() {
   return {add_row,        rms_norm_row,   gate_row, hadamard_row, rope_row,
           bf16_words_row, round_bf16_row, int8_row, fp8_row,      int8_sums_row,
-          float_sums_row, load_row};
+          float_sums_row, load_row,       argmax_row};
 }
 
 }  // namespace

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +14,7 @@ import httpx
 from quantkit.errors import QuantkitError
 from quantkit.loadtest.answer import Answer, Fate
 from quantkit.loadtest.ask import Ask
+from quantkit.loadtest.plain_http import PlainTransport
 
 #: Statuses of a server that refuses because of load.
 SHED = (429, 503)
@@ -61,11 +62,12 @@ class Client:
         self._headers = {t: {"Authorization": f"Bearer {key}"} for t, key in (keys or {}).items()}
         self._http = httpx.AsyncClient(
             base_url=base,
+            transport=None if base.startswith("https:") else PlainTransport(),
             timeout=timeout,
             # How many are under way is the test's business; a pool would queue them unseen.
             limits=httpx.Limits(
                 max_connections=None,
-                max_keepalive_connections=None if base.startswith("https:") else 0,
+                max_keepalive_connections=None,
                 keepalive_expiry=KEEP_ALIVE_SECONDS,
             ),
             trust_env=False,
@@ -130,11 +132,11 @@ class Client:
         """Note when pieces come, until the stream says that it is over."""
         usage: dict[str, Any] | None = None
         finished = named = False
-        async for line in response.aiter_lines():
-            if not line.startswith("data:"):
+        async for line in _lines(response):
+            if not line.startswith(b"data:"):
                 continue
-            data = line.removeprefix("data:").strip()
-            if data == "[DONE]":
+            data = line.removeprefix(b"data:").strip()
+            if data == b"[DONE]":
                 continue  # read on: a connection whose body is read can be used again
             doc = _parse(data)
             if doc.get("error"):
@@ -170,16 +172,30 @@ def token_body(ask: Ask, model: str) -> dict[str, Any]:
     }
 
 
-def _parse(data: str) -> dict[str, Any]:
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """Of the body, as they come; the last may lack its end."""
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line
+    yield rest
+
+
+def _parse(data: bytes) -> dict[str, Any]:
     try:
         doc = json.loads(data)
     except ValueError as error:
-        raise QuantkitError(f"the server sent {_short(data)!r}, which is not JSON") from error
+        raise QuantkitError(f"the server sent {_said(data)!r}, which is not JSON") from error
     except RecursionError as error:
-        raise QuantkitError(f"the server sent {_short(data)!r}, nested too deeply") from error
+        raise QuantkitError(f"the server sent {_said(data)!r}, nested too deeply") from error
     if not isinstance(doc, dict):
-        raise QuantkitError(f"the server sent {_short(data)!r}, which is not a JSON object")
+        raise QuantkitError(f"the server sent {_said(data)!r}, which is not a JSON object")
     return doc
+
+
+def _said(data: bytes) -> str:
+    return _short(data.decode("utf-8", "replace"))
 
 
 def _choices(doc: dict[str, Any]) -> list[dict[str, Any]]:

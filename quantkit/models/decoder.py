@@ -147,8 +147,9 @@ class Decoder:
         """Bytes of one token's keys and values over all layers."""
         return self.native.token_nbytes(dtype)
 
-    def logits(self, batch: Batch, cache: PageStore) -> Tensor:
-        """fp32 logits ``[logit rows, vocab]``; keys and values go into the cache."""
+    def logits(self, batch: Batch, cache: PageStore, out: Tensor | None = None) -> Tensor:
+        """fp32 logits ``[logit rows, vocab]``, in ``out`` if given; keys and values go into the
+        cache."""
         found, _ = self.native.forward(
             batch.tokens,
             batch.starts,
@@ -157,6 +158,7 @@ class Decoder:
             batch.page_stride,
             cache,
             logit_rows=batch.logit_rows,
+            logits=out,
         )
         assert found is not None, "the batch names no logit rows"
         return found

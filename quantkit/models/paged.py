@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
@@ -33,10 +34,16 @@ class PagedRunner:
         decoder: the model.
         pages: how many pages there are.
         dtype: of keys and values; the decoder's own by default.
+        kept_rows: so many rows of logits are written to the same memory each time, where a pass
+            asks for no more: they hold until the next one. New memory is cleared by the system a
+            page at a time, inside the pass.
     """
 
-    def __init__(self, decoder: Decoder, pages: int, dtype: str = "auto") -> None:
+    def __init__(
+        self, decoder: Decoder, pages: int, dtype: str = "auto", *, kept_rows: int = 0
+    ) -> None:
         self.decoder = decoder
+        self._kept = torch.empty(kept_rows, decoder.shape.vocab)
         self.cache = decoder.new_cache(pages, dtype)
         self.pool = PagePool(pages)
 
@@ -88,7 +95,8 @@ class PagedRunner:
             counts.append(end - first)
             start = end
         batch = self._batch(works, rows)
-        logits = self.decoder.logits(batch, self.cache)
+        kept = self._kept[: len(rows)] if len(rows) <= len(self._kept) else None
+        logits = self.decoder.logits(batch, self.cache, kept)
         self._grow(works)
         return list(logits.split(counts))
 

@@ -314,6 +314,7 @@ class NativeDecoder:
         store: PageStore,
         *,
         logit_rows: array[int] | None = None,
+        logits: Tensor | None = None,
         states: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Run new tokens of several sequences and store their keys and values.
@@ -327,6 +328,7 @@ class NativeDecoder:
             page_stride: page numbers of a sequence.
             store: where keys and values are.
             logit_rows: ascending: the new tokens whose logits are wanted.
+            logits: where to write them: contiguous fp32 ``[rows, vocab]``; by default a new one.
             states: also return every new token's state.
 
         Returns:
@@ -338,7 +340,8 @@ class NativeDecoder:
                 ran out; nothing was computed.
         """
         rows = 0 if logit_rows is None else len(logit_rows)
-        logits = torch.empty(rows, self.shape.vocab) if rows else None
+        if rows and logits is None:
+            logits = torch.empty(rows, self.shape.vocab)
         kept = torch.empty(len(tokens), self.shape.hidden) if states else None
         batch = self._batch
         batch.sequences = len(past)
@@ -350,7 +353,7 @@ class NativeDecoder:
         batch.kv = store.pointer
         batch.logit_rows = None if logit_rows is None else logit_rows.buffer_info()[0]
         batch.logit_count = rows
-        batch.logits = None if logits is None else logits.data_ptr()
+        batch.logits = logits.data_ptr() if rows and logits is not None else None
         batch.states = None if kept is None else kept.data_ptr()
         self._follow_torch_threads()
         self._check(self._forward(self._handle, self._batch_pointer), "a forward pass")

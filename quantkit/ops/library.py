@@ -17,7 +17,7 @@ import torch
 from quantkit.errors import KernelMissingError
 
 NATIVE_DIR = Path(__file__).resolve().parent.parent / "_native"
-ABI_VERSION = 4
+ABI_VERSION = 5
 BUILD_COMMAND = "`make native` or `pip install --no-build-isolation --no-deps -e .`"
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from quantkit.serve import sampler
 from quantkit.serve.detokenizer import Detokenizer
-from quantkit.serve.events import FinishReason, TokenEvent
+from quantkit.serve.events import FinishReason, TokenEvent, TokenLogprob
 from quantkit.serve.logits import LogitsProcessor
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from quantkit.serve.request import Request
+    from quantkit.serve.sampler import Likeliest
     from quantkit.serve.structured import Constraint
 
 
@@ -35,6 +36,7 @@ class Answer:
 
     Attributes:
         finish_reason: why it is over; None while it is not.
+        greedy: tokens are the likeliest ones, of logits that nobody else looks at.
     """
 
     def __init__(
@@ -50,12 +52,26 @@ class Answer:
         self._params = params = request.sampling
         self._end_ids = end_ids
         self._constraint = constraint
+        self.greedy = params.greedy and params.logprobs is None and constraint is None
         self._left = params.max_tokens
         self._generator = sampler.make_generator(params.seed, device)
         self._logits = LogitsProcessor(params, request.prompt_ids, self._end_ids, vocab, device)
         self._detokenizer = Detokenizer(
             tokenizer, request.prompt_ids, params.stop, params.min_tokens, params.hidden_ids
         )
+
+    @property
+    def plain(self) -> bool:
+        """The next token is the likeliest, and its logits stay as they are: see `take`."""
+        return self.greedy and self._logits.idle
+
+    def take(self, found: Likeliest) -> TokenEvent:
+        """`choose` where it is `plain`, by what was found in a row.
+
+        Raises:
+            NotFiniteError: there was a NaN or an infinity.
+        """
+        return self._push(found.token(), None)
 
     def choose(self, logits: Tensor) -> TokenEvent:
         """Sample a token from its logits ``[vocab]``; look at `finish_reason` afterwards.
@@ -71,6 +87,9 @@ class Answer:
         logprob = None
         if params.logprobs is not None:
             logprob = sampler.score(logits[None], [token], params.logprobs)[0]
+        return self._push(token, logprob)
+
+    def _push(self, token: int, logprob: TokenLogprob | None) -> TokenEvent:
         self._logits.push(token)
         if self._constraint is not None:
             self._constraint.push(token)

@@ -201,7 +201,7 @@ class DraftModel:
         """Read tokens; returns the likeliest one behind each."""
         started = self.clock()
         logits = self._paged.logits([Work(reading.cache, new) for reading, new in news])
-        tokens = [argmax(row[-1].contiguous()) for row in logits]
+        tokens, _ = argmax([rows[-1:] for rows in logits])
         for reading, new in news:
             reading.tokens += new
         self.cost.observe(sum(len(new) for _, new in news), self.clock() - started)

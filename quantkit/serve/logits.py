@@ -42,18 +42,25 @@ class LogitsProcessor:
                 list(params.logit_bias.values()), dtype=torch.float32, device=device
             )
         self._end_ids = torch.tensor(sorted(end_ids), dtype=torch.int64, device=device)
+        # Tokens for which some stay banned: none where there is nothing to ban.
+        self._banned = params.min_tokens if end_ids else 0
         if params.repetition_penalty != 1:
             self._prompt = torch.zeros(vocab, dtype=torch.bool, device=device)
             self._prompt[list(prompt_ids)] = True
         if self._prompt is not None or params.frequency_penalty or params.presence_penalty:
             self._counts = torch.zeros(vocab, device=device)
 
+    @property
+    def idle(self) -> bool:
+        """The next row will be left as it is."""
+        return self._bias is None and self._counts is None and self._length >= self._banned
+
     def __call__(self, logits: Tensor) -> Tensor:
         """``[vocab]`` → fp32 ``[vocab]``; the same tensor where nothing was asked for."""
         params = self._params
         if self._bias is not None:
             logits = logits + self._bias
-        if self._length < params.min_tokens:
+        if self._length < self._banned:
             logits = logits.index_fill(0, self._end_ids, -torch.inf)
         if self._counts is None:
             return logits

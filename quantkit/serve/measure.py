@@ -14,7 +14,6 @@ from quantkit.models.paged import pages_for
 from quantkit.ops.page_store import PAGE_TOKENS
 from quantkit.serve import sampler
 from quantkit.serve.engine import EngineConfig
-from quantkit.serve.request import SamplingParams
 from quantkit.serve.runner import Runner, Work, make_runner
 
 if TYPE_CHECKING:
@@ -72,14 +71,13 @@ def _native_share(runtime: Runtime, runner: Runner, prompts: list[list[int]]) ->
     """Time inside the native decoder over the time of whole decode steps, sampling included."""
     if runtime.decoder is None:
         return None
-    greedy, random = SamplingParams(temperature=0.0), sampler.make_generator(0, torch.device("cpu"))
     caches = [runner.new_cache() for _ in prompts]
     tokens = [prompt[-1] for prompt in prompts]
     inside = runtime.decoder.native.times()["lifetime"]
     start = time.perf_counter()
     for _ in range(SHARE_STEPS):
         works = [Work(cache, [token]) for cache, token in zip(caches, tokens, strict=True)]
-        tokens = [sampler.sample(row[-1], greedy, random) for row in _run(runner, works)]
+        tokens = _greedy(_run(runner, works))
     elapsed = time.perf_counter() - start
     inside = runtime.decoder.native.times()["lifetime"] - inside
     for cache in caches:
@@ -93,23 +91,27 @@ def _whole_pages(tokens: int) -> int:
 
 def _round(runner: Runner, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
     """Seconds of prefill and of decode."""
-    greedy, chunk = SamplingParams(temperature=0.0), EngineConfig.prefill_chunk
-    random = sampler.make_generator(0, torch.device("cpu"))
+    chunk = EngineConfig.prefill_chunk
     caches = [runner.new_cache() for _ in prompts]
     tokens = []
     start = time.perf_counter()
     for prompt, cache in zip(prompts, caches, strict=True):
         for begin in range(0, len(prompt), chunk):
             logits = _run(runner, [Work(cache, prompt[begin : begin + chunk])])[0]
-        tokens.append(sampler.sample(logits[-1], greedy, random))
+        tokens += _greedy([logits])
     prefilled = time.perf_counter()
     for _ in range(new_tokens):
         works = [Work(cache, [token]) for cache, token in zip(caches, tokens, strict=True)]
-        tokens = [sampler.sample(row[-1], greedy, random) for row in _run(runner, works)]
+        tokens = _greedy(_run(runner, works))
     decoded = time.perf_counter()
     for cache in caches:
         runner.release(cache)
     return prefilled - start, decoded - prefilled
+
+
+def _greedy(logits: list[torch.Tensor]) -> list[int]:
+    """The likeliest token behind each sequence, from logits ``[1, vocab]``."""
+    return [found.token() for [found] in sampler.likeliest(logits)]
 
 
 def _run(runner: Runner, works: list[Work]) -> list[torch.Tensor]:

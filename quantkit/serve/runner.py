@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from quantkit.models.runtime import Runtime
 
 
+#: Sequences and guesses of a step of decoding that gets its logits in memory that is there.
+KEPT_ROWS = 32
+
+
 @dataclass(frozen=True)
 class Work:
     """New tokens of one sequence.
@@ -61,7 +65,7 @@ class Runner(Protocol):
 
         Returns:
             For each work fp32 logits ``[1, vocab]`` after its last token or ``[n, vocab]``, or
-            what went wrong with it alone.
+            what went wrong with it alone. They hold until the next call.
         """
         ...
 
@@ -110,7 +114,8 @@ class DecoderRunner:
     """All sequences in one native call."""
 
     def __init__(self, decoder: Decoder, kv_tokens: int, kv_dtype: str = "auto") -> None:
-        self._paged = PagedRunner(decoder, pages_for(kv_tokens), kv_dtype)
+        pages = pages_for(kv_tokens)
+        self._paged = PagedRunner(decoder, pages, kv_dtype, kept_rows=KEPT_ROWS)
 
     @property
     def pool(self) -> PagePool:
@@ -136,7 +141,7 @@ class DecoderRunner:
 
     def _alone(self, work: PagedWork) -> Tensor | Exception:
         try:
-            return self._paged.logits([work])[0]
+            return self._paged.logits([work])[0].clone()  # the next one is written there, too
         except Exception as error:
             return error
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Sequence
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,11 +50,8 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
         generator: the request's random stream, on the device of ``logits``.
     """
     if params.greedy:
-        token = _argmax(logits)
-        # argmax names a NaN's position if there is one: this checks the whole row for free.
-        if not math.isfinite(float(logits[token])):
-            raise NotFiniteError
-        return token
+        [[found]] = likeliest([logits[None]])
+        return found.token()
     # One uniform number through the inverse of the cumulative distribution: torch.multinomial draws
     # one for each token of the vocabulary, twenty times as slow.
     cumulative = distribution(logits, params).cumsum(-1, dtype=torch.float64)
@@ -64,11 +64,32 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
     return int(torch.searchsorted(cumulative, place, right=True))
 
 
-def _argmax(logits: Tensor) -> int:
-    """Index of the first largest value, or of the first NaN."""
-    if logits.device.type == "cpu" and logits.dtype == torch.float32:
-        return argmax(logits.contiguous())
-    return int(logits.argmax())
+class Likeliest(NamedTuple):
+    """Where a row's first largest logit is, or its first NaN, and that value."""
+
+    place: int
+    logit: float
+
+    def token(self) -> int:
+        """What a greedy request takes.
+
+        Raises:
+            NotFiniteError: there is a NaN or an infinity in the row.
+        """
+        # A NaN anywhere is what was found: this checks the whole row for free.
+        if not math.isfinite(self.logit):
+            raise NotFiniteError
+        return self.place
+
+
+def likeliest(blocks: Sequence[Tensor]) -> list[list[Likeliest]]:
+    """Of each row of each block ``[rows, vocab]``, any float type; each block for itself."""
+    if all(block.is_cpu and block.dtype == torch.float32 for block in blocks):
+        places, logits = argmax([block.contiguous() for block in blocks])
+        found = map(Likeliest, places, logits)
+        return [list(islice(found, len(block))) for block in blocks]
+    rows = [block.max(-1) for block in blocks]
+    return [list(map(Likeliest, row.indices.tolist(), row.values.tolist())) for row in rows]
 
 
 def distribution(logits: Tensor, params: SamplingParams) -> Tensor:

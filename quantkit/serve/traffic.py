@@ -40,6 +40,7 @@ class Traffic:
         capture: Capture | None = None,
     ) -> None:
         self._tenants = {tenant.name for tenant in config.tenants[:MAX_TENANT_LABELS]}
+        self._gaps: dict[str, Histogram] = {}  # to look a label up takes as long as to observe
         self._met: dict[str, deque[bool]] = {
             tier.name: deque(maxlen=ATTAINMENT_WINDOW) for tier in config.tiers if tier.ttft
         }
@@ -113,7 +114,11 @@ class Traffic:
         self.ttft.labels(tenant.tier).observe(seconds)
 
     def next_token(self, tenant: Tenant, seconds: float) -> None:
-        self.itl.labels(tenant.tier).observe(seconds)
+        """A request got another token so long after the one before."""
+        found = self._gaps.get(tenant.tier)
+        if found is None:
+            found = self._gaps[tenant.tier] = self.itl.labels(tenant.tier)
+        found.observe(seconds)
 
     def ended(self, tenant: Tenant, outcome: str, in_time: bool | None) -> None:
         """A request is over or was refused.

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
 
 from quantkit.errors import QuantkitError
 from quantkit.serve import sampler
@@ -16,12 +19,11 @@ from quantkit.serve.request import RequestError
 from quantkit.serve.runner import Work
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from quantkit.serve.memory import Memory
     from quantkit.serve.metrics import Metrics
     from quantkit.serve.request import Sequence
     from quantkit.serve.runner import Runner
+    from quantkit.serve.sampler import Likeliest
     from quantkit.serve.scheduler import Chunk, Scheduler
     from quantkit.serve.speculation import Speculator
 
@@ -105,8 +107,9 @@ class Worker:
         started = self.clock()
         results = self.runner.run(works)
         seconds = self.clock() - started
-        for chunk, result in zip(chunks, results, strict=True):
-            self._guarded(chunk.sequence, partial(self._proceed, chunk, result))
+        found = _likeliest(chunks, results)
+        for chunk, result, likeliest in zip(chunks, results, found, strict=True):
+            self._guarded(chunk.sequence, partial(self._proceed, chunk, result, likeliest))
         if self.speculator is not None and not step.prefills:
             self.speculator.observe(len(chunks), sum(map(len, chunks)), seconds)
         return True
@@ -125,14 +128,17 @@ class Worker:
             logger.exception("request %s failed", sequence.request.id)
             self.owner.fail(sequence, internal_error())
 
-    def _proceed(self, chunk: Chunk, logits: Tensor | Exception) -> None:
+    def _proceed(
+        self, chunk: Chunk, logits: Tensor | Exception, likeliest: Items[Likeliest]
+    ) -> None:
         """What follows from a chunk's logits ``[1 or len(chunk), vocab]``."""
         if isinstance(logits, Exception):
             raise logits
         sequence = chunk.sequence
         request = sequence.request
         sequence.computed = chunk.end
-        self.metrics.prompt_tokens.inc(_prompt_tokens(chunk))
+        if read := _prompt_tokens(chunk):
+            self.metrics.prompt_tokens.inc(read)
         if request.sampling.scores_prompt and not sequence.output_tokens:
             self._score_prompt(chunk, logits)
         if sequence.left:
@@ -140,7 +146,7 @@ class Worker:
         if request.sampling.max_tokens == 0:
             self.owner.finish(sequence, "length")
         else:
-            self._write(chunk, logits[-1 - len(chunk.guesses) :])
+            self._write(chunk, logits, likeliest)
 
     def _score_prompt(self, chunk: Chunk, logits: Tensor) -> None:
         """Row i of a chunk predicts prompt token ``start + i + 1``; the very last row none.
@@ -159,18 +165,22 @@ class Worker:
         if chunk.end == len(prompt):
             self.owner.emit(sequence, PromptScored(tuple(scored)))
 
-    def _write(self, chunk: Chunk, rows: Tensor) -> None:
+    def _write(self, chunk: Chunk, logits: Tensor, likeliest: Items[Likeliest]) -> None:
         """Choose the tokens behind a chunk and emit them, as many as its guesses foresaw and one.
 
-        Row i is what the model says after i guesses, so it counts if it was asked about the
-        tokens that were really chosen. Every token is drawn from the request's own stream, as it
-        would be without guesses: they change how many passes an answer takes, and nothing else.
+        Of its last rows, row i is what the model says after i guesses, so it counts if it was asked
+        about the tokens that were really chosen. Every token is drawn from the request's own
+        stream, as it would be without guesses: they change how many passes an answer takes, and
+        nothing else.
         """
         sequence = chunk.sequence
         answer = sequence.answer or self._begin(sequence)
         accepted, before = 0, len(sequence.tokens)
-        for guess, row in zip((*chunk.guesses, None), rows, strict=True):
-            event = answer.choose(row)
+        first = len(logits) - 1 - len(chunk.guesses)
+        for i, guess in enumerate((*chunk.guesses, None)):
+            # A row of its own is a tensor to make, which most tokens need not.
+            plain = likeliest and answer.plain
+            event = answer.take(likeliest[i]) if plain else answer.choose(logits[first + i])
             sequence.tokens.append(event.token_id)
             self.metrics.generated_tokens.inc()
             self.owner.emit(sequence, event)
@@ -194,6 +204,27 @@ class Worker:
 def internal_error() -> Failed:
     """What a client may know of a bug or a lack of memory: the log has the rest."""
     return Failed("internal error while generating; the server's log has the details")
+
+
+def _likeliest(chunks: Items[Chunk], results: Items[Tensor | Exception]) -> list[Items[Likeliest]]:
+    """Of each chunk that greedy tokens follow: what is likeliest in each row that foretells one;
+    nothing of others. All in one search, or a step's end would take as long as some of its layers.
+    """
+    found: list[Items[Likeliest]] = [()] * len(chunks)
+    asked = [
+        (i, result[-1 - len(chunk.guesses) :] if len(result) > 1 else result)
+        for i, (chunk, result) in enumerate(zip(chunks, results, strict=True))
+        if isinstance(result, Tensor) and _is_greedy(chunk)
+    ]
+    for (i, _), rows in zip(asked, sampler.likeliest([rows for _, rows in asked]), strict=True):
+        found[i] = rows
+    return found
+
+
+def _is_greedy(chunk: Chunk) -> bool:
+    """Tokens follow, and those that nothing else says otherwise about are the likeliest."""
+    sampling = chunk.sequence.request.sampling
+    return sampling.greedy and sampling.max_tokens > 0 and chunk.end == len(chunk.sequence.tokens)
 
 
 def _wants_all_logits(chunk: Chunk) -> bool:

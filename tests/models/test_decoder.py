@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit import ops
 from quantkit.kv_cache import SIDES, CacheEntry, install_entry
 from quantkit.models.decoder import FAMILIES, Batch, Decoder, build_decoder, why_not
-from quantkit.ops.argmax import argmax
 from quantkit.ops.page_store import CacheScales
 from quantkit.recipe import KV_CACHES
 
@@ -312,9 +309,3 @@ def test_what_a_step_reads() -> None:
     assert native.block_weights == weights - model.lm_head.in_features * model.lm_head.out_features
     # fp32 values, rows padded to whole blocks of 16, and one scale a row.
     assert 4 * weights <= native.weight_nbytes <= 1.2 * 4 * weights
-
-
-@given(st.lists(st.floats(width=32, allow_nan=True), min_size=1, max_size=40), st.integers(0, 3000))
-def test_argmax_is_torchs(values: list[float], padding: int) -> None:
-    row = torch.cat([torch.full((padding,), -torch.inf), torch.tensor(values)])
-    assert argmax(row) == int(row.argmax())

@@ -28,6 +28,7 @@ from quantkit.serve.engine import Engine, EngineConfig, QueueFullError, StoppedE
 from quantkit.serve.events import Failed, Finished, PromptScored, TokenEvent
 from quantkit.serve.policy.order import FirstCome
 from quantkit.serve.request import ContextOverflowError, RequestError
+from quantkit.serve.runner import DecoderRunner, ModuleRunner, Work
 
 PROMPTS = [
     "The",
@@ -335,9 +336,31 @@ def test_a_policy_may_let_nobody_start_for_a_while(native: Runtime) -> None:
     assert isinstance(events[-1], Finished)
 
 
+def test_what_is_computed_one_by_one_stays(
+    native: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes write their logits to the same memory; where one fails, each work has its own."""
+    assert native.decoder is not None
+    runner = DecoderRunner(native.decoder, 1024)
+    together = runner.run([Work(runner.new_cache(), [5, 6]), Work(runner.new_cache(), [7])])
+    expected = [result.clone() for result in together if isinstance(result, torch.Tensor)]
+    logits = runner._paged.logits
+
+    def one_at_a_time(works: list) -> list[torch.Tensor]:
+        if len(works) > 1:
+            raise RuntimeError("too many")
+        return logits(works)
+
+    monkeypatch.setattr(runner._paged, "logits", one_at_a_time)
+    alone = runner.run([Work(runner.new_cache(), [5, 6]), Work(runner.new_cache(), [7])])
+    assert len(expected) == len(alone) == 2
+    for mine, theirs in zip(alone, expected, strict=True):
+        assert isinstance(mine, torch.Tensor)
+        assert torch.equal(mine, theirs)
+
+
 def test_kv_bytes_are_what_the_config_says(runtime: Runtime) -> None:
     from quantkit.serve.kv_cache import bytes_per_token
-    from quantkit.serve.runner import ModuleRunner, Work
 
     runner = ModuleRunner(runtime.model)
     cache = runner.new_cache()

@@ -73,8 +73,23 @@ def test_formulas(
     assert torch.equal(before, ROW)  # what reports log-probabilities is not touched
 
 
-def test_nothing_asked_for_costs_nothing() -> None:
-    assert LogitsProcessor(SamplingParams(), [1, 2], END, VOCAB)(ROW) is ROW
+@pytest.mark.parametrize(
+    ("params", "ends", "idle"),
+    [
+        ({}, END, [True, True]),
+        ({"min_tokens": 1}, END, [False, True]),
+        ({"min_tokens": 1}, {}, [True, True]),  # nothing to ban
+        ({"logit_bias": {4: 1.0}}, END, [False, False]),
+        ({"presence_penalty": 1.0}, END, [False, False]),
+        ({"repetition_penalty": 2.0}, END, [False, False]),
+    ],
+)
+def test_nothing_asked_for_costs_nothing(params: dict, ends: set[int], idle: list[bool]) -> None:
+    process = LogitsProcessor(SamplingParams(**params), [1, 2], ends, VOCAB)
+    for expected in idle:
+        assert process.idle == expected
+        assert (process(ROW) is ROW) == expected
+        process.push(5)
 
 
 def test_a_token_is_forced_and_forbidden(engine: Engine, runtime: Runtime) -> None:

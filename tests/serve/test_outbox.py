@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
+import threading
 
 from serve_helpers import always_guess, request, stepped
 
 from quantkit.models.runtime import Runtime
 from quantkit.serve.events import Event, Finished, TokenEvent
-from quantkit.serve.outbox import Outbox
+from quantkit.serve.outbox import Bell, Outbox
 
 
 class Reader:
@@ -35,16 +38,15 @@ def test_a_step_is_one_hand_over(native: Runtime, monkeypatch) -> None:
 
     async def serve() -> list[tuple[int, Event]]:
         engine = stepped(native)
-        loop = asyncio.get_running_loop()
         wakes = 0
-        wake = loop.call_soon_threadsafe
+        ring = Bell.ring
 
         def counted(*arguments):
             nonlocal wakes
             wakes += 1
-            return wake(*arguments)
+            return ring(*arguments)
 
-        monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+        monkeypatch.setattr(Bell, "ring", counted)
         stream = engine.stream(
             *(request(name, [5, 6], max_tokens=4, ignore_eos=True) for name in "abc")
         )
@@ -99,6 +101,45 @@ def test_one_who_cannot_read_disturbs_nobody(caplog) -> None:
     asyncio.run(deliver())
     assert [event.token_id for _, event in good.events] == [1, 3]
     assert "an event was not taken" in caplog.text
+
+
+def test_events_come_in_order_from_another_thread() -> None:
+    """More of them than the pipe holds rings, some while the loop is busy."""
+    count = 70_000
+
+    async def read() -> list[int]:
+        outbox, loop = Outbox(), asyncio.get_running_loop()
+
+        def post() -> None:
+            for i in range(count):
+                outbox.post(loop, reader, i, TokenEvent(i, ""))
+                outbox.flush()
+
+        writing = threading.Thread(target=post)
+        writing.start()
+        writing.join()
+        while len(reader.events) < count:
+            await asyncio.sleep(0)
+        return [index for index, _ in reader.events]
+
+    reader = Reader()
+    assert asyncio.run(read()) == list(range(count))
+
+
+def test_a_loop_that_is_gone_leaves_no_pipe() -> None:
+    async def deliver() -> None:
+        outbox.post(asyncio.get_running_loop(), Reader(), 0, *tokens(1))
+        outbox.flush()
+        await asyncio.sleep(0)
+
+    def pipes() -> int:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    outbox, before = Outbox(), pipes()
+    for _ in range(3):
+        asyncio.run(deliver())
+    assert pipes() == before
 
 
 def test_readers_of_a_closed_loop_are_closed_once() -> None:

@@ -57,6 +57,30 @@ def test_greedy(params: dict[str, float]) -> None:
     assert token == int(ROW.argmax())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_of_several_sequences(dtype: torch.dtype) -> None:
+    """As each would be by itself; one that is broken is nobody else's fault."""
+    generator = torch.Generator().manual_seed(2)
+    blocks = [torch.randn(n, 50, generator=generator).to(dtype) for n in (1, 3, 2)]
+    blocks[2][0, 7] = torch.nan
+    found = sampler.likeliest(blocks)
+    assert [len(rows) for rows in found] == [1, 3, 2]
+    for rows, block in zip(found[:2], blocks[:2], strict=True):
+        assert [row.token() for row in rows] == block.argmax(-1).tolist()
+    with pytest.raises(sampler.NotFiniteError):
+        found[2][0].token()
+    assert found[2][1].token() == int(blocks[2][1].argmax())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nothing_infinite_is_chosen(value: float) -> None:
+    row = ROW.clone()
+    row[9] = value
+    for broken in (row, torch.full((5,), -torch.inf)):
+        with pytest.raises(sampler.NotFiniteError):
+            sampler.sample(broken, SamplingParams(temperature=0), sampler.make_generator(0))
+
+
 def test_frequencies_follow_the_distribution() -> None:
     params, generator = SamplingParams(temperature=1.0, top_k=5), sampler.make_generator(3)
     draws = torch.tensor([sampler.sample(ROW, params, generator) for _ in range(4000)])

@@ -154,8 +154,9 @@ QK_EXPORT int qk_decoder_forward(qk_decoder* decoder, const qk_batch* batch);
 // logits [rows, vocab] of states [rows, hidden] that a forward pass returned.
 QK_EXPORT int qk_decoder_head(qk_decoder* decoder, const float* states, int64_t rows,
                               float* logits);
-// Index of the first largest of n values, or of the first NaN; -1 for none.
-QK_EXPORT int64_t qk_argmax(const float* values, int64_t n);
+// Of each of `count` rows of n > 0 values: where the first largest is, or the first NaN, and it.
+QK_EXPORT void qk_argmax_rows(const float* const* rows, int64_t count, int64_t n, int64_t* places,
+                              float* values);
 QK_EXPORT int64_t qk_kv_page_bytes(int32_t dtype, int64_t head_dim);
 // Nanoseconds of the last forward pass by part: see qk_part. For benchmarks.
 enum qk_part {

@@ -18,7 +18,7 @@ extern "C" {
 #define QK_EXPORT __attribute__((visibility("default")))
 
 // Raised whenever a layout or a signature below changes; the loader refuses another number.
-#define QK_ABI_VERSION 4
+#define QK_ABI_VERSION 5
 
 enum qk_status {
   QK_OK = 0,

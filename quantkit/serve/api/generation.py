@@ -18,6 +18,7 @@ from quantkit.serve.api.prompts import PromptEncoder
 from quantkit.serve.api.sse import (
     DONE,
     ClientGone,
+    Encoder,
     EventStreamResponse,
     encode,
     until_disconnect,
@@ -195,6 +196,7 @@ class Generation:
 
         async def chunks() -> AsyncGenerator[bytes, None]:
             head = self.head | {"object": object_name}
+            write = Encoder(head, {"usage": None} if include_usage else {})
             completion_tokens = cached_tokens = 0
             async for index, event in chain(first, events):
                 if isinstance(event, Failed):
@@ -205,8 +207,7 @@ class Generation:
                     completion_tokens += event.completion_tokens
                     cached_tokens = max(cached_tokens, event.cached_tokens)
                 async for choice in render(index, event):
-                    body = head | {"choices": [choice | {"index": index}]}
-                    yield encode(body | {"usage": None} if include_usage else body)
+                    yield write(choice | {"index": index})
             if include_usage:
                 total = usage(self.prompt_tokens, completion_tokens, cached_tokens)
                 yield encode(head | {"choices": [], "usage": total})

@@ -25,7 +25,30 @@ class ClientGone(Exception):
 
 def encode(body: dict[str, Any]) -> bytes:
     """One event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
+    return b"data: " + _json(body) + b"\n\n"
+
+
+class Encoder:
+    """`encode` for events that differ in one choice: the rest of them is written once.
+
+    ``head`` are the fields in front of ``choices``, ``tail`` those behind.
+    """
+
+    def __init__(self, head: dict[str, Any], tail: dict[str, Any]) -> None:
+        fields = _json(head | {"choices": []} | tail)
+        empty = len(_json(head | {"choices": []})) - len(b"]}")
+        self._front, self._back = b"data: " + fields[:empty], fields[empty:] + b"\n\n"
+
+    def __call__(self, choice: dict[str, Any]) -> bytes:
+        return self._front + _json(choice) + self._back
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return _ENCODER.encode(value).encode("utf-8", "replace")
+
+
+#: ``json.dumps`` with any option but its own makes one of these each time.
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
