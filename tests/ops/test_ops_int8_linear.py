@@ -133,7 +133,7 @@ def test_sums_are_exact(isa: str, format: str, group_size: int) -> None:
     for n, k, zero, x_group in [(47, 200, False, -1), (66, 333, True, group_size)]:
         call = random_call(format, 19, n, k, group_size, x_group, zero=zero, power_of_two=True)
         expected = step_by_step(call)
-        for m in (1, 2, 3, 19):
+        for m in (1, 2, 3, 7, 8, 13, 16, 19):
             assert same_bits(call.rows(slice(m))(), expected[:m]), (n, m)
 
 
@@ -145,11 +145,12 @@ def test_groups_of_either_side_may_be_the_larger(isa: str, sizes: tuple[int, int
         assert same_bits(call(), step_by_step(call)), format
 
 
+@pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("format", ["int8", "int4", "e2m1"])
-def test_rows_have_the_same_bits_whatever_m_is(isa: str, format: str) -> None:
+def test_rows_have_the_same_bits_whatever_m_is(isa: str, format: str, zero: bool) -> None:
     torch.manual_seed(2)
-    for group_size, x_group, k in [(64, -1, 320), (32, 32, 203)]:
-        call = random_call(format, 300, 75, k, group_size, x_group, zero=True, bias=True)
+    for group_size, x_group, k in [(64, -1, 320), (32, 32, 203), (-1, 64, 330), (-1, -1, 130)]:
+        call = random_call(format, 300, 75, k, group_size, x_group, zero=zero, bias=True)
         y = call()
         for m in ROWS:
             assert same_bits(call.rows(slice(m))(), y[:m]), m
@@ -166,6 +167,15 @@ def test_tails_of_n_and_k(isa: str, format: str, n: int) -> None:
             # The allocator hands freed memory out again: an output left unwritten would show.
             del [torch.full((m, n), torch.nan) for _ in range(3)][:]
             assert same_bits(call(), step_by_step(call)), (k, m)
+
+
+@pytest.mark.parametrize("k", [16_384, 16_448, 16_449, 16_512])
+def test_rows_longer_than_those_that_lie_apart(isa: str, k: int) -> None:
+    torch.manual_seed(4)
+    call = random_call("int8", 17, 20, k, -1, power_of_two=True)
+    expected = step_by_step(call)
+    for m in (6, 7, 16, 17):
+        assert same_bits(call.rows(slice(m))(), expected[:m]), m
 
 
 @settings(max_examples=30, deadline=None)
