@@ -83,7 +83,10 @@ class Weight:
     def reset(self) -> None:
         """Back to what the solver made, with codes that move in the middle of their cells."""
         for kind, number in self.numbers.items():
-            number.copy_(self.start.codes) if kind == "codes" else number.zero_()
+            if kind == "codes":
+                number.copy_(self.start.codes)
+            else:
+                number.zero_()
 
     def confine(self) -> None:
         """Bring numbers back to where they stand for something that can be stored."""
