@@ -259,7 +259,8 @@ class _Training:
         self.deltas |= moved
         groups.append({"params": list(moved.values()), "lr": float(options["norm_lr"])})
         groups = [group for group in groups if group["params"]]
-        self.adam = torch.optim.Adam(groups, betas=BETAS, eps=EPSILON if self.moving else 1e-8)
+        eps = EPSILON if self.moving else 1e-8
+        self.adam = torch.optim.Adam(groups, betas=BETAS, eps=eps, fused=True)
         self.rates = [group["lr"] for group in self.adam.param_groups]
         #: fp32 leaves whose gradients `ScaledLinear` adds to; where codes move, a weight's own
         #: gradient is that of all its numbers.

@@ -61,6 +61,7 @@ class BlockDistill:
             [{"params": x, "lr": float(options[rate])} for rate, x in groups.items() if x],
             betas=BETAS,
             eps=EPSILON,
+            fused=True,
         )
         self.rates = [group["lr"] for group in self.adam.param_groups]
 
