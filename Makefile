@@ -45,14 +45,16 @@ sanitize: setup      ## run every CPU kernel under AddressSanitizer and UBSan
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize -j2 --target kernels_test
 	build/sanitize/csrc/tests/kernels_test
 
-# MODEL and DATA name a model and calibration text; VLLM_PYTHON an environment with vLLM, if any.
-INTEROP = $(BIN)/python benchmarks/interop.py --data "$(DATA)" --write docs/interop.md \
+# MODEL and DATA name a model and calibration text; VLLM_PYTHON an environment with vLLM, LLAMA a build
+# folder of llama.cpp, if any.
+INTEROP = $(BIN)/python -m benchmarks.interop --data "$(DATA)" --write docs/interop.md \
   $(if $(VLLM_PYTHON),--vllm-python "$(VLLM_PYTHON)")
 GROUPS_OF_128 = w8a16-g128 fp8-block w4a16-g128 w4a16-asym-g128 w3a16-g128 w3a16-asym-g128 w2a16-g128 w2a16-asym-g128
 interop: setup       ## every scheme in other engines; writes docs/interop.md
 	$(INTEROP) "$(MODEL)" -o benchmarks/results/interop.json
 	$(BIN)/python -m benchmarks.padded "$(MODEL)" build/padded
 	$(INTEROP) build/padded $(GROUPS_OF_128:%=--only %) --mark padded -o benchmarks/results/interop_padded.json
+	$(if $(LLAMA),$(INTEROP) "$(MODEL)" --engine llama.cpp --llama "$(LLAMA)" --mark llamacpp -o benchmarks/results/interop_llamacpp.json)
 
 # MODEL names a checkpoint.
 soak: setup          ## half an hour of faults against the server, and what must hold

@@ -1,7 +1,9 @@
 """Do other engines read what quantkit writes, and do they say the same?
 
-    python benchmarks/interop.py MODEL --data c4.jsonl [--vllm-python PATH] [--only w4a16-g64 …] \
+    python -m benchmarks.interop MODEL --data c4.jsonl [--vllm-python PATH] [--only w4a16-g64 …] \
         -o results.json --write docs/interop.md [--mark padded]
+    python -m benchmarks.interop MODEL --data c4.jsonl --engine llama.cpp --llama BUILD \
+        -o llamacpp.json --write docs/interop.md --mark llamacpp
 
 One row a scheme and engine. For each scheme a checkpoint is made (round to nearest: what is tested
 is the format, not the solver; 2 bits by GPTQ), and each engine that takes it continues prompts
@@ -10,6 +12,11 @@ greedily and scores them. Agreement is the share of prompts whose whole continua
 log-probability a token. The floor beside it is the same number between two paths of our own that
 differ only in where they round (``native-float`` and ``reference``), in both columns. An engine
 that does not take a scheme gives its reason in its own words.
+
+llama.cpp is asked for what `quantkit export --format gguf` makes of a checkpoint, or the export's
+refusal is the reason. It rounds activations to 8 bits in groups, and so do our own kernels as they
+serve: its floor is between these (``native``) and ``native-float``. BUILD is a build folder of its
+sources whose library is built.
 
 A row is written when it is done; a second call measures only rows that are missing, or whose
 reason lost the list that it announces, and must be of the same model, prompts, machine and
@@ -27,8 +34,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,7 +49,13 @@ from quantkit.schemes import SCHEMES
 BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"
 
 OURS = "quantkit"
-ENGINES = ("transformers", "vllm")
+ENGINES = ("transformers", "vllm", "llama.cpp")
+
+#: Those that are asked unless a call names others.
+USUAL = ENGINES[:2]
+
+#: Kernels of ours whose distance from ``native-float`` is an engine's floor.
+ORACLES = {"transformers": "reference", "vllm": "reference", "llama.cpp": "native"}
 
 #: Behind a reason whose end is lost.
 _CUT = " (the list was not kept; the next call measures this row again)"
@@ -87,6 +102,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="calibration text for static input scales")
     parser.add_argument("--vllm-python", help="interpreter of an environment with vLLM")
     parser.add_argument("--vllm-arg", action="append", default=[], help="passed on to vLLM")
+    parser.add_argument("--engine", action="append", choices=ENGINES, help="to ask; repeatable")
+    parser.add_argument("--llama", type=Path, help="build folder of llama.cpp")
     parser.add_argument("--only", action="append", help="names of schemes to run")
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--new-tokens", type=int, default=32)
@@ -97,11 +114,14 @@ def main() -> None:
 
     document = json.loads(args.output.read_text()) if args.output.exists() else {"rows": {}}
     document["facts"] = join_facts(document.get("facts"), describe(args))
+    engines = tuple(args.engine or USUAL)
+    if "llama.cpp" in engines and args.llama is None:
+        parser.error("--engine llama.cpp: give --llama its build folder, too")
     prompts = read_prompts(args.prompts)
     for name in wanted(args.only):
         missing = [
             engine
-            for engine in ENGINES
+            for engine in engines
             if is_cut(document["rows"].get(f"{name} {engine}"))
             and (engine != "vllm" or args.vllm_python is not None)
         ]
@@ -111,7 +131,7 @@ def main() -> None:
                 print(name, engine, row, flush=True)
             save(args.output, document)
     if args.write is not None:
-        found = table(document, wanted(args.only))
+        found = table(document, wanted(args.only), engines)
         args.write.write_text(replace_table(args.write.read_text(), found, args.mark))
 
 
@@ -145,17 +165,27 @@ def measure(
         except subprocess.CalledProcessError as e:
             reason = f"not made: {last_line(e.stderr)}"
             return {engine: Row(loads=False, reason=reason) for engine in engines}
-        ours = ask_ours(checkpoint, "native-float", prompts, args.new_tokens)
-        oracle = ask_ours(checkpoint, "reference", prompts, args.new_tokens)
+
+        @cache
+        def ours(kernels: str = "native-float") -> Answers:
+            return ask_ours(checkpoint, kernels, prompts, args.new_tokens)
+
         ask: dict[str, Callable[[], Answers]] = {
             "transformers": lambda: ask_transformers(checkpoint, prompts, args.new_tokens),
             "vllm": lambda: ask_vllm(checkpoint, prompts, args),
+            "llama.cpp": lambda: ask_llamacpp(checkpoint, prompts, args),
         }
-        return {engine: compare(ours, ask[engine], oracle) for engine in engines}
+        return {
+            engine: compare(ask[engine], ours, lambda kernels=ORACLES[engine]: ours(kernels))
+            for engine in engines
+        }
 
 
-def compare(ours: Answers, ask: Callable[[], Answers], oracle: Answers) -> Row:
-    """An engine's answers beside ours and our reference's; what it raises is its reason."""
+def compare(
+    ask: Callable[[], Answers], ours: Callable[[], Answers], oracle: Callable[[], Answers]
+) -> Row:
+    """An engine's answers beside ours and those of other kernels of ours, which are asked only if
+    there are any; what the engine raises is its reason."""
     try:
         theirs = ask()
     except Exception as e:  # whatever another engine fails with is what the table is about
@@ -163,10 +193,10 @@ def compare(ours: Answers, ask: Callable[[], Answers], oracle: Answers) -> Row:
     return Row(
         True,
         "",
-        agreement(ours, theirs),
-        agreement(ours, oracle),
-        distance(ours, theirs),
-        distance(ours, oracle),
+        agreement(ours(), theirs),
+        agreement(ours(), oracle()),
+        distance(ours(), theirs),
+        distance(ours(), oracle()),
         theirs.how,
     )
 
@@ -221,6 +251,11 @@ _RAISED = re.compile(r"\b\w*(?:Error|Exception): .*")
 
 #: What other processes of an engine say when one has failed.
 _AFTERMATH = ("initialization failed", "EngineDeadError", "failed to start")
+
+
+def refusal(text: str) -> str:
+    """What a command of ours says of an error, in one line."""
+    return " ".join(text.rpartition("error: ")[2].split()) or "no message"
 
 
 def last_line(text: str) -> str:
@@ -314,6 +349,35 @@ def ask_vllm(checkpoint: Path, prompts: Sequence[str], args: argparse.Namespace)
         raise QuantkitError("\n".join([*log, e.message])) from e
 
 
+def ask_llamacpp(checkpoint: Path, prompts: Sequence[str], args: argparse.Namespace) -> Answers:
+    """llama.cpp's library, on an export of the checkpoint."""
+    from benchmarks.llamacpp_build import compile_tool
+    from quantkit.models.tokenizer import load_tokenizer
+
+    folder = checkpoint.parent
+    gguf = folder / f"{checkpoint.name}.gguf"
+    command = [
+        sys.executable, "-m", "quantkit.cli.main", "export", str(checkpoint), "--format", "gguf",
+        "-o", str(gguf),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise QuantkitError(refusal(done.stderr))
+    tokenizer = load_tokenizer(str(checkpoint))[0]
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    packed = folder / "prompts"
+    packed.write_bytes(b"".join(array("i", [len(t), *t]).tobytes() for t in ids))
+    tool = compile_tool("llamacpp_answers", args.llama, folder)
+    stop, threads = str(tokenizer.eos_token_id), str(os.cpu_count())
+    command = [str(tool), str(gguf), str(packed), str(args.new_tokens), stop, threads]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise QuantkitError(last_line(done.stderr))
+    lines = [line.split() for line in done.stdout.splitlines()]
+    texts = [tokenizer.decode([int(i) for i in written]) for _, *written in lines]
+    return Answers([float(line[0]) for line in lines], texts)
+
+
 def ask(lm: Any, prompts: Sequence[str], new: int) -> Answers:
     """Score and continue prompts on anything that is a `quantkit.evals.token_model.TokenLM`."""
     ids = [lm.tok_encode(prompt) for prompt in prompts]
@@ -345,6 +409,10 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
 
         found = find_vllm(args.vllm_python)
         facts["versions"]["vllm"] = f"{found.version} ({found.host.device})"
+    if args.llama:
+        from benchmarks.llamacpp_build import version_of
+
+        facts["versions"]["llama.cpp library"] = version_of(args.llama)
     return facts
 
 
@@ -370,8 +438,12 @@ def join_facts(known: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, A
     return now | {"versions": known["versions"] | now["versions"]}
 
 
-def table(document: dict[str, Any], names: Sequence[str] = tuple(SCHEMES)) -> str:
-    """The measured part of the page; ``names`` of schemes that are to be in it."""
+def table(
+    document: dict[str, Any],
+    names: Sequence[str] = tuple(SCHEMES),
+    engines: Sequence[str] = USUAL,
+) -> str:
+    """The measured part of the page; ``names`` of schemes and engines that are to be in it."""
     facts = document["facts"]
     versions = ", ".join(f"{name} {found}" for name, found in facts["versions"].items())
     lines = [
@@ -382,7 +454,7 @@ def table(document: dict[str, Any], names: Sequence[str] = tuple(SCHEMES)) -> st
         "|---|---|---|---|---|",
     ]
     rows = document["rows"]
-    for key in (f"{name} {engine}" for name in SCHEMES for engine in ENGINES):
+    for key in (f"{name} {engine}" for name in SCHEMES for engine in engines):
         if key not in rows:
             continue
         (name, engine), row = key.split(), rows[key]
@@ -401,7 +473,7 @@ def table(document: dict[str, Any], names: Sequence[str] = tuple(SCHEMES)) -> st
     unmeasured = [
         f"{name} ({', '.join(left)})"
         for name in names
-        if (left := [e for e in ENGINES if f"{name} {e}" not in rows])
+        if (left := [e for e in engines if f"{name} {e}" not in rows])
     ]
     if unmeasured:
         lines += ["", f"Not measured yet: {', '.join(unmeasured)}."]

@@ -1,4 +1,4 @@
-"""A build folder of llama.cpp: what it was built with, and our tool linked to its library."""
+"""A build folder of llama.cpp: what it was built with, and our tools linked to its library."""
 
 from __future__ import annotations
 
@@ -25,12 +25,18 @@ def build_facts(build: Path) -> dict[str, str]:
     return {k: found.get(k, "") for k in (*BUILD_OPTIONS, SOURCE)}
 
 
-def compile_logits(build: Path, source: Path, folder: Path) -> Path:
-    """llamacpp_logits, linked to the library that is timed."""
-    tool, libraries = folder / "llamacpp_logits", (build / "bin").resolve()
+def version_of(build: Path) -> str:
+    """Of the library in a build, as its file is called: llama.cpp counts its builds elsewhere."""
+    return (build / "bin/libllama.so").resolve().name.partition(".so.")[2]
+
+
+def compile_tool(name: str, build: Path, folder: Path) -> Path:
+    """One of our tools, ``{name}.cpp``, linked to the library of a build, in a folder."""
+    source, libraries = Path(build_facts(build)[SOURCE]), (build / "bin").resolve()
+    tool = folder / name
     command = [
         "g++", "-O2", "-std=c++17", f"-I{source / 'include'}", f"-I{source / 'ggml/include'}",
-        str(Path(__file__).with_name("llamacpp_logits.cpp")), "-o", str(tool), f"-L{libraries}",
+        str(Path(__file__).with_name(f"{name}.cpp")), "-o", str(tool), f"-L{libraries}",
         "-lllama", "-lggml", "-lggml-base", f"-Wl,-rpath,{libraries}",
     ]  # fmt: skip
     run(command)

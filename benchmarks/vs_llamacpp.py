@@ -60,7 +60,7 @@ import numpy as np
 import torch
 
 from benchmarks.command import run
-from benchmarks.llamacpp_build import SOURCE, build_facts, compile_logits
+from benchmarks.llamacpp_build import SOURCE, build_facts, compile_tool
 from benchmarks.logit_distance import (
     Distance,
     compare,
@@ -210,8 +210,9 @@ def main() -> None:
     parameters = count_parameters(args.model)
     torch.set_num_threads(args.threads)
     facts = build_facts(args.llama)
+    del facts[SOURCE]
     with tempfile.TemporaryDirectory() as folder:
-        tool = compile_logits(args.llama, Path(facts.pop(SOURCE)), Path(folder))
+        tool = compile_tool("llamacpp_logits", args.llama, Path(folder))
         peer: dict[str, Any] = {"build": facts, "system": run([str(tool)]).strip()}
         if args.text:
             measure_distances(args, rows, tool)

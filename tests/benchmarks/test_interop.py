@@ -34,7 +34,7 @@ def answers(shift: float = 0.0, *texts: str) -> object:
 
 def test_rows_hold_agreement_and_distance() -> None:
     oracle = answers(0.1, "a", "b")
-    row = interop.compare(answers(), lambda: answers(0.5, "a", "c"), oracle)
+    row = interop.compare(lambda: answers(0.5, "a", "c"), answers, lambda: oracle)
     assert (row.loads, row.agreement, row.usual) == (True, 0.5, 1.0)
     assert (row.delta, row.floor) == (pytest.approx(0.5), pytest.approx(0.1))
 
@@ -57,7 +57,7 @@ def test_a_row_says_what_transformers_was_asked_for(
     theirs = interop.ask_transformers(folder, prompts, 4)
     ours = interop.ask_ours(folder, "reference", prompts, 4)
     assert theirs.how == how
-    row = interop.compare(ours, lambda: theirs, ours)
+    row = interop.compare(lambda: theirs, lambda: ours, lambda: ours)
     assert row.delta < 1e-3
     document = {"rows": {f"{name} transformers": vars(row)}, "facts": FACTS}
     assert f"| yes{f', with `{how}`' if how else ''} |" in interop.table(document)
@@ -76,7 +76,7 @@ def test_what_an_engine_raises_is_its_reason() -> None:
             "the engine ended; its log ends:\n  loading\n  ValueError: no kernel\n  bye"
         )
 
-    assert interop.compare(answers(), refuses, answers()).reason == "ValueError: no kernel"
+    assert interop.compare(refuses, answers, answers).reason == "ValueError: no kernel"
     log = [
         "(EngineCore pid=7) ERROR 11-22 [core.py:9] NotImplementedError: no kernel for 3 bits",
         "(APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above.",
@@ -169,9 +169,22 @@ def test_the_page_keeps_everything_but_its_table() -> None:
 
 def test_the_page_in_the_docs_has_its_marks() -> None:
     page = (Path(__file__).parents[2] / "docs" / "interop.md").read_text()
-    for mark in ("measured", "padded"):
+    for mark in ("measured", "padded", "llamacpp"):
         written = f"{interop.BEGIN.format(mark)}\nx\n{interop.END.format(mark)}"
         assert written in interop.replace_table(page, "x", mark)
+
+
+def test_llamacpp_has_a_table_of_its_own() -> None:
+    rows = {"w8a8 llama.cpp": {"loads": False, "reason": "no"}}
+    text = interop.table({"facts": FACTS, "rows": rows}, ["w8a8", "w8a16"], ["llama.cpp"])
+    assert "| w8a8 | llama.cpp | no: no |" in text
+    assert text.endswith("Not measured yet: w8a16 (llama.cpp).")
+
+
+def test_a_refusal_is_told_in_one_line() -> None:
+    assert interop.refusal("exporting x\nerror: no such\nscheme; try another\n") == (
+        "no such scheme; try another"
+    )
 
 
 def test_a_table_of_some_schemes_misses_no_others() -> None:
