@@ -141,18 +141,18 @@ struct Attention {
         for (int64_t j = 0; j < QK_PAGE_TOKENS; ++j) out[j] *= scale[j];
       }
     }
-    for (int64_t j = 0; j < kSpanTokens; ++j) s[j] *= job.scale;
+    for (int64_t j = 0; j < width; ++j) s[j] *= job.scale;
     if (job.softcap > 0.0f) {
-      for (int64_t j = 0; j < kSpanTokens; ++j) {
+      for (int64_t j = 0; j < width; ++j) {
         const float e = exp_approx(2.0f * s[j] / job.softcap);
         s[j] = job.softcap * (1.0f - 2.0f / (e + 1.0f));
       }
     }
     for (int64_t j = 0; j < low; ++j) s[j] = -__builtin_inff();
-    for (int64_t j = high; j < kSpanTokens; ++j) s[j] = -__builtin_inff();
+    for (int64_t j = high; j < width; ++j) s[j] = -__builtin_inff();
     float lane[16];
     for (int j = 0; j < 16; ++j) lane[j] = s[j];
-    for (int64_t i = 16; i < kSpanTokens; i += 16) {
+    for (int64_t i = 16; i < width; i += 16) {
       for (int j = 0; j < 16; ++j) lane[j] = s[i + j] > lane[j] ? s[i + j] : lane[j];
     }
     float top = lane[0];
@@ -160,12 +160,12 @@ struct Attention {
     m.top[row] = top;
     if (low == high) {
       m.total[row] = 0.0f;
-      std::memset(s, 0, kSpanTokens * sizeof(float));
+      std::memset(s, 0, static_cast<size_t>(width) * sizeof(float));
     } else {
-      for (int64_t j = 0; j < kSpanTokens; ++j) s[j] = exp_approx(s[j] - top);
+      for (int64_t j = 0; j < width; ++j) s[j] = exp_approx(s[j] - top);
       for (int64_t j = 0; j < low; ++j) s[j] = 0.0f;
-      for (int64_t j = high; j < kSpanTokens; ++j) s[j] = 0.0f;
-      m.total[row] = sum_row(s, kSpanTokens);
+      for (int64_t j = high; j < width; ++j) s[j] = 0.0f;
+      m.total[row] = sum_row(s, width);
     }
     if (job.scale_data != nullptr) {
       for (int64_t p = 0; p * QK_PAGE_TOKENS < high; ++p) {
@@ -209,7 +209,8 @@ struct Attention {
                     kSpanTokens, false, r == 0 ? page_at(job, unit, first + p, 1) : page);
       }
     });
-    for (int64_t r = 0; r < rows; ++r) softmax_row(job, unit, span, r, pages * QK_PAGE_TOKENS, m);
+    const int64_t width = ceil_div(keys, kBlockRows) * kBlockRows;
+    for (int64_t r = 0; r < rows; ++r) softmax_row(job, unit, span, r, width, m);
     strips(rows, [&](int64_t r, auto size) {
       constexpr int MR = decltype(size)::value;
       for (int64_t p = 0; p < pages; ++p) {

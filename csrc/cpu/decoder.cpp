@@ -86,7 +86,7 @@ struct Part {
   int form = 0;
   int64_t offset = 0;  // columns of y before this part's
   int64_t blocks = 0;
-  Int8Job integer;     // of forms with integer == true
+  Int8Job integer{};   // of forms with integer == true; packed is NULL otherwise
   qk_weight_only_args args;
   WeightOnlyJob job;
   const WeightOnlyKernel* kernel = nullptr;
@@ -339,8 +339,27 @@ struct qk_decoder {
 
   int64_t row_scratch() const { return 2 * (widest + 64) * static_cast<int64_t>(sizeof(float)); }
 
-  // y[m, 0 .. p.n) for the rows in the forms.
-  void project(Projection& p, int64_t m, float* out, int64_t ldy) {
+  // The weights that a unit of a projection reads; nothing if it is empty or they are floats.
+  static void look_ahead(const Projection& p, const BlockPlan& plan, int64_t unit, Range* range) {
+    int64_t first, count;
+    plan.unit(unit, &first, &count);
+    if (count <= 0) return;
+    for (const Part& part : p.parts) {
+      if (first < part.blocks) {
+        const Int8Job& job = part.integer;
+        if (job.packed == nullptr) return;
+        const int64_t blocks = count < part.blocks - first ? count : part.blocks - first;
+        range->ahead = static_cast<const uint8_t*>(job.packed) +
+                       packed_block(first, job.blocks, job.chunks).base;
+        range->ahead_bytes = blocks * job.chunks * kChunkBytes;
+        return;
+      }
+      first -= part.blocks;
+    }
+  }
+
+  // y[m, 0 .. p.n) for the rows in the forms. `next` is what will be projected then, or NULL.
+  void project(Projection& p, int64_t m, float* out, int64_t ldy, const Projection* next) {
     for (Part& part : p.parts) {
       const Form& form = p.forms[static_cast<size_t>(part.form)];
       FormMemory& memory = forms[part.form];
@@ -362,13 +381,24 @@ struct qk_decoder {
       }
     }
     const BlockPlan plan(p.blocks, kBlocksTogether, m <= kFewRows);
+    const BlockPlan next_plan((next == nullptr ? &p : next)->blocks, kBlocksTogether,
+                              m <= kFewRows);
     const RowPlan row_plan(m);
     parallel_for(plan.units() * row_plan.units, [&](int64_t unit) {
       Range range;
       int64_t first, count;
-      plan.unit(unit / row_plan.units, &first, &count);
+      const int64_t place = unit / row_plan.units;
+      plan.unit(place, &first, &count);
       row_plan.unit(unit % row_plan.units, &range.row, &range.rows);
-      if (range.rows <= 0) return;
+      if (range.rows <= 0 || count <= 0) return;
+      // Units of the same weights follow each other: only the last of them looks further.
+      if (unit % row_plan.units == row_plan.units - 1) {
+        const int64_t thread = place / plan.units_a_thread;
+        if ((place + 1) % plan.units_a_thread != 0) look_ahead(p, plan, place + 1, &range);
+        if (range.ahead == nullptr && next != nullptr && thread < next_plan.threads) {
+          look_ahead(*next, next_plan, thread * next_plan.units_a_thread, &range);
+        }
+      }
       for (const Part& part : p.parts) {
         // The part's own blocks within [first, first + count).
         const int64_t from = first > 0 ? first : 0;
@@ -548,7 +578,7 @@ struct qk_decoder {
         fill_forms(layer.qkv, normal, m);
       });
       clock.lap(QK_PART_NORM);
-      project(layer.qkv, rows, out, y_stride);
+      project(layer.qkv, rows, out, y_stride, &layer.attention_out);
       clock.lap(QK_PART_LINEAR);
       rope_and_store(layer, index, out, y_stride);
       clock.lap(QK_PART_ROPE);
@@ -560,7 +590,7 @@ struct qk_decoder {
         fill_forms(layer.attention_out, row, m);
       });
       clock.lap(QK_PART_ATTENTION);
-      project(layer.attention_out, rows, out, y_stride);
+      project(layer.attention_out, rows, out, y_stride, &layer.gate_up);
       clock.lap(QK_PART_LINEAR);
       for_rows(rows, [&](int64_t m) {
         add_branch(x + m * c.hidden, out + m * y_stride, layer.spec.post_attention_norm);
@@ -569,7 +599,7 @@ struct qk_decoder {
         fill_forms(layer.gate_up, normal, m);
       });
       clock.lap(QK_PART_NORM);
-      project(layer.gate_up, rows, out, y_stride);
+      project(layer.gate_up, rows, out, y_stride, &layer.down);
       clock.lap(QK_PART_LINEAR);
       for_rows(rows, [&](int64_t m) {
         float* gate = out + m * y_stride;
@@ -578,7 +608,8 @@ struct qk_decoder {
         fill_forms(layer.down, gate, m);
       });
       clock.lap(QK_PART_GATE);
-      project(layer.down, rows, out, y_stride);
+      project(layer.down, rows, out, y_stride,
+              index + 1 < c.layers ? &layers[static_cast<size_t>(index) + 1].qkv : &head);
       clock.lap(QK_PART_LINEAR);
       pending_norm = layer.spec.post_mlp_norm;
     }
@@ -610,7 +641,7 @@ struct qk_decoder {
   void run_head(int64_t count, float* logits, F&& state) {
     reserve_forms(head, count);
     for_rows(count, [&](int64_t i) { fill_forms(head, state(i), i); });
-    project(head, count, logits, config.vocab);
+    project(head, count, logits, config.vocab, nullptr);
     if (config.logit_softcap > 0.0f) {
       const float cap = config.logit_softcap;
       for_rows(count, [&](int64_t i) {

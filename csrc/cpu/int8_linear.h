@@ -13,7 +13,11 @@
 //      code as it is, an 8-bit code plus 128. What that adds is an offset times the sum of the
 //      step's activations, known beforehand: it is where the accumulator starts, and costs nothing.
 //   4. The running y stays in registers: with one scale for 32 or 64 columns, loading and storing
-//      it would cost as much as the products.
+//      it would cost as much as the products. With one scale for all columns there is none, and
+//      its registers hold two rows more.
+//   5. The first strip of a tile waits for its weights, later ones have them in the cache. So strips
+//      ask for what the thread reads next: memory and products then take the time of the longer of
+//      both, not their sum.
 #pragma once
 
 #include "elementwise.h"
@@ -29,7 +33,9 @@ struct IntMath {
   // Twelve sums, and as many running y: few rows take a weight's run of memory whole, many rows
   // share the work of decoding it.
   static constexpr int kBlocks = 4, kTallBlocks = 2;
-  static constexpr int rows(int blocks) { return blocks == 4 ? 3 : 6; }
+  static constexpr int rows(int blocks, bool one_step) {
+    return blocks == 4 ? 3 : (one_step ? 8 : 6);
+  }
   static constexpr int32_t kByteOffset = 128;  // what load8 adds to a code
   static Acc splat(int32_t v) { return _mm512_set1_epi32(v); }
   static Word load8(const uint8_t* chunk) {
@@ -48,7 +54,9 @@ struct IntMath {
   static Acc mac4(Acc acc, Word w, const uint8_t* x) {
     int32_t word;
     std::memcpy(&word, x, 4);
-    return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(word));
+    // Spelled out: of the intrinsic GCC 12 makes a copy of the sum for each product.
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32(word)));
+    return acc;
   }
   static F32Math::Acc to_float(Acc a) { return _mm512_cvtepi32_ps(a); }
 };
@@ -61,7 +69,7 @@ struct IntMath {
   };
   using Word = Acc;
   static constexpr int kBlocks = 1, kTallBlocks = 1;
-  static constexpr int rows(int) { return 2; }
+  static constexpr int rows(int, bool) { return 2; }
   static constexpr int32_t kByteOffset = 0;
   static Acc splat(int32_t v) { return {{_mm256_set1_epi32(v), _mm256_set1_epi32(v)}}; }
   static Word load8(const uint8_t* chunk) {
@@ -131,7 +139,7 @@ struct IntMath {
     int8_t byte[64];
   };
   static constexpr int kBlocks = 1, kTallBlocks = 1;
-  static constexpr int rows(int) { return 2; }
+  static constexpr int rows(int, bool) { return 2; }
   static constexpr int32_t kByteOffset = 0;
   static Acc splat(int32_t v) {
     Acc a;
@@ -184,19 +192,39 @@ struct Int8Tile {
   int64_t zero_step;
 };
 
+// What is fetched while strips compute: at the pace that memory keeps, from the first strip on.
+struct Ahead {
+  const uint8_t* line;
+  const uint8_t* end;
+  int64_t turns;  // of inner loops that are still to come
+
+  static constexpr int64_t kLine = 64;
+  static constexpr int kMost = 2;  // lines a turn
+  int lines_a_turn() const {
+    if (line >= end) return 0;
+    return (end - line) / kLine > turns ? kMost : 1;
+  }
+};
+
+template <int N>
+struct Lines {
+  static constexpr int value = N;
+};
+
 // How a format's codes become words: plain 4-bit codes, 4-bit codes through a table, bytes.
 enum class Int8Decode { kPlain4, kTable4, kBytes };
 
 struct Int8Linear {
   using F = F32Math;
 
-  template <int MR, int NB, Int8Decode kDecode, bool kZero>
-  static void strip(const Int8Job& job, const Int8Tile& tile, int64_t row) {
+  template <int MR, int NB, Int8Decode kDecode, bool kZero, bool kOneStep>
+  static void strip(const Int8Job& job, const Int8Tile& tile, int64_t row, Ahead& ahead) {
     constexpr int kWidth = NB * static_cast<int>(kBlockRows);
     constexpr int64_t kCodes = kDecode == Int8Decode::kBytes ? 4 : 8;
     const PackedBlock at = packed_block(tile.block, job.blocks, job.chunks);
     const uint8_t* chunk = static_cast<const uint8_t*>(job.packed) + at.base;
-    const uint8_t* x = job.codes + row * job.row_bytes;
+    const int64_t row_bytes = job.row_bytes;
+    const uint8_t* x = job.codes + row * row_bytes;
     const float* x_scale = job.x_scale + row * job.steps;
     const int32_t* x_sum = job.x_sum + row * job.steps;
     const IntMath::Word table = IntMath::load_table(job.table);
@@ -208,7 +236,8 @@ struct Int8Linear {
       for (int b = 0; b < NB; ++b) y[m][b] = F::zero();
     }
     int64_t k = 0;
-    for (int64_t s = 0; s < job.steps; ++s) {
+    const int64_t steps = kOneStep ? 1 : job.steps;
+    for (int64_t s = 0; s < steps; ++s) {
       const int64_t end = k + job.step < job.padded_k ? k + job.step : job.padded_k;
       IntMath::Acc acc[MR][NB];
 #pragma GCC unroll 8
@@ -219,14 +248,14 @@ struct Int8Linear {
 #pragma GCC unroll 4
         for (int b = 0; b < NB; ++b) acc[m][b] = IntMath::splat(static_cast<int32_t>(start));
       }
-      const auto multiply = [&]() __attribute__((always_inline)) {
+      const auto multiply = [&](auto lines) __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int b = 0; b < NB; ++b) {
           if constexpr (kDecode == Int8Decode::kBytes) {
             const IntMath::Word w = IntMath::load8(chunk + b * kChunkBytes);
 #pragma GCC unroll 8
             for (int m = 0; m < MR; ++m) {
-              acc[m][b] = IntMath::mac8(acc[m][b], w, x + m * job.row_bytes + k);
+              acc[m][b] = IntMath::mac8(acc[m][b], w, x + m * row_bytes);
             }
           } else {
             IntMath::Word low, high;
@@ -237,24 +266,37 @@ struct Int8Linear {
             }
 #pragma GCC unroll 8
             for (int m = 0; m < MR; ++m) {
-              acc[m][b] = IntMath::mac4(acc[m][b], low, x + m * job.row_bytes + k);
+              acc[m][b] = IntMath::mac4(acc[m][b], low, x + m * row_bytes);
             }
 #pragma GCC unroll 8
             for (int m = 0; m < MR; ++m) {
-              acc[m][b] = IntMath::mac4(acc[m][b], high, x + m * job.row_bytes + k + 4);
+              acc[m][b] = IntMath::mac4(acc[m][b], high, x + m * row_bytes + 4);
             }
           }
         }
-        k += kCodes;
+        x += kCodes;
         chunk += at.step;
+#pragma GCC unroll 2
+        for (int i = 0; i < lines.value; ++i, ahead.line += Ahead::kLine) {
+          __builtin_prefetch(ahead.line, 0, 2);
+        }
       };
-      if constexpr (kDecode == Int8Decode::kBytes) {
-        // The compiler copies every sum once a turn: fewer turns.
+      const auto run = [&](auto lines) __attribute__((always_inline)) {
+        const uint8_t* const last = x + (end - k);
+        if constexpr (kDecode == Int8Decode::kBytes) {
+          // The compiler copies every sum once a turn: fewer turns.
 #pragma GCC unroll 4
-        while (k < end) multiply();
-      } else {
-        while (k < end) multiply();
+          while (x < last) multiply(lines);
+        } else {
+          while (x < last) multiply(lines);
+        }
+      };
+      switch (ahead.lines_a_turn()) {
+        case 0: run(Lines<0>{}); break;
+        case 1: run(Lines<1>{}); break;
+        default: run(Lines<Ahead::kMost>{}); break;
       }
+      ahead.turns -= (end - k) / kCodes;
       k = end;
       const int64_t group = job.steps_a_group == 1 ? s : s / job.steps_a_group;
 #pragma GCC unroll 4
@@ -272,9 +314,19 @@ struct Int8Linear {
                                    F::splat(total));
           }
           const F::Acc both = F::mul(F::splat(x_scale[m * job.steps + s]), scale);
-          y[m][b] = F::fma(sum, both, y[m][b]);
+          y[m][b] = kOneStep ? F::mul(sum, both) : F::fma(sum, both, y[m][b]);
         }
       }
+    }
+    const int64_t first = tile.block * kBlockRows;
+    if (job.bias == nullptr && job.y_dtype == QK_F32 && first + kWidth <= job.n) {
+      float* out = static_cast<float*>(job.y) + row * job.ldy + first;
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+        for (int b = 0; b < NB; ++b) F::store(out + m * job.ldy + b * kBlockRows, y[m][b]);
+      }
+      return;
     }
     float out[MR][kWidth];
 #pragma GCC unroll 8
@@ -282,7 +334,7 @@ struct Int8Linear {
 #pragma GCC unroll 4
       for (int b = 0; b < NB; ++b) F::store(out[m] + b * kBlockRows, y[m][b]);
     }
-    for (int m = 0; m < MR; ++m) finish(job, tile.block * kBlockRows, kWidth, row + m, out[m]);
+    for (int m = 0; m < MR; ++m) finish(job, first, kWidth, row + m, out[m]);
   }
 
   static void finish(const Int8Job& job, int64_t first, int64_t width, int64_t row, float* y) {
@@ -295,28 +347,20 @@ struct Int8Linear {
     store_row(job.y, job.y_dtype, row * job.ldy + first, y, valid);
   }
 
-  template <int NB, Int8Decode kDecode, bool kZero>
-  static void rows(const Int8Job& job, const Int8Tile& tile, int64_t row, int64_t count) {
-    constexpr int kMost = IntMath::rows(NB);
-    switch (count) {
-      case 1: return strip<1, NB, kDecode, kZero>(job, tile, row);
-      case 2: return strip<2, NB, kDecode, kZero>(job, tile, row);
-      case 3:
-        if constexpr (kMost >= 3) strip<3, NB, kDecode, kZero>(job, tile, row);
-        return;
-      case 4:
-        if constexpr (kMost >= 4) strip<4, NB, kDecode, kZero>(job, tile, row);
-        return;
-      case 5:
-        if constexpr (kMost >= 5) strip<5, NB, kDecode, kZero>(job, tile, row);
-        return;
-      default:
-        if constexpr (kMost >= 6) strip<6, NB, kDecode, kZero>(job, tile, row);
+  template <int NB, Int8Decode kDecode, bool kZero, bool kOneStep, int MR = 1>
+  static void rows(const Int8Job& job, const Int8Tile& tile, int64_t row, int64_t count,
+                   Ahead& ahead) {
+    if constexpr (MR < IntMath::rows(NB, kOneStep)) {
+      if (count > MR) {
+        return rows<NB, kDecode, kZero, kOneStep, MR + 1>(job, tile, row, count, ahead);
+      }
     }
+    strip<MR, NB, kDecode, kZero, kOneStep>(job, tile, row, ahead);
   }
 
-  template <int NB, Int8Decode kDecode, bool kZero>
-  static void tile(const Int8Job& job, int64_t block, const Range& range, uint8_t* scratch) {
+  template <int NB, Int8Decode kDecode, bool kZero, bool kOneStep>
+  static void tile(const Int8Job& job, int64_t block, const Range& range, uint8_t* scratch,
+                   Ahead& ahead) {
     constexpr int64_t kWidth = NB * kBlockRows;
     const int64_t first = block * kBlockRows;
     float* memory = reinterpret_cast<float*>(scratch);
@@ -325,41 +369,71 @@ struct Int8Linear {
     const GroupTable scales{job.scale, job.scale_dtype, job.scale_stride_n, job.scale_stride_g};
     t.scale = scales.tile(job.n, first, kWidth, job.groups, memory, &t.scale_step);
     t.scale_bf16 = job.scale_dtype == QK_BF16 && t.scale != memory;
+    if (t.scale != memory) {  // they are read behind a step's products: time enough to come
+      const int64_t bytes = t.scale_bf16 ? 2 : 4;
+      for (int64_t g = 0; g < job.groups; ++g) {
+        const char* line = static_cast<const char*>(t.scale) + g * t.scale_step * bytes;
+        for (int64_t i = 0; i < kWidth * bytes; i += Ahead::kLine) __builtin_prefetch(line + i);
+      }
+    }
     if constexpr (kZero) {
       const GroupTable zeros{job.zero, QK_F32, job.zero_stride_n, job.zero_stride_g};
       t.zero = static_cast<const float*>(zeros.tile(
           job.n, first, kWidth, job.groups, memory + job.groups * kWidth, &t.zero_step));
     }
-    const int64_t height = ceil_div(range.rows, ceil_div(range.rows, IntMath::rows(NB)));
+    const int64_t strips = ceil_div(range.rows, IntMath::rows(NB, kOneStep));
+    constexpr int64_t kCodes = kDecode == Int8Decode::kBytes ? 4 : 8;
+    ahead.turns = strips * ceil_div(range.block + range.blocks - block, NB) *
+                  (job.padded_k / kCodes);
+    const int64_t height = ceil_div(range.rows, strips);
     for (int64_t m = 0; m < range.rows; m += height) {
       const int64_t count = height < range.rows - m ? height : range.rows - m;
-      rows<NB, kDecode, kZero>(job, t, range.row + m, count);
+      rows<NB, kDecode, kZero, kOneStep>(job, t, range.row + m, count, ahead);
     }
   }
 
-  template <Int8Decode kDecode, bool kZero>
+  template <Int8Decode kDecode, bool kZero, bool kOneStep>
   static void blocks(const Int8Job& job, const Range& range, uint8_t* scratch) {
-    const bool tall = kDecode == Int8Decode::kBytes && range.rows > IntMath::rows(IntMath::kBlocks);
+    const int64_t short_rows = IntMath::rows(IntMath::kBlocks, kOneStep);
+    const bool tall = kDecode == Int8Decode::kBytes && range.rows > short_rows;
     const int64_t widest = tall ? IntMath::kTallBlocks : IntMath::kBlocks;
+    Ahead ahead{range.ahead, range.ahead + range.ahead_bytes, 0};
+    // Few rows are one strip, which reads from memory all the time: nothing is left to hide.
+    if (range.ahead == nullptr || range.rows <= short_rows) {
+      ahead.line = ahead.end = static_cast<const uint8_t*>(job.packed);
+    }
     int64_t left = range.blocks;
     for (int64_t block = range.block; left > 0;) {
       const int64_t count = blocks_at_once(block, left, widest);
       if (count == 4) {
-        if constexpr (IntMath::kBlocks >= 4) tile<4, kDecode, kZero>(job, block, range, scratch);
+        if constexpr (IntMath::kBlocks >= 4) {
+          tile<4, kDecode, kZero, kOneStep>(job, block, range, scratch, ahead);
+        }
       } else if (count == 2) {
-        if constexpr (IntMath::kBlocks >= 2) tile<2, kDecode, kZero>(job, block, range, scratch);
+        if constexpr (IntMath::kBlocks >= 2) {
+          tile<2, kDecode, kZero, kOneStep>(job, block, range, scratch, ahead);
+        }
       } else {
-        tile<1, kDecode, kZero>(job, block, range, scratch);
+        tile<1, kDecode, kZero, kOneStep>(job, block, range, scratch, ahead);
       }
       block += count;
       left -= count;
     }
   }
 
+  template <Int8Decode kDecode, bool kZero>
+  static void stepped(const Int8Job& job, const Range& range, uint8_t* scratch) {
+    // Only bytes are multiplied in tall tiles, whose height the running y would limit.
+    if constexpr (kDecode == Int8Decode::kBytes) {
+      if (job.steps == 1) return blocks<kDecode, kZero, true>(job, range, scratch);
+    }
+    blocks<kDecode, kZero, false>(job, range, scratch);
+  }
+
   template <Int8Decode kDecode>
   static void decoded(const Int8Job& job, const Range& range, uint8_t* scratch) {
-    if (job.zero != nullptr) return blocks<kDecode, true>(job, range, scratch);
-    blocks<kDecode, false>(job, range, scratch);
+    if (job.zero != nullptr) return stepped<kDecode, true>(job, range, scratch);
+    stepped<kDecode, false>(job, range, scratch);
   }
 
   static void run(const Int8Job& job, const Range& range, uint8_t* scratch) {

@@ -26,6 +26,9 @@ struct WeightOnlyJob {
 // A block range [block, block + blocks) of the weight times rows [row, row + rows).
 struct Range {
   int64_t block, blocks, row, rows;
+  // What the thread reads next, to be fetched meanwhile; NULL for nothing.
+  const uint8_t* ahead = nullptr;
+  int64_t ahead_bytes = 0;
 };
 
 struct WeightOnlyKernel {
