@@ -360,6 +360,7 @@ struct qk_decoder {
 
   // y[m, 0 .. p.n) for the rows in the forms. `next` is what will be projected then, or NULL.
   void project(Projection& p, int64_t m, float* out, int64_t ldy, const Projection* next) {
+    if (m == 0) return;
     for (Part& part : p.parts) {
       const Form& form = p.forms[static_cast<size_t>(part.form)];
       FormMemory& memory = forms[part.form];
@@ -566,6 +567,12 @@ struct qk_decoder {
       }
     });
 
+    // Rows that somebody reads, and how many are still computed with: at last only these.
+    const int64_t wanted = b.states != nullptr ? rows : b.logit_count;
+    int64_t left = rows;
+    const auto row_of = [&](int64_t i, int64_t count) {
+      return count == rows ? i : b.logit_rows[i];
+    };
     int64_t window = -1;
     const float* pending_norm = nullptr;
     for (int64_t index = 0; index < c.layers; ++index) {
@@ -584,41 +591,42 @@ struct qk_decoder {
       clock.lap(QK_PART_ROPE);
       if (const int status = attend(layer, index)) return status;
       clock.lap(QK_PART_ATTENTION);
-      for_rows(rows, [&](int64_t m) {
-        float* row = work + m * work_width;
-        attention_row(m, row);
-        fill_forms(layer.attention_out, row, m);
+      // Behind the last layer's keys and values only the rows that somebody reads go on.
+      if (index + 1 == c.layers) left = wanted;
+      for_rows(left, [&](int64_t i) {
+        float* row = work + i * work_width;
+        attention_row(row_of(i, left), row);
+        fill_forms(layer.attention_out, row, i);
       });
       clock.lap(QK_PART_ATTENTION);
-      project(layer.attention_out, rows, out, y_stride, &layer.gate_up);
+      project(layer.attention_out, left, out, y_stride, &layer.gate_up);
       clock.lap(QK_PART_LINEAR);
-      for_rows(rows, [&](int64_t m) {
-        add_branch(x + m * c.hidden, out + m * y_stride, layer.spec.post_attention_norm);
-        float* normal = work + m * work_width;
-        r.rms_norm(x + m * c.hidden, layer.spec.mlp_norm, c.hidden, c.norm_epsilon, normal);
-        fill_forms(layer.gate_up, normal, m);
+      for_rows(left, [&](int64_t i) {
+        float* kept = x + row_of(i, left) * c.hidden;
+        add_branch(kept, out + i * y_stride, layer.spec.post_attention_norm);
+        float* normal = work + i * work_width;
+        r.rms_norm(kept, layer.spec.mlp_norm, c.hidden, c.norm_epsilon, normal);
+        fill_forms(layer.gate_up, normal, i);
       });
       clock.lap(QK_PART_NORM);
-      project(layer.gate_up, rows, out, y_stride, &layer.down);
+      project(layer.gate_up, left, out, y_stride, &layer.down);
       clock.lap(QK_PART_LINEAR);
-      for_rows(rows, [&](int64_t m) {
-        float* gate = out + m * y_stride;
+      for_rows(left, [&](int64_t i) {
+        float* gate = out + i * y_stride;
         r.gate(gate, gate + c.ffn, c.ffn, c.gate, gate);
         if (layer.down_rotation.order > 0) r.hadamard(gate, c.ffn, layer.down_rotation);
-        fill_forms(layer.down, gate, m);
+        fill_forms(layer.down, gate, i);
       });
       clock.lap(QK_PART_GATE);
-      project(layer.down, rows, out, y_stride,
+      project(layer.down, left, out, y_stride,
               index + 1 < c.layers ? &layers[static_cast<size_t>(index) + 1].qkv : &head);
       clock.lap(QK_PART_LINEAR);
       pending_norm = layer.spec.post_mlp_norm;
     }
 
-    // The rows that somebody reads.
-    const int64_t wanted = b.states != nullptr ? rows : b.logit_count;
     for_rows(wanted, [&](int64_t i) {
-      const int64_t m = b.states != nullptr ? i : b.logit_rows[i];
-      if (c.layers > 0) add_branch(x + m * c.hidden, out + m * y_stride, pending_norm);
+      const int64_t m = row_of(i, wanted);
+      if (c.layers > 0) add_branch(x + m * c.hidden, out + i * y_stride, pending_norm);
       float* normal = b.states != nullptr ? b.states + m * c.hidden : work + m * work_width;
       r.rms_norm(x + m * c.hidden, c.final_norm, c.hidden, c.norm_epsilon, normal);
     });
