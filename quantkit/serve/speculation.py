@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_SPECULATIVE_TOKENS = 16
-#: What a kind of guess is worth before the first outcome.
-FIRST_RATE = 0.5
+#: What a kind of guess is worth before the first outcome, and one by a single token.
+FIRST_RATE, FIRST_RATE_OF_ONE = 0.5, 0.2
 #: Passes' worth of credit for guesses, and for reading texts with a draft model.
 GUESS_CREDIT, READ_CREDIT = 2.0, 64.0
 #: An answer is expected to go on for as long as it has lasted, and at least so many tokens.
 LEAST_LEFT = 32
-#: Kind of a draft model's guesses; those of a lookup are the length of what was found.
+#: Kind of a draft model's guesses; those of a lookup are `quantkit.serve.lookup.Found.kind`.
 DRAFTED = 0
 
 
@@ -53,7 +53,7 @@ class SpeculativeConfig:
             model asks that, too, where a lookup finds nothing better.
         num_speculative_tokens: guesses a step and request at most.
         prompt_lookup_max: longest run of last tokens that is looked up; longer ones first.
-        prompt_lookup_min: the shortest.
+        prompt_lookup_min: the shortest; a single token is guessed by only where that pays.
 
     Raises:
         UsageError: a value is out of range.
@@ -62,7 +62,7 @@ class SpeculativeConfig:
     method: str = "ngram"
     num_speculative_tokens: int = 4
     prompt_lookup_max: int = 4
-    prompt_lookup_min: int = 2
+    prompt_lookup_min: int = 1
 
     def __post_init__(self) -> None:
         if self.method != "ngram":
@@ -85,15 +85,20 @@ class Draft:
 
     Attributes:
         lookup: finds guesses.
-        rates: how often a lookup and the draft model were right.
+        rates: how often each was right, by the sign of its kinds: lookups in the prompt, those in
+            the answer, the draft model.
         kind: of the guesses that the model is asked about.
         broken: making guesses failed once: there are no more.
     """
 
     lookup: PromptLookup
-    rates: tuple[Rate, Rate] = field(default_factory=lambda: (Rate(), Rate()))
+    rates: dict[int, Rate] = field(default_factory=lambda: {1: Rate(), -1: Rate(), 0: Rate()})
     kind: int = 0
     broken: bool = False
+
+    def rate(self, kind: int) -> Rate:
+        """Of guesses like those of a kind."""
+        return self.rates[(kind > 0) - (kind < 0)]
 
 
 @dataclass(frozen=True)
@@ -213,7 +218,7 @@ class Speculator:
         self._won += won
         draft = sequence.draft
         assert draft is not None, "guesses were made for it"
-        draft.rates[draft.kind == DRAFTED].observe(proposed, accepted)
+        draft.rate(draft.kind).observe(proposed, accepted)
         self._rates[draft.kind].observe(proposed, accepted)
 
     def observe(self, sequences: int, rows: int, seconds: float) -> None:
@@ -242,21 +247,26 @@ class Speculator:
         left = sequence.request.sampling.max_tokens - sequence.output_tokens - 1
         limit = min(config.num_speculative_tokens, left)
         if sequence.draft is None:
-            lookup = PromptLookup(config.prompt_lookup_min, config.prompt_lookup_max)
-            sequence.draft = Draft(lookup)
+            shortest, longest = config.prompt_lookup_min, config.prompt_lookup_max
+            prompt = len(sequence.request.prompt_ids)
+            sequence.draft = Draft(PromptLookup(shortest, longest, prompt))
         draft = sequence.draft
         if limit < 1 or draft.broken:
             return None
-        length, end = draft.lookup.find(sequence.tokens)
-        looked_up = self._rate(draft, length) if length else 0.0
+        rates = {f: self._rate(draft, f.kind) for f in draft.lookup.find(sequence.tokens)}
+        found = max(rates, key=lambda f: rates[f], default=None)
+        looked_up = 0.0 if found is None else rates[found]
         if self.model is not None and self.model.behind(sequence) <= limit + 1:
             drafted = self._rate(draft, DRAFTED)
             if drafted > looked_up:
                 return _Candidate(index, sequence, limit, DRAFTED, drafted)
-        return _Candidate(index, sequence, limit, length, looked_up, end) if length else None
+        if found is None:
+            return None
+        return _Candidate(index, sequence, limit, found.kind, looked_up, found.end)
 
     def _rate(self, draft: Draft, kind: int) -> float:
-        return draft.rates[kind == DRAFTED].expected(self._rates[kind].expected(FIRST_RATE))
+        first = FIRST_RATE_OF_ONE if abs(kind) == 1 else FIRST_RATE
+        return draft.rate(kind).expected(self._rates[kind].expected(first))
 
     def _allot(self, candidates: list[_Candidate], sequences: int) -> list[int]:
         if not candidates:

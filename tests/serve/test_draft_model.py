@@ -158,7 +158,7 @@ def test_a_small_draft_is_tried_and_one_as_large_as_the_model_is_not(native: Run
         model = DraftModel(native.decoder, 8 * PAGE, share=share, clock=lambda: 0.0)
         speculator = Speculator(SpeculativeConfig(), Counters(), model, clock=lambda: 0.0)
         item = text(list(range(5, 45)))
-        item.draft = Draft(PromptLookup(2, 4))
+        item.draft = Draft(PromptLookup(2, 4, 0))
         for _ in range(600):
             speculator.propose([item])
             speculator.observe(1, 1, 1.0)

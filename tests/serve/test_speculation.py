@@ -11,7 +11,7 @@ from quantkit.errors import UsageError
 from quantkit.models.runtime import Runtime
 from quantkit.serve.answer import Answer
 from quantkit.serve.counters import Counters
-from quantkit.serve.lookup import PromptLookup, follow
+from quantkit.serve.lookup import Found, PromptLookup, follow
 from quantkit.serve.request import Sequence
 from quantkit.serve.speculation import SpeculativeConfig, Speculator
 
@@ -19,15 +19,22 @@ from quantkit.serve.speculation import SpeculativeConfig, Speculator
 EAGER = SpeculativeConfig(num_speculative_tokens=5, prompt_lookup_min=1)
 
 
-def slow_lookup(tokens: list[int], count: int, shortest: int, longest: int) -> list[int]:
+def slow_lookup(
+    tokens: list[int], ends: range, shortest: int, longest: int
+) -> tuple[int, int] | None:
+    """Length and end of the longest run that ended at one of ``ends``, the last of them."""
     for n in range(longest, shortest - 1, -1):
-        for end in range(len(tokens) - 1, n - 1, -1):
-            if tokens[end - n : end] == tokens[-n:]:
-                grown = list(tokens)
-                for place in range(end, end + count):
-                    grown.append(grown[place])
-                return grown[len(tokens) :]
-    return []
+        for end in reversed(ends):
+            if end >= n and tokens[end - n : end] == tokens[-n:]:
+                return n, end
+    return None
+
+
+def slow_guesses(tokens: list[int], end: int, count: int) -> list[int]:
+    grown = list(tokens)
+    for place in range(end, end + count):
+        grown.append(grown[place])
+    return grown[len(tokens) :]
 
 
 @settings(deadline=None)
@@ -36,17 +43,33 @@ def slow_lookup(tokens: list[int], count: int, shortest: int, longest: int) -> l
     first=st.integers(1, 60),
     count=st.integers(1, 6),
     shortest=st.integers(1, 3),
+    prompt=st.integers(0, 60),
 )
 def test_lookup_equals_the_slow_form(
-    tokens: list[int], first: int, count: int, shortest: int
+    tokens: list[int], first: int, count: int, shortest: int, prompt: int
 ) -> None:
     """Called at every length from ``first`` on, as a growing answer does."""
-    lookup = PromptLookup(shortest, 4)
+    lookup = PromptLookup(shortest, 4, prompt)
     for length in range(min(first, len(tokens)), len(tokens) + 1):
         known = tokens[:length]
-        found, end = lookup.find(known)
-        guesses = follow(known, end, count) if found else []
-        assert guesses == slow_lookup(known, count, shortest, 4)
+        places = {True: range(min(prompt, length)), False: range(prompt, length)}
+        slow = {
+            quoted: found
+            for quoted, ends in places.items()
+            if (found := slow_lookup(known, ends, shortest, 4)) is not None
+        }
+        found = lookup.find(known)
+        assert {f.quoted: (f.length, f.end) for f in found} == slow
+        for f in found:
+            assert follow(known, f.end, count) == slow_guesses(known, f.end, count)
+
+
+def test_kinds_tell_prompt_and_answer_apart() -> None:
+    """ "a b" stood in the prompt and, with something else behind it, in the answer."""
+    a, b, c, d = range(4)
+    found = PromptLookup(1, 4, 3).find([a, b, c, a, b, d, a, b])
+    assert found == [Found(2, 2, quoted=True), Found(2, 5, quoted=False)]
+    assert [f.kind for f in found] == [2, -2]
 
 
 @pytest.mark.parametrize("kv", ["auto", "int8"])
@@ -86,7 +109,7 @@ def test_answers_are_the_same_bits_with_and_without(
 def test_right_guesses_save_passes(native: Runtime, monkeypatch) -> None:
     always_guess(monkeypatch)
     passes = []
-    with running(native, speculative_config=SpeculativeConfig()) as engine:
+    with running(native, speculative_config=SpeculativeConfig(prompt_lookup_min=2)) as engine:
         run = engine.runner.run
         monkeypatch.setattr(
             engine.runner, "run", lambda works: (passes.append(len(works)), run(works))[1]
@@ -117,7 +140,7 @@ def test_what_ends_an_answer_is_not_guessed(runtime: Runtime) -> None:
 def test_a_right_guess_that_ends_an_answer_wins_no_token(native: Runtime, monkeypatch) -> None:
     """A stop string is seen only once its last token is chosen."""
     always_guess(monkeypatch)
-    engine = stepped(native, speculative_config=SpeculativeConfig())
+    engine = stepped(native, speculative_config=SpeculativeConfig(prompt_lookup_min=2))
     booked, verified = [], engine.speculator.verified  # type: ignore[union-attr]
 
     def book(sequence: Sequence, *counts: int) -> None:
