@@ -296,7 +296,7 @@ def test_nothing_is_left_in_the_books(live, monkeypatch) -> None:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(
                 f"{server.url}/v1/completions",
-                json={"prompt": "a", "max_tokens": 480},
+                json={"prompt": "a", "max_tokens": 480, "ignore_eos": True},
                 headers={"Authorization": "Bearer boss"},
                 timeout=0.02,
             )
