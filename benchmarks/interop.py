@@ -34,7 +34,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -253,11 +252,6 @@ _RAISED = re.compile(r"\b\w*(?:Error|Exception): .*")
 _AFTERMATH = ("initialization failed", "EngineDeadError", "failed to start")
 
 
-def refusal(text: str) -> str:
-    """What a command of ours says of an error, in one line."""
-    return " ".join(text.rpartition("error: ")[2].split()) or "no message"
-
-
 def last_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1].removeprefix("error: ") if lines else "no message"
@@ -351,31 +345,9 @@ def ask_vllm(checkpoint: Path, prompts: Sequence[str], args: argparse.Namespace)
 
 def ask_llamacpp(checkpoint: Path, prompts: Sequence[str], args: argparse.Namespace) -> Answers:
     """llama.cpp's library, on an export of the checkpoint."""
-    from benchmarks.llamacpp_build import compile_tool
-    from quantkit.models.tokenizer import load_tokenizer
+    from benchmarks.llamacpp_answers import llamacpp_answers
 
-    folder = checkpoint.parent
-    gguf = folder / f"{checkpoint.name}.gguf"
-    command = [
-        sys.executable, "-m", "quantkit.cli.main", "export", str(checkpoint), "--format", "gguf",
-        "-o", str(gguf),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise QuantkitError(refusal(done.stderr))
-    tokenizer = load_tokenizer(str(checkpoint))[0]
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    packed = folder / "prompts"
-    packed.write_bytes(b"".join(array("i", [len(t), *t]).tobytes() for t in ids))
-    tool = compile_tool("llamacpp_answers", args.llama, folder)
-    stop, threads = str(tokenizer.eos_token_id), str(os.cpu_count())
-    command = [str(tool), str(gguf), str(packed), str(args.new_tokens), stop, threads]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise QuantkitError(last_line(done.stderr))
-    lines = [line.split() for line in done.stdout.splitlines()]
-    texts = [tokenizer.decode([int(i) for i in written]) for _, *written in lines]
-    return Answers([float(line[0]) for line in lines], texts)
+    return Answers(*llamacpp_answers(checkpoint, args.llama, prompts, args.new_tokens))
 
 
 def ask(lm: Any, prompts: Sequence[str], new: int) -> Answers:

@@ -1,4 +1,4 @@
-// What llama.cpp makes of prompts, for interop.py; llamacpp_build.py compiles this file.
+// What llama.cpp makes of prompts, for llamacpp_answers.py; llamacpp_build.py compiles this file.
 //
 //   llamacpp_answers MODEL.gguf PROMPTS NEW STOP THREADS > ANSWERS
 //
@@ -87,6 +87,7 @@ int main(int argc, char** argv) {
     for (int i = 0; i + 1 < count; ++i) {
       sum += log_probability(llama_get_logits_ith(context, i), vocabulary, ids[i + 1]);
     }
+    if (!std::isfinite(sum)) fail("the logits hold NaN or infinity");
     std::printf("%.9g", sum / (count - 1));
     int last = count - 1;  // of the batch: what predicts the next token
     for (int written = 0; written < most; ++written) {

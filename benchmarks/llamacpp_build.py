@@ -26,8 +26,12 @@ def build_facts(build: Path) -> dict[str, str]:
 
 
 def version_of(build: Path) -> str:
-    """Of the library in a build, as its file is called: llama.cpp counts its builds elsewhere."""
-    return (build / "bin/libllama.so").resolve().name.partition(".so.")[2]
+    """Of the library in a build, as its file is called: llama.cpp counts its builds elsewhere.
+    SystemExit if it is not built."""
+    library = build / "bin/libllama.so"
+    if not library.exists():
+        raise SystemExit(f"{library}: no such file; build llama.cpp there, target llama")
+    return library.resolve().name.partition(".so.")[2]
 
 
 def compile_tool(name: str, build: Path, folder: Path) -> Path:

@@ -181,10 +181,14 @@ def test_llamacpp_has_a_table_of_its_own() -> None:
     assert text.endswith("Not measured yet: w8a16 (llama.cpp).")
 
 
-def test_a_refusal_is_told_in_one_line() -> None:
-    assert interop.refusal("exporting x\nerror: no such\nscheme; try another\n") == (
-        "no such scheme; try another"
+def test_llamacpp_needs_its_build(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(
+        "sys.argv", ["interop", "m", "--data", "d", "-o", "no.json", "--engine", "llama.cpp"]
     )
+    with pytest.raises(SystemExit) as stopped:
+        interop.main()
+    assert stopped.value.code == 2
+    assert "--llama" in capsys.readouterr().err
 
 
 def test_a_table_of_some_schemes_misses_no_others() -> None:
