@@ -159,6 +159,20 @@ def test_chunks_batches_and_pages_change_no_bit(dtype: torch.dtype, kv: str) -> 
     assert torch.equal(torch.cat(got), wanted)
 
 
+@pytest.mark.parametrize(("kind", "extra"), [v[1:] for v in VARIANTS], ids=[v[0] for v in VARIANTS])
+def test_rows_that_nobody_reads_change_no_bit(kind: str, extra: dict) -> None:
+    """Of a prompt a few tokens' logits, then the last: as if all were wanted."""
+    decoder = build_decoder(make(kind, extra, torch.bfloat16))
+    ids = tokens(150)
+    wanted = whole(decoder, ids)
+    cache = decoder.new_cache(8)
+    some = [0, 2, 61]
+    got = decoder.logits(Batch.of([ids[:80]], [0], [[3, 1, 7]], rows=some), cache)
+    assert torch.equal(got, wanted[some])
+    last = run(decoder, [ids[80:]], [80], [[3, 1, 7]], cache, last=True)
+    assert torch.equal(last, wanted[-1:])
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_change_no_bit(threads: int) -> None:
     decoder = build_decoder(make("llama", {}, torch.bfloat16))
