@@ -69,7 +69,7 @@ class DecoderGreedy:
         new: dict[int, Sequence[int]] = dict(enumerate(prompts))
         while new:
             works = [Work(sequences[i], ids) for i, ids in new.items()]
-            logits = torch.cat(runner.logits(works))
+            logits = runner.logits(works).block
             if not torch.isfinite(logits).all():
                 raise QuantkitError("generation: the logits hold NaN or infinity")
             alive: dict[int, Sequence[int]] = {}

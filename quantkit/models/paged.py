@@ -11,6 +11,7 @@ from torch import Tensor
 from quantkit.errors import QuantkitError
 from quantkit.models.decoder import Batch, Decoder
 from quantkit.models.page_pool import PagedSequence, PagePool, pages_for
+from quantkit.models.pass_logits import PassLogits
 from quantkit.ops.page_store import PAGE_TOKENS
 
 __all__ = ["PagedRunner", "PagedSequence", "Work", "pages_for"]
@@ -76,7 +77,7 @@ class PagedRunner:
         """Give back a sequence's pages. It holds no token afterwards."""
         self.pool.release(sequence)
 
-    def logits(self, works: Sequence[Work]) -> list[Tensor]:
+    def logits(self, works: Sequence[Work]) -> PassLogits:
         """Append each work's tokens to its sequence.
 
         Returns:
@@ -98,7 +99,7 @@ class PagedRunner:
         kept = self._kept[: len(rows)] if len(rows) <= len(self._kept) else None
         logits = self.decoder.logits(batch, self.cache, kept)
         self._grow(works)
-        return list(logits.split(counts))
+        return PassLogits(logits, counts)
 
     def states(self, works: Sequence[Work]) -> list[Tensor]:
         """The same for final states: fp32 ``[n, hidden]`` of each work, for `Decoder.head`."""

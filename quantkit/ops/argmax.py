@@ -14,29 +14,32 @@ from torch import Tensor
 from quantkit.ops.library import CPU
 
 
-def argmax(blocks: Sequence[Tensor]) -> tuple[list[int], list[float]]:
-    """Where each row's first largest value is, or its first NaN, and that value; block after block.
+def argmax(block: Tensor, rows: Sequence[int] | None = None) -> tuple[list[int], list[float]]:
+    """Where each row's first largest value is, or its first NaN, and that value.
 
-    One call for all of them, on the threads of the forward pass. torch's own wakes its threads,
-    which then spin for milliseconds on the cores that the next pass needs.
+    On the threads of the forward pass. torch's own wakes its threads, which then spin for
+    milliseconds on the cores that the next pass needs.
 
     Args:
-        blocks: contiguous fp32 ``[rows, n]`` on the CPU, all of the same n.
+        block: contiguous fp32 ``[rows, n]`` on the CPU.
+        rows: which of them, in this order; by default all.
 
     Raises:
-        ValueError: a block is something else.
+        ValueError: the block is something else, or has no such row.
     """
-    width = blocks[0].shape[-1] if blocks else 0
-    rows = array("q")
-    for block in blocks:
-        fits = block.dtype == torch.float32 and block.is_cpu and block.is_contiguous()
-        if not fits or block.dim() != 2 or block.shape[1] != width or not width:
-            raise ValueError("argmax takes contiguous fp32 [rows, n] on the CPU")
-        first = block.data_ptr()
-        rows.extend(range(first, first + 4 * block.numel(), 4 * width))
+    fits = block.dtype == torch.float32 and block.is_cpu and block.is_contiguous()
+    if not fits or block.dim() != 2 or not block.shape[1]:
+        raise ValueError("argmax takes contiguous fp32 [rows, n] on the CPU")
+    height, width = block.shape
+    if rows is None:
+        rows = range(height)
+    if rows and not 0 <= min(rows) <= max(rows) < height:
+        raise ValueError(f"a block of {height} rows has no row {min(rows)} or {max(rows)}")
+    first, stride = block.data_ptr(), 4 * width
+    addresses = array("q", [first + stride * row for row in rows])
     places, values = array("q", bytes(8 * len(rows))), array("f", bytes(4 * len(rows)))
     _argmax_rows()(
-        rows.buffer_info()[0],
+        addresses.buffer_info()[0],
         len(rows),
         width,
         places.buffer_info()[0],

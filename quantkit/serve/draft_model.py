@@ -201,7 +201,7 @@ class DraftModel:
         """Read tokens; returns the likeliest one behind each."""
         started = self.clock()
         logits = self._paged.logits([Work(reading.cache, new) for reading, new in news])
-        tokens, _ = argmax([rows[-1:] for rows in logits])
+        tokens, _ = argmax(logits.block)  # a row each
         for reading, new in news:
             reading.tokens += new
         self.cost.observe(sum(len(new) for _, new in news), self.clock() - started)

@@ -11,6 +11,7 @@ import torch
 
 from quantkit.errors import UsageError
 from quantkit.models.paged import pages_for
+from quantkit.models.pass_logits import PassLogits
 from quantkit.ops.page_store import PAGE_TOKENS
 from quantkit.serve import sampler
 from quantkit.serve.engine import EngineConfig
@@ -77,7 +78,7 @@ def _native_share(runtime: Runtime, runner: Runner, prompts: list[list[int]]) ->
     start = time.perf_counter()
     for _ in range(SHARE_STEPS):
         works = [Work(cache, [token]) for cache, token in zip(caches, tokens, strict=True)]
-        tokens = _greedy(_run(runner, works))
+        tokens = _run(runner, works)
     elapsed = time.perf_counter() - start
     inside = runtime.decoder.native.times()["lifetime"] - inside
     for cache in caches:
@@ -97,27 +98,23 @@ def _round(runner: Runner, prompts: list[list[int]], new_tokens: int) -> tuple[f
     start = time.perf_counter()
     for prompt, cache in zip(prompts, caches, strict=True):
         for begin in range(0, len(prompt), chunk):
-            logits = _run(runner, [Work(cache, prompt[begin : begin + chunk])])[0]
-        tokens += _greedy([logits])
+            token = _run(runner, [Work(cache, prompt[begin : begin + chunk])])
+        tokens += token
     prefilled = time.perf_counter()
     for _ in range(new_tokens):
         works = [Work(cache, [token]) for cache, token in zip(caches, tokens, strict=True)]
-        tokens = _greedy(_run(runner, works))
+        tokens = _run(runner, works)
     decoded = time.perf_counter()
     for cache in caches:
         runner.release(cache)
     return prefilled - start, decoded - prefilled
 
 
-def _greedy(logits: list[torch.Tensor]) -> list[int]:
-    """The likeliest token behind each sequence, from logits ``[1, vocab]``."""
-    return [found.token() for [found] in sampler.likeliest(logits)]
-
-
-def _run(runner: Runner, works: list[Work]) -> list[torch.Tensor]:
-    results = []
-    for result in runner.run(works):
-        if isinstance(result, Exception):
-            raise result
-        results.append(result)
-    return results
+def _run(runner: Runner, works: list[Work]) -> list[int]:
+    """The likeliest token behind each work."""
+    results = runner.run(works)
+    if not isinstance(results, PassLogits):
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+    return [found.token() for [found] in sampler.likeliest(results, [1] * len(works))]

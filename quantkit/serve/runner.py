@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 KEPT_ROWS = 32
 
 
+#: Of each work its logits, or what went wrong with it alone: a `PassLogits`, if nothing did.
+Results = Sequence[Tensor] | Sequence[Tensor | Exception]
+
+
 @dataclass(frozen=True)
 class Work:
     """New tokens of one sequence.
@@ -60,7 +64,7 @@ class Runner(Protocol):
         """Bytes that a sequence holds."""
         ...
 
-    def run(self, works: Sequence[Work]) -> list[Tensor | Exception]:
+    def run(self, works: Sequence[Work]) -> Results:
         """Append each work's tokens to its sequence.
 
         Returns:
@@ -131,10 +135,10 @@ class DecoderRunner:
     def nbytes(self, cache: PagedSequence) -> int:
         return len(cache.pages) * self._paged.page_nbytes
 
-    def run(self, works: Sequence[Work]) -> list[Tensor | Exception]:
+    def run(self, works: Sequence[Work]) -> Results:
         paged = [PagedWork(w.cache, w.token_ids, w.all_logits) for w in works]
         try:
-            return list(self._paged.logits(paged))
+            return self._paged.logits(paged)
         except Exception:
             # A pass that fails has moved no sequence; one by one it shows whose fault it was.
             return [self._alone(work) for work in paged]
@@ -161,7 +165,7 @@ class ModuleRunner:
     def nbytes(self, cache: KVCache) -> int:
         return cache.nbytes
 
-    def run(self, works: Sequence[Work]) -> list[Tensor | Exception]:
+    def run(self, works: Sequence[Work]) -> Results:
         results: list[Tensor | Exception] = []
         for work in works:
             try:

@@ -12,15 +12,19 @@ import math
 import secrets
 from collections.abc import Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
+from quantkit.models.pass_logits import PassLogits
 from quantkit.ops.argmax import argmax
 from quantkit.serve.events import TokenLogprob
 from quantkit.serve.request import SamplingParams
+
+if TYPE_CHECKING:
+    from quantkit.serve.runner import Results
 
 HOPELESS = -9999.0
 #: How many of the likeliest tokens are looked at for top-p, before all are.
@@ -50,7 +54,7 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
         generator: the request's random stream, on the device of ``logits``.
     """
     if params.greedy:
-        [[found]] = likeliest([logits[None]])
+        [found] = _likeliest_rows(logits[None])
         return found.token()
     # One uniform number through the inverse of the cumulative distribution: torch.multinomial draws
     # one for each token of the vocabulary, twenty times as slow.
@@ -82,14 +86,27 @@ class Likeliest(NamedTuple):
         return self.place
 
 
-def likeliest(blocks: Sequence[Tensor]) -> list[list[Likeliest]]:
-    """Of each row of each block ``[rows, vocab]``, any float type; each block for itself."""
-    if all(block.is_cpu and block.dtype == torch.float32 for block in blocks):
-        places, logits = argmax([block.contiguous() for block in blocks])
-        found = map(Likeliest, places, logits)
-        return [list(islice(found, len(block))) for block in blocks]
-    rows = [block.max(-1) for block in blocks]
-    return [list(map(Likeliest, row.indices.tolist(), row.values.tolist())) for row in rows]
+def likeliest(results: Results, counts: Sequence[int]) -> list[list[Likeliest]]:
+    """Of the last ``counts[i]`` rows of each result; nothing of one that is an exception.
+
+    One search for all of them, where they lie together: a step's end would take as long as some of
+    its layers otherwise.
+    """
+    if isinstance(results, PassLogits):
+        found = map(Likeliest, *argmax(results.block, results.last_rows(counts)))
+        return [list(islice(found, count)) for count in counts]
+    return [
+        _likeliest_rows(result[-count:]) if count and isinstance(result, Tensor) else []
+        for result, count in zip(results, counts, strict=True)
+    ]
+
+
+def _likeliest_rows(block: Tensor) -> list[Likeliest]:
+    """Of ``[rows, vocab]``, any float type."""
+    if block.is_cpu and block.dtype == torch.float32:
+        return list(map(Likeliest, *argmax(block.contiguous())))
+    rows = block.max(-1)
+    return list(map(Likeliest, rows.indices.tolist(), rows.values.tolist()))
 
 
 def distribution(logits: Tensor, params: SamplingParams) -> Tensor:

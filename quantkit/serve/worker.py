@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from quantkit.serve.memory import Memory
     from quantkit.serve.metrics import Metrics
     from quantkit.serve.request import Sequence
-    from quantkit.serve.runner import Runner
+    from quantkit.serve.runner import Results, Runner
     from quantkit.serve.sampler import Likeliest
     from quantkit.serve.scheduler import Chunk, Scheduler
     from quantkit.serve.speculation import Speculator
@@ -107,9 +107,9 @@ class Worker:
         started = self.clock()
         results = self.runner.run(works)
         seconds = self.clock() - started
-        found = _likeliest(chunks, results)
-        for chunk, result, likeliest in zip(chunks, results, found, strict=True):
-            self._guarded(chunk.sequence, partial(self._proceed, chunk, result, likeliest))
+        found = sampler.likeliest(results, [_greedy_rows(chunk) for chunk in chunks])
+        for i, (chunk, likeliest) in enumerate(zip(chunks, found, strict=True)):
+            self._guarded(chunk.sequence, partial(self._proceed, chunk, results, i, likeliest))
         if self.speculator is not None and not step.prefills:
             self.speculator.observe(len(chunks), sum(map(len, chunks)), seconds)
         return True
@@ -129,24 +129,25 @@ class Worker:
             self.owner.fail(sequence, internal_error())
 
     def _proceed(
-        self, chunk: Chunk, logits: Tensor | Exception, likeliest: Items[Likeliest]
+        self, chunk: Chunk, results: Results, place: int, likeliest: Items[Likeliest]
     ) -> None:
-        """What follows from a chunk's logits ``[1 or len(chunk), vocab]``."""
-        if isinstance(logits, Exception):
-            raise logits
+        """What follows from a chunk's logits ``[1 or len(chunk), vocab]``, the result at
+        ``place``."""
+        if not likeliest and isinstance(failure := results[place], Exception):
+            raise failure
         sequence = chunk.sequence
         request = sequence.request
         sequence.computed = chunk.end
         if read := _prompt_tokens(chunk):
             self.metrics.prompt_tokens.inc(read)
         if request.sampling.scores_prompt and not sequence.output_tokens:
-            self._score_prompt(chunk, logits)
+            self._score_prompt(chunk, _logits(results, place))
         if sequence.left:
             return
         if request.sampling.max_tokens == 0:
             self.owner.finish(sequence, "length")
         else:
-            self._write(chunk, logits, likeliest)
+            self._write(chunk, results, place, likeliest)
 
     def _score_prompt(self, chunk: Chunk, logits: Tensor) -> None:
         """Row i of a chunk predicts prompt token ``start + i + 1``; the very last row none.
@@ -165,7 +166,9 @@ class Worker:
         if chunk.end == len(prompt):
             self.owner.emit(sequence, PromptScored(tuple(scored)))
 
-    def _write(self, chunk: Chunk, logits: Tensor, likeliest: Items[Likeliest]) -> None:
+    def _write(
+        self, chunk: Chunk, results: Results, place: int, likeliest: Items[Likeliest]
+    ) -> None:
         """Choose the tokens behind a chunk and emit them, as many as its guesses foresaw and one.
 
         Of its last rows, row i is what the model says after i guesses, so it counts if it was asked
@@ -176,21 +179,24 @@ class Worker:
         sequence = chunk.sequence
         answer = sequence.answer or self._begin(sequence)
         accepted, before = 0, len(sequence.tokens)
-        first = len(logits) - 1 - len(chunk.guesses)
+        first = -1 - len(chunk.guesses)
         for i, guess in enumerate((*chunk.guesses, None)):
             # A row of its own is a tensor to make, which most tokens need not.
             plain = likeliest and answer.plain
-            event = answer.take(likeliest[i]) if plain else answer.choose(logits[first + i])
+            if plain:
+                event = answer.take(likeliest[i])
+            else:
+                event = answer.choose(_logits(results, place)[first + i])
             sequence.tokens.append(event.token_id)
-            self.metrics.generated_tokens.inc()
             self.owner.emit(sequence, event)
             accepted += event.token_id == guess
             if answer.finish_reason or event.token_id != guess:
                 break
+        won = len(sequence.tokens) - before - 1  # one comes out of any pass
+        self.metrics.generated_tokens.inc(1 + won)
         sequence.computed, sequence.barren = chunk.end + accepted, 0
         self.memory.settle(sequence)
         if self.speculator is not None and chunk.guesses:
-            won = len(sequence.tokens) - before - 1  # one comes out of any pass
             self.speculator.verified(sequence, len(chunk.guesses), accepted, won)
         if answer.finish_reason:
             self.owner.finish(sequence, answer.finish_reason)
@@ -206,25 +212,20 @@ def internal_error() -> Failed:
     return Failed("internal error while generating; the server's log has the details")
 
 
-def _likeliest(chunks: Items[Chunk], results: Items[Tensor | Exception]) -> list[Items[Likeliest]]:
-    """Of each chunk that greedy tokens follow: what is likeliest in each row that foretells one;
-    nothing of others. All in one search, or a step's end would take as long as some of its layers.
-    """
-    found: list[Items[Likeliest]] = [()] * len(chunks)
-    asked = [
-        (i, result[-1 - len(chunk.guesses) :] if len(result) > 1 else result)
-        for i, (chunk, result) in enumerate(zip(chunks, results, strict=True))
-        if isinstance(result, Tensor) and _is_greedy(chunk)
-    ]
-    for (i, _), rows in zip(asked, sampler.likeliest([rows for _, rows in asked]), strict=True):
-        found[i] = rows
-    return found
+def _logits(results: Results, place: int) -> Tensor:
+    result = results[place]
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
-def _is_greedy(chunk: Chunk) -> bool:
-    """Tokens follow, and those that nothing else says otherwise about are the likeliest."""
-    sampling = chunk.sequence.request.sampling
-    return sampling.greedy and sampling.max_tokens > 0 and chunk.end == len(chunk.sequence.tokens)
+def _greedy_rows(chunk: Chunk) -> int:
+    """How many of a chunk's last rows foretell tokens that are the likeliest, if nothing else says
+    otherwise about them."""
+    sequence = chunk.sequence
+    sampling = sequence.request.sampling
+    greedy = sampling.greedy and sampling.max_tokens > 0 and chunk.end == len(sequence.tokens)
+    return 1 + len(chunk.guesses) if greedy else 0
 
 
 def _wants_all_logits(chunk: Chunk) -> bool:

@@ -20,34 +20,42 @@ def test_a_row_is_torchs(isa: str, values: list[float], before: int, behind: int
     """Ties, NaN and infinities anywhere among lanes, pieces and what is left behind them."""
     padding = torch.full((before + behind,), -torch.inf)
     row = torch.cat([padding[:before], torch.tensor(values), padding[before:]])
-    [place], [value] = argmax([row[None]])
+    [place], [value] = argmax(row[None])
     assert place == int(row.argmax())
     assert value == float(row[place]) or math.isnan(value)
     assert math.isnan(value) == bool(row.isnan().any())
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 1024, 1025, 49152])
-def test_rows_of_several_blocks(isa: str, n: int) -> None:
+def test_rows_of_a_block(isa: str, n: int) -> None:
     whole = torch.randn(9, n, generator=torch.Generator().manual_seed(n)).round(decimals=1)
-    places, found = argmax([whole[:1], whole[1:6], whole[6:6], whole[6:]])
+    places, found = argmax(whole)
     assert places == whole.argmax(-1).tolist()
     assert found == whole.amax(-1).tolist()
+    some = [8, 0, 3]
+    assert argmax(whole[:], some) == ([places[i] for i in some], [found[i] for i in some])
+    assert argmax(whole[4:], [1]) == (places[5:6], found[5:6])
 
 
 def test_nothing_is_nothing() -> None:
-    assert argmax([]) == ([], [])
+    assert argmax(torch.zeros(0, 3)) == argmax(torch.zeros(2, 3), []) == ([], [])
 
 
 @pytest.mark.parametrize(
-    "blocks",
+    "block",
     [
-        [torch.zeros(3)],
-        [torch.zeros(2, 0)],
-        [torch.zeros(2, 3, dtype=torch.float64)],
-        [torch.zeros(3, 2).t()],
-        [torch.zeros(2, 3), torch.zeros(2, 4)],
+        torch.zeros(3),
+        torch.zeros(2, 0),
+        torch.zeros(2, 3, dtype=torch.float64),
+        torch.zeros(3, 2).t(),
     ],
 )
-def test_what_is_no_block_of_rows_is_refused(blocks: list[torch.Tensor]) -> None:
+def test_what_is_no_block_of_rows_is_refused(block: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="contiguous fp32"):
-        argmax(blocks)
+        argmax(block)
+
+
+@pytest.mark.parametrize("rows", [[2], [-1], [0, 2]])
+def test_rows_that_are_not_there_are_refused(rows: list[int]) -> None:
+    with pytest.raises(ValueError, match="2 rows has no row"):
+        argmax(torch.zeros(2, 3), rows)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantkit.errors import QuantkitError
+from quantkit.models.pass_logits import PassLogits
 from quantkit.serve import sampler
 from quantkit.serve.request import RequestError, SamplingParams
 
@@ -63,13 +64,20 @@ def test_the_likeliest_of_several_sequences(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
     blocks = [torch.randn(n, 50, generator=generator).to(dtype) for n in (1, 3, 2)]
     blocks[2][0, 7] = torch.nan
-    found = sampler.likeliest(blocks)
-    assert [len(rows) for rows in found] == [1, 3, 2]
+    found = sampler.likeliest([*blocks, RuntimeError("lost")], [1, 3, 2, 1])
+    assert [len(rows) for rows in found] == [1, 3, 2, 0]
     for rows, block in zip(found[:2], blocks[:2], strict=True):
         assert [row.token() for row in rows] == block.argmax(-1).tolist()
     with pytest.raises(sampler.NotFiniteError):
         found[2][0].token()
     assert found[2][1].token() == int(blocks[2][1].argmax())
+
+
+@pytest.mark.parametrize("counts", [[1, 3, 2], [1, 1, 0], [0, 2, 1], [0, 0, 0]])
+def test_the_likeliest_of_a_pass(counts: list[int]) -> None:
+    """What lies together is searched at once, and found as what lies apart."""
+    results = PassLogits(torch.randn(6, 50), [1, 3, 2])
+    assert sampler.likeliest(results, counts) == sampler.likeliest(list(results), counts)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
