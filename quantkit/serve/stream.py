@@ -1,4 +1,4 @@
-"""The async side of the engine: events of one or several requests as an async iterator."""
+"""The async side of the engine: events of one or several requests, as they come."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class EventStream:
-    """Iterates over ``(index, event)``: index counts the requests, events come as they happen.
+    """``(index, event)`` one by one or, by `batch`, all that came since: index counts the requests.
 
     Ends after the terminal event of the last request. Whoever stops reading early must call
-    `close`, which cancels what still runs; calling it at the end does nothing.
+    `close`, which cancels what still runs; calling it at the end does nothing. One task reads.
 
     ``requests`` have passed `Engine.check` and have their grammars. ``observe`` sees each event
     when the event loop gets it, read or not, the terminal ones of closed streams included.
@@ -33,7 +33,8 @@ class EventStream:
         self._engine = engine
         self._observe = observe
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._arrived: list[tuple[int, Event]] = []
+        self._reader: asyncio.Future[None] | None = None
         self._open: dict[int, str] = {}
         try:
             for index, request in enumerate(requests):
@@ -48,15 +49,29 @@ class EventStream:
 
     def arrived(self, index: int, event: Event) -> None:
         """The event loop has an event."""
-        self._queue.put_nowait((index, event))
+        self._arrived.append((index, event))
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
         self._observe(index, event)
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
-        while self._open:
-            index, event = await self._queue.get()
+    async def batch(self) -> list[tuple[int, Event]]:
+        """Wait for an event; returns all that are there, and nothing after the last ones."""
+        if not self._open:
+            return []
+        while not self._arrived:
+            # A queue does the same for any number of readers, at three times the price a token.
+            self._reader = self._loop.create_future()
+            await self._reader
+        batch, self._arrived = self._arrived, []
+        for index, event in batch:
             if isinstance(event, Finished | Failed):
                 self._open.pop(index, None)
-            yield index, event
+        return batch
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
+        while batch := await self.batch():
+            for item in batch:
+                yield item
 
     def close(self) -> None:
         """Cancel whatever has not ended."""

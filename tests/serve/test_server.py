@@ -136,7 +136,7 @@ def test_drain_is_bounded(live, monkeypatch) -> None:
     server.thread.join(10)
     asking.join(5)
     assert server.server.cut == 1
-    assert '"type": "service_unavailable"' in answers[0].text
+    assert '"type":"service_unavailable"' in answers[0].text
     assert answers[0].text.endswith("data: [DONE]\n\n")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from fastapi import Request as HttpRequest
@@ -90,25 +89,27 @@ class Writer:
             "finish_reason": _reason(reason, len(said.calls)),
         }
 
-    async def chunks(self, index: int, event: Event) -> AsyncIterator[Json]:
+    async def chunks(self, index: int, event: Event) -> list[Json]:
         """What one event adds to the stream; the first one of a choice opens it."""
+        found: list[Json] = []
         if index not in self._parsers:
             self._parsers[index] = self.conversation.parser()
             self._calls[index] = 0
-            yield _chunk({"role": "assistant", "content": ""})
+            found.append(_chunk({"role": "assistant", "content": ""}))
         parser = self._parsers[index]
         if isinstance(event, TokenEvent):
             deltas = [self._delta(index, part) for part in parser.push(event.text)]
             if event.logprob is not None:  # it goes with the token's text, or alone
                 logprobs = await self._logprobs([event.logprob])
                 first, *deltas = deltas or [{"content": ""}]
-                yield _chunk(first) | {"logprobs": logprobs}
-            for delta in deltas:
-                yield _chunk(delta)
+                found.append(_chunk(first) | {"logprobs": logprobs})
+            found += map(_chunk, deltas)
         if isinstance(event, Finished):
-            for part in [*parser.push(event.text), *parser.finish(event.reason)]:
-                yield _chunk(self._delta(index, part))
-            yield _chunk({}) | {"finish_reason": _reason(event.reason, self._calls[index])}
+            parts = [*parser.push(event.text), *parser.finish(event.reason)]
+            found += [_chunk(self._delta(index, part)) for part in parts]
+            reason = _reason(event.reason, self._calls[index])
+            found.append(_chunk({}) | {"finish_reason": reason})
+        return found
 
     def _delta(self, index: int, part: Part) -> Json:
         """A part of an answer; a call comes whole, because only a whole one is known to be one."""

@@ -10,7 +10,7 @@ prompt.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
@@ -113,18 +113,19 @@ class Writer:
         }
         return found | self._ids(index, choice.token_ids)
 
-    async def chunks(self, index: int, event: Event) -> AsyncIterator[Json]:
+    async def chunks(self, index: int, event: Event) -> list[Json]:
         """What one event adds to the stream: nothing, if its text is still held back and its id
         is not asked for."""
         echo = self.echoes.pop(index, "")
         scored = list(event.logprobs) if isinstance(event, PromptScored) else []
-        if echo or scored:
-            yield await self._chunk(index, echo, scored)
+        found = [await self._chunk(index, echo, scored)] if echo or scored else []
         if isinstance(event, TokenEvent) and (event.text or event.logprob or self.with_ids):
             chunk = await self._chunk(index, event.text, [event.logprob] if event.logprob else [])
-            yield chunk | self._ids(index, [event.token_id])
+            found.append(chunk | self._ids(index, [event.token_id]))
         if isinstance(event, Finished):
-            yield await self._chunk(index, event.text, []) | {"finish_reason": event.reason}
+            chunk = await self._chunk(index, event.text, [])
+            found.append(chunk | {"finish_reason": event.reason})
+        return found
 
     async def _chunk(self, index: int, text: str, entries: list[TokenLogprob]) -> Json:
         logprobs = await self._logprobs(index, entries) if entries else None

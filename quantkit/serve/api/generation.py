@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Sequence,
+)
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -173,20 +180,19 @@ class Generation:
 
     async def streamed(
         self,
-        render: Callable[[int, Event], AsyncIterator[Json]],
+        render: Callable[[int, Event], Awaitable[Sequence[Json]]],
         object_name: str,
         *,
         include_usage: bool,
     ) -> Response:
-        """Send each event as it comes.
+        """Send what ``render`` makes of each event as it comes.
 
         The status line waits for the first event, so that a request which fails at once gets an
         honest 500 and not a 200 with an error inside.
         """
         stream = await self.service.open(self.http, self.requests, self.prompts)
-        events = aiter(stream)
         try:
-            first = await until_disconnect(self.http.receive, first_event(events))
+            first = await until_disconnect(self.http.receive, begun(stream))
         except ClientGone:
             stream.close()
             return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -198,16 +204,19 @@ class Generation:
             head = self.head | {"object": object_name}
             write = Encoder(head, {"usage": None} if include_usage else {})
             completion_tokens = cached_tokens = 0
-            async for index, event in chain(first, events):
-                if isinstance(event, Failed):
-                    yield encode(failed_body(event))
-                    yield DONE
-                    return
-                if isinstance(event, Finished):
-                    completion_tokens += event.completion_tokens
-                    cached_tokens = max(cached_tokens, event.cached_tokens)
-                async for choice in render(index, event):
-                    yield write(choice | {"index": index})
+            batch = first
+            while batch:
+                for index, event in batch:
+                    if isinstance(event, Failed):
+                        yield encode(failed_body(event))
+                        yield DONE
+                        return
+                    if isinstance(event, Finished):
+                        completion_tokens += event.completion_tokens
+                        cached_tokens = max(cached_tokens, event.cached_tokens)
+                    for choice in await render(index, event):
+                        yield write(choice | {"index": index})
+                batch = await stream.batch()
             if include_usage:
                 total = usage(self.prompt_tokens, completion_tokens, cached_tokens)
                 yield encode(head | {"choices": [], "usage": total})
@@ -243,17 +252,18 @@ async def collect(stream: EventStream, count: int) -> list[Choice]:
     return choices
 
 
-async def first_event(events: AsyncIterator[tuple[int, Event]]) -> tuple[int, Event]:
-    """The first event, if it is no failure: that gets a status of its own."""
-    index, event = await anext(events)
-    if isinstance(event, Failed):
+async def begun(stream: EventStream) -> list[tuple[int, Event]]:
+    """The first events, unless the very first is a failure: that gets a status of its own."""
+    batch = await stream.batch()
+    if isinstance(event := batch[0][1], Failed):
         raise GenerationError(event)
-    return index, event
+    return batch
 
 
 async def chain(
-    first: tuple[int, Event], rest: AsyncIterator[tuple[int, Event]]
+    first: Sequence[tuple[int, Event]], rest: AsyncIterable[tuple[int, Event]]
 ) -> AsyncIterator[tuple[int, Event]]:
-    yield first
+    for item in first:
+        yield item
     async for item in rest:
         yield item

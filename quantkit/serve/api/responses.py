@@ -6,8 +6,7 @@ Nothing is stored: ``previous_response_id`` and ``background`` are refused, and 
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from dataclasses import dataclass, field
 
 from fastapi import Request as HttpRequest
@@ -19,8 +18,8 @@ from quantkit.serve.api.generation import (
     CLIENT_CLOSED_REQUEST,
     Json,
     Service,
+    begun,
     chain,
-    first_event,
     head,
 )
 from quantkit.serve.api.items import Items, NamedEvent
@@ -32,7 +31,7 @@ from quantkit.serve.api.response_schemas import (
     ResponsesRequest,
     joined,
 )
-from quantkit.serve.api.sse import ClientGone, EventStreamResponse, until_disconnect
+from quantkit.serve.api.sse import ClientGone, EventStreamResponse, encode, until_disconnect
 from quantkit.serve.api.tools import FlatFunctionChoice
 from quantkit.serve.events import Event, Failed, Finished, TokenEvent
 from quantkit.serve.request import Request, RequestError
@@ -50,20 +49,19 @@ async def create(service: Service, body: ResponsesRequest, http: HttpRequest) ->
     request = Request(fields["id"], prompt_ids, conversation.sampling(asked))
     writer = Writer(body, fields, conversation)
     stream = await service.open(http, [request], [conversation.said])
-    events = aiter(stream)
     try:
         if not body.stream:
-            document = await until_disconnect(http.receive, writer.whole(events))
+            document = await until_disconnect(http.receive, writer.whole(stream))
             stream.close()
             return JSONResponse(document)
-        first = await until_disconnect(http.receive, first_event(events))
+        first = await until_disconnect(http.receive, begun(stream))
     except ClientGone:
         stream.close()
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     except BaseException:
         stream.close()
         raise
-    return EventStreamResponse(writer.stream(chain(first, events)), stream.close)
+    return EventStreamResponse(writer.stream(chain(first, stream)), stream.close)
 
 
 def messages(body: ResponsesRequest) -> list[Message]:
@@ -125,7 +123,7 @@ class Writer:
     items: Items = field(default_factory=Items)
     _number: int = 0
 
-    async def whole(self, events: AsyncIterator[tuple[int, Event]]) -> Json:
+    async def whole(self, events: AsyncIterable[tuple[int, Event]]) -> Json:
         """The document at the end.
 
         Raises:
@@ -136,7 +134,7 @@ class Writer:
             document = fields.get("response", document)
         return document
 
-    async def stream(self, events: AsyncIterator[tuple[int, Event]]) -> AsyncGenerator[bytes, None]:
+    async def stream(self, events: AsyncIterable[tuple[int, Event]]) -> AsyncGenerator[bytes, None]:
         """Typed events as bytes."""
         try:
             async for kind, fields in self.events(events):
@@ -147,7 +145,7 @@ class Writer:
             failed["error"] = {"code": "server_error", "message": message}
             yield self._encode("response.failed", {"response": failed})
 
-    async def events(self, events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[NamedEvent]:
+    async def events(self, events: AsyncIterable[tuple[int, Event]]) -> AsyncIterator[NamedEvent]:
         """The response grows item by item and part by part; the last event holds all of it.
 
         Raises:
@@ -188,8 +186,7 @@ class Writer:
     def _encode(self, kind: str, fields: Json) -> bytes:
         body = {"type": kind, "sequence_number": self._number} | fields
         self._number += 1
-        text = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
-        return b"event: " + kind.encode() + b"\ndata: " + text + b"\n\n"
+        return b"event: " + kind.encode() + b"\n" + encode(body)
 
     def _format(self) -> Json:
         asked = self.body.text and self.body.text.format

@@ -12,8 +12,11 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from quantkit.serve.api.protocol import PIECES, WritePiece
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
@@ -44,11 +47,11 @@ class Encoder:
 
 
 def _json(value: dict[str, Any]) -> bytes:
-    return _ENCODER.encode(value).encode("utf-8", "replace")
-
-
-#: ``json.dumps`` with any option but its own makes one of these each time.
-_ENCODER = json.JSONEncoder(ensure_ascii=False)
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # half of a surrogate pair, which a client may send and have echoed
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        return text.encode("utf-8", "replace")
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -89,16 +92,19 @@ class EventStreamResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await until_disconnect(receive, self._send(send))
+            await until_disconnect(receive, self._send(send, scope))
         except (ClientGone, OSError):
             pass
         finally:
             self.close()
 
-    async def _send(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
+    async def _send(self, send: Send, scope: Scope) -> None:
+        async def usual(chunk: bytes) -> None:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+        write: WritePiece = scope.get("extensions", {}).get(PIECES, usual)
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with aclosing(self.chunks) as chunks:
             async for chunk in chunks:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await write(chunk)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
