@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
 import httpx
+import orjson
 
 from quantkit.errors import QuantkitError
 from quantkit.loadtest.answer import Answer, Fate
 from quantkit.loadtest.ask import Ask
-from quantkit.loadtest.plain_http import PlainTransport
+from quantkit.loadtest.plain_http import PIECES, PlainTransport
 
 #: Statuses of a server that refuses because of load.
 SHED = (429, 503)
@@ -62,6 +62,7 @@ class Client:
         self._headers = {t: {"Authorization": f"Bearer {key}"} for t, key in (keys or {}).items()}
         self._http = httpx.AsyncClient(
             base_url=base,
+            headers={"Accept-Encoding": "identity"},  # pieces are read as they come
             transport=None if base.startswith("https:") else PlainTransport(),
             timeout=timeout,
             # How many are under way is the test's business; a pool would queue them unseen.
@@ -129,15 +130,15 @@ class Client:
         return answer
 
     async def _read(self, response: httpx.Response, answer: Answer) -> None:
-        """Note when pieces come, until the stream says that it is over."""
+        """Read an answer to its end, and look at it then: the server needs the cores until then."""
         usage: dict[str, Any] | None = None
         finished = named = False
-        async for line in _lines(response):
+        for when, line in _lines(await _pieces(response)):
             if not line.startswith(b"data:"):
                 continue
             data = line.removeprefix(b"data:").strip()
             if data == b"[DONE]":
-                continue  # read on: a connection whose body is read can be used again
+                continue
             doc = _parse(data)
             if doc.get("error"):
                 _end(answer, "failed", _short(str(doc["error"])))
@@ -146,7 +147,7 @@ class Client:
                 # Where tokens are named, text without one is what an earlier one held back.
                 named = named or "token_ids" in choice
                 if choice.get("token_ids") if named else choice.get("text"):
-                    answer.chunks.append(self.now)
+                    answer.chunks.append(when - self._start)
                 finished = finished or choice.get("finish_reason") is not None
             usage = _usage(doc) or usage
         if not finished or not answer.chunks:
@@ -172,23 +173,29 @@ def token_body(ask: Ask, model: str) -> dict[str, Any]:
     }
 
 
-async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
-    """Of the body, as they come; the last may lack its end."""
-    rest = b""
-    async for piece in response.aiter_bytes():
+async def _pieces(response: httpx.Response) -> list[tuple[float, bytes]]:
+    """All of the body, with the times (``time.perf_counter``) when it came."""
+    if (noted := response.extensions.get(PIECES)) is None:
+        return [(time.perf_counter(), piece) async for piece in response.aiter_bytes()]
+    await response.aread()
+    return list(noted)
+
+
+def _lines(pieces: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+    """Each line of a body and when its end came; the last may lack its end."""
+    rest, when = b"", 0.0
+    for when, piece in pieces:
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
-            yield line
-    yield rest
+            yield when, line
+    yield when, rest
 
 
 def _parse(data: bytes) -> dict[str, Any]:
     try:
-        doc = json.loads(data)
+        doc = orjson.loads(data)
     except ValueError as error:
         raise QuantkitError(f"the server sent {_said(data)!r}, which is not JSON") from error
-    except RecursionError as error:
-        raise QuantkitError(f"the server sent {_said(data)!r}, nested too deeply") from error
     if not isinstance(doc, dict):
         raise QuantkitError(f"the server sent {_said(data)!r}, which is not a JSON object")
     return doc

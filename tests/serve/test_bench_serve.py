@@ -129,7 +129,7 @@ def test_time_counts_from_when_a_request_was_due(live, monkeypatch) -> None:
     async def measure() -> list[Answer]:
         async with Client(server.url, "tiny") as client:
             asyncio.get_running_loop().call_later(0.5, go_on.set)
-            return await open_loop(client, [Ask(0.0, "", (1, 2), 3), Ask(0.1, "", (3,), 3)])
+            return await open_loop(client, [Ask(0.0, "", (1, 2), 3), Ask(0.1, "", (3,), 90)])
 
     answers = asyncio.run(measure())
     assert [answer.due for answer in answers] == [0.0, 0.1]
@@ -318,7 +318,7 @@ DEEP = 100_000 * "["
     ["{", "5", DEEP, '{"choices": [1]}', '{"choices": 5}', '{"choices": {"a": 1}}'],
 )
 def test_what_is_no_event_is_refused(data: str) -> None:
-    with pytest.raises(QuantkitError, match=r"which is not|nested too deeply"):
+    with pytest.raises(QuantkitError, match="which is not"):
         ask_once(200, [data])
 
 
