@@ -128,10 +128,10 @@ struct AttentionJob {
   int64_t state_floats;
 };
 
-// Some tokens of one sequence times one key-value head, over some spans.
+// Some tokens of one sequence times some key-value heads, over some spans.
 struct AttentionUnit {
   const int32_t* pages;
-  int64_t kv_head;
+  int64_t kv_head, end_head;
   int64_t token, tokens;    // rows of the batch
   int64_t position;         // of the first of them in its sequence
   int64_t first_span, end_span;

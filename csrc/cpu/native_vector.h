@@ -2,7 +2,7 @@
 // compiler's vector extension: 16 lanes with AVX-512, 8 with AVX2, 4 otherwise. And rounding to
 // the codes of solvers.h.
 //
-// Files that include this are compiled with -ffp-contract=off: a fused product only where it says
+// Solvers include this in files compiled with -ffp-contract=off: a fused product only where it says
 // fma, so that codes are those of separate multiplications and additions.
 #pragma once
 

@@ -56,9 +56,11 @@ int64_t AttentionPlan::measure(const qk_sequences& s, int64_t window) {
   for (int64_t i = 0; i < s.count; ++i) {
     if (new_tokens(s, i) != 1) continue;
     const Spans spans = spans_of(s.past[i], window);
-    single_spans += (spans.end - spans.first) * kv_heads_;
+    single_spans += spans.end - spans.first;
   }
-  const int64_t share = single_spans / (num_threads() * kUnitsAThread);
+  const int64_t wanted = num_threads() * kUnitsAThread;
+  heads_a_unit_ = single_spans < wanted ? 1 : kv_heads_;
+  const int64_t share = single_spans * (kv_heads_ / heads_a_unit_) / wanted;
   spans_a_unit_ = share < 1 ? 1 : share;
   own_spans_.assign(static_cast<size_t>(s.count), 0);
   own_offset_.assign(static_cast<size_t>(s.count), 0);
@@ -91,7 +93,8 @@ void AttentionPlan::cut(const qk_sequences& s, int64_t window, float* partials) 
       if (own_spans_[static_cast<size_t>(i)] > 0) {
         unit.partials = partials + own_offset_[static_cast<size_t>(i)];
       }
-      for (unit.kv_head = 0; unit.kv_head < kv_heads_; ++unit.kv_head) {
+      for (unit.kv_head = 0; unit.kv_head < kv_heads_; unit.kv_head += heads_a_unit_) {
+        unit.end_head = unit.kv_head + heads_a_unit_;
         for (int64_t first = spans.first; first < spans.end; first += spans_a_unit_) {
           unit.first_span = first;
           unit.end_span = first + spans_a_unit_ < spans.end ? first + spans_a_unit_ : spans.end;
@@ -107,7 +110,10 @@ void AttentionPlan::cut(const qk_sequences& s, int64_t window, float* partials) 
       unit.position = s.past[i] + t;
       unit.first_span = spans_of(unit.position, window).first;
       unit.end_span = spans_of(unit.position + unit.tokens - 1, window).end;
-      for (unit.kv_head = 0; unit.kv_head < kv_heads_; ++unit.kv_head) units_.push_back(unit);
+      for (unit.kv_head = 0; unit.kv_head < kv_heads_; ++unit.kv_head) {
+        unit.end_head = unit.kv_head + 1;
+        units_.push_back(unit);
+      }
     }
   }
 }

@@ -47,8 +47,9 @@ struct RaggedRows {
 
 // Attention cut into units.
 //
-// A single new token is a unit a head, or several when there are too few for the threads: then each
-// of its spans leaves a state of its own, and finish_row merges them.
+// A single new token is a unit, because the heads of a page lie side by side. Where there are too
+// few for the threads it is a unit a head, or several: then each of its spans leaves a state of its
+// own, and finish_row merges them.
 class AttentionPlan {
  public:
   AttentionPlan(int64_t heads, int64_t kv_heads, int64_t head_dim)
@@ -69,7 +70,7 @@ class AttentionPlan {
 
  private:
   int64_t heads_, kv_heads_, head_dim_;
-  int64_t spans_a_unit_ = 1;
+  int64_t spans_a_unit_ = 1, heads_a_unit_ = 1;
   std::vector<AttentionUnit> units_;
   std::vector<int64_t> own_spans_;   // of each sequence: states of its own, 0 for none
   std::vector<int64_t> own_offset_;  // and where they begin

@@ -12,22 +12,30 @@ namespace {
 
 // exp(x) to about 2 ulp, for x clamped to where the result is a normal number (Cephes expf: x =
 // n ln 2 + r, a polynomial of degree 5 in r, times 2^n). A NaN passes the comparisons and stays one.
-inline float exp_approx(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
-  const float n = shifted - 12582912.0f;
-  float r = x - n * 0.693359375f;
+// T is float, or a vector of them with Bits its lanes' bits.
+template <class T, class Bits>
+[[gnu::always_inline]] inline T exp_of(T x) {
+  const T low = T{} - 87.0f, high = T{} + 88.0f;
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const T shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+  const T n = shifted - 12582912.0f;
+  T r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
+  T p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  const float y = p * (r * r) + r + 1.0f;
-  return y * float_of(0x3f800000u + (bits_of(shifted) << 23));
+  const T y = p * (r * r) + r + 1.0f;
+  Bits bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + 0x3f800000u;
+  T power;
+  std::memcpy(&power, &bits, sizeof power);
+  return y * power;
 }
+inline float exp_approx(float x) { return exp_of<float, uint32_t>(x); }
 
 inline void add_row(float* x, const float* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] += y[i];

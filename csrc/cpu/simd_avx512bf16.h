@@ -14,6 +14,11 @@ struct Bf16Math : F32Math {
   using Word = __m512i;
   static constexpr int kCodesPerWord = 2;
 
+  // Rounded to nearest even.
+  static void store_bf16(uint16_t* p, Acc a) {
+    const __m256bh half = _mm512_cvtneps_pbh(a);
+    std::memcpy(p, &half, sizeof half);
+  }
   static Word load_word(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static void store_word(uint8_t* p, Word w) { _mm512_storeu_si512(p, w); }
   static Word splat_word(const uint8_t* p) {
