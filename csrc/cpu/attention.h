@@ -354,22 +354,26 @@ void run_attention(const AttentionJob& job, const AttentionUnit& unit, uint8_t* 
   }
 }
 
-// The place of element [row, column] in a page seen as a packed weight of `rows` rows.
-inline int64_t page_offset(int64_t row, int64_t column, int64_t rows, int64_t bytes) {
-  const int64_t codes = 4 / bytes;
-  return ((column / codes * (rows / kBlockRows) + row / kBlockRows) * kBlockRows +
-          row % kBlockRows) * 4 + column % codes * bytes;
+// One token's codes of one head into its page: a key is a row of a packed weight
+// [QK_PAGE_TOKENS, head_dim], 4 bytes of it every so often; a value a column of one
+// [head_dim, QK_PAGE_TOKENS], a code every 4 bytes, because all its blocks lie side by side.
+template <class T>
+inline void scatter(const T* from, uint8_t* page, int64_t slot, int64_t head_dim, bool value) {
+  constexpr int64_t kBytes = sizeof(T), kCodes = 4 / kBytes;
+  if (value) {
+    uint8_t* to = page + slot / kCodes * head_dim * 4 + slot % kCodes * kBytes;
+    for (int64_t d = 0; d < head_dim; ++d) std::memcpy(to + 4 * d, from + d, kBytes);
+  } else {
+    uint8_t* to = page + 4 * slot;
+    for (int64_t d = 0; d < head_dim; d += kCodes, to += 4 * QK_PAGE_TOKENS) {
+      std::memcpy(to, from + d, 4);
+    }
+  }
 }
 
-template <class T>
-inline void scatter(const T* from, uint8_t* key_page, uint8_t* value_page, int64_t slot,
-                    int64_t head_dim, bool value) {
-  constexpr int64_t kBytes = sizeof(T);
-  for (int64_t d = 0; d < head_dim; ++d) {
-    uint8_t* to = value ? value_page + page_offset(d, slot, head_dim, kBytes)
-                        : key_page + page_offset(slot, d, QK_PAGE_TOKENS, kBytes);
-    std::memcpy(to, from + d, kBytes);
-  }
+// Whether bf16, and so every type of a page, holds these values.
+inline bool finite_as_bf16(const float* x, int64_t n) {
+  return bits_of(absmax(x, n)) < 0x7f7f8000u;  // from here on bf16 rounds to an infinity
 }
 
 // Writes one token's key or value of one head. `scale` is where its scale goes (8-bit types); it is
@@ -380,10 +384,10 @@ inline void write_page(const float* x, int64_t head_dim, int32_t dtype, int64_t 
   uint8_t bytes[512];
   uint16_t half[512];
   switch (dtype) {
-    case QK_KV_F32: return scatter(x, page, page, slot, head_dim, value);
+    case QK_KV_F32: return scatter(x, page, slot, head_dim, value);
     case QK_KV_BF16:
       bf16_words_row(x, head_dim, half);
-      return scatter(half, page, page, slot, head_dim, value);
+      return scatter(half, page, slot, head_dim, value);
     case QK_KV_INT8: {
       const bool ours = given != 0.0f && __builtin_isfinite(absmax(x, head_dim));
       int8_row(x, head_dim, head_dim, ours ? given : 0.0f,
@@ -399,14 +403,15 @@ inline void write_page(const float* x, int64_t head_dim, int32_t dtype, int64_t 
       to_fp8(scaled, head_dim, bytes);
     }
   }
-  scatter(bytes, page, page, slot, head_dim, value);
+  scatter(bytes, page, slot, head_dim, value);
 }
 
 template <class Math, class F32, class B16, class I8, class F8>
 AttentionKernel attention_kernel() {
   using Any = Attention<Math, B16>;
   return {Math::kCodesPerWord, Any::scratch_bytes, run_attention<Math, F32, B16, I8, F8>,
-          Any::clear_state,    Any::merge_state,   Any::finish_state, write_page};
+          Any::clear_state,    Any::merge_state,   Any::finish_state,
+          write_page,          finite_as_bf16};
 }
 
 }  // namespace

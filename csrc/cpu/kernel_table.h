@@ -148,6 +148,7 @@ struct AttentionKernel {
   void (*finish_state)(const float* state, int64_t head_dim, float* out);
   void (*write_page)(const float* x, int64_t head_dim, int32_t dtype, int64_t slot, bool value,
                      float given, uint8_t* page, float* scale);
+  bool (*finite_as_bf16)(const float* x, int64_t n);
 };
 
 struct KernelTable {

@@ -3,24 +3,9 @@
 #include <cmath>
 #include <cstring>
 
-#include "numeric.h"
 #include "thread_pool.h"
 
 namespace quantkit {
-namespace {
-
-// Whether bf16, and so every type of a page, holds these values.
-bool finite_as_bf16(const float* x, int64_t n) {
-  uint32_t most = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t magnitude = bits_of(x[i]) & 0x7fffffffu;
-    most = magnitude > most ? magnitude : most;
-  }
-  return most < 0x7f7f8000u;  // from here on bf16 rounds to an infinity
-}
-
-}  // namespace
-
 KvPages::KvPages(const qk_kv_cache& cache, int64_t layer, int64_t kv_heads, int64_t head_dim)
     : dtype(cache.dtype),
       kv_heads(kv_heads),
@@ -62,7 +47,7 @@ void store_token(const AttentionKernel& kernel, const KvPages& kv, int64_t page,
   for (int64_t h = 0; h < kv.kv_heads; ++h) {
     float* key = keys + h * kv.head_dim;
     const float* value = values + h * kv.head_dim;
-    if (!finite_as_bf16(value, kv.head_dim)) {
+    if (!kernel.finite_as_bf16(value, kv.head_dim)) {
       for (int64_t i = 0; i < kv.head_dim; ++i) key[i] = NAN;
       value = zeros;
     }

@@ -140,6 +140,27 @@ inline void round_bf16_row(const float* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = bf16_to_f32(f32_to_bf16(x[i]));
 }
 
+// x * inverse as int8, rounded half to even. A NaN becomes -128: the scale holds it already.
+inline void int8_codes(const float* x, int64_t n, float inverse, int8_t* q) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  const __m512 most = _mm512_set1_ps(127.0f);
+  for (; i + 16 <= n; i += 16) {
+    // Of a minimum with a NaN the second operand is left, of its conversion the least integer.
+    const __m512 f = _mm512_min_ps(most, _mm512_mul_ps(_mm512_loadu_ps(x + i),
+                                                       _mm512_set1_ps(inverse)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i),
+                     _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(f)));
+  }
+#endif
+  for (; i < n; ++i) {
+    float f = x[i] * inverse;
+    f = f > -128.0f ? f : -128.0f;
+    f = f < 127.0f ? f : 127.0f;
+    q[i] = static_cast<int8_t>(bits_of(f + 12582912.0f));
+  }
+}
+
 // Symmetric int8 with a scale for each `group` columns: absmax / 127.5, as compressed-tensors has
 // it. `given` replaces it when it is not 0. scale[g] is written for each group.
 //
@@ -155,15 +176,7 @@ inline void int8_row(const float* x, int64_t n, int64_t group, float given, int8
       if (s < 1.17549435e-38f) s = 1.0f;
     }
     scale[g] = s;
-    const float inverse = 1.0f / s;
-    const float* v = x + first;
-    int8_t* out = q + first;
-    for (int64_t i = 0; i < count; ++i) {
-      float f = v[i] * inverse;
-      f = f > -128.0f ? f : -128.0f;  // a NaN, too: the scale holds it already
-      f = f < 127.0f ? f : 127.0f;
-      out[i] = static_cast<int8_t>(bits_of(f + 12582912.0f));
-    }
+    int8_codes(x + first, count, 1.0f / s, q + first);
   }
 }
 
@@ -192,7 +205,15 @@ inline void int8_sums_row(const int8_t* q, int64_t n, int64_t step, int32_t* sum
   for (int64_t first = 0, s = 0; first < n; first += step, ++s) {
     const int64_t end = step < n - first ? first + step : n;
     int32_t total = 0;
-    for (int64_t i = first; i < end; ++i) total += q[i];
+    int64_t i = first;
+#if defined(__AVX512VNNI__)
+    __m512i part = _mm512_setzero_si512();
+    for (; i + 64 <= end; i += 64) {
+      part = _mm512_dpbusd_epi32(part, _mm512_set1_epi8(1), _mm512_loadu_si512(q + i));
+    }
+    total = _mm512_reduce_add_epi32(part);
+#endif
+    for (; i < end; ++i) total += q[i];
     sums[s] = total;
   }
 }
