@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 from tool_helpers import tool_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from quantkit.serve.detokenizer import REPLACEMENT, Detokenizer, StopStrings
+from quantkit.serve.detokenizer import REPLACEMENT, Detokenizer, StopStrings, reader
 
 
 def stream(tokenizer, ids: list[int], prompt: tuple[int, ...] = ()) -> list[str]:
@@ -24,6 +24,21 @@ def test_pieces_add_up(tokenizer, text: str) -> None:
     assert "".join(pieces) == text
     if REPLACEMENT not in text:
         assert not any(REPLACEMENT in piece for piece in pieces), "half a character got out"
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_tokenizer_is_read_as_it_decodes(tokenizer, skip: bool) -> None:
+    """Past its wrapper, unless that has something to say."""
+
+    class Loud(PreTrainedTokenizerFast):
+        def _decode(self, *arguments, **options) -> str:
+            return super()._decode(*arguments, **options).upper()
+
+    ids = [*tokenizer.encode("The quick"), *tokenizer.all_special_ids]
+    expected = tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+    assert reader(tokenizer, skip_special_tokens=skip)(ids) == expected
+    loud = Loud(tokenizer_object=tokenizer.backend_tokenizer)
+    assert reader(loud, skip_special_tokens=skip)(ids) == expected.upper()
 
 
 @given(ids=st.lists(st.integers(2, 260), max_size=120))
