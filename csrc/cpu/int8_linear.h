@@ -278,7 +278,7 @@ struct Int8Linear {
         chunk += at.step;
 #pragma GCC unroll 2
         for (int i = 0; i < lines.value; ++i, ahead.line += Ahead::kLine) {
-          __builtin_prefetch(ahead.line, 0, 2);
+          __builtin_prefetch(ahead.line, 0, 3);
         }
       };
       const auto run = [&](auto lines) __attribute__((always_inline)) {

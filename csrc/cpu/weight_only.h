@@ -56,7 +56,7 @@ struct WeightOnly {
       const uint8_t* chunk = packed + w / kSteps * step;
 #pragma GCC unroll 4
       for (int b = 0; b < NB; ++b) {
-        if constexpr (kAhead) __builtin_prefetch(ahead + (chunk - packed) + b * kChunkBytes, 0, 2);
+        if constexpr (kAhead) __builtin_prefetch(ahead + (chunk - packed) + b * kChunkBytes, 0, 3);
         Word weight[kSteps];
         decode(chunk + b * kChunkBytes, weight);
 #pragma GCC unroll 8
