@@ -17,86 +17,15 @@
 #include <optional>
 #include <vector>
 
-#include "int8_job.h"
 #include "kernel_table.h"
 #include "kv_pages.h"
 #include "numeric.h"
+#include "projection.h"
 #include "ragged.h"
 
 using namespace quantkit;
 
 namespace {
-
-// Memory that grows and is never given back, aligned to cache lines.
-class Buffer {
- public:
-  ~Buffer() { std::free(memory_); }
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-
-  template <class T>
-  T* get(int64_t count) {
-    const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 127) / 64 * 64;
-    if (bytes > bytes_) {
-      std::free(memory_);
-      memory_ = std::aligned_alloc(64, static_cast<size_t>(bytes));
-      bytes_ = memory_ == nullptr ? 0 : bytes;
-      if (memory_ == nullptr) throw std::bad_alloc();
-    }
-    return static_cast<T*>(memory_);
-  }
-
- private:
-  void* memory_ = nullptr;
-  int64_t bytes_ = 0;
-};
-
-// What a row must become before a product: codes with scales and sums, or words with sums.
-struct Form {
-  bool integer = false;
-  int32_t activation = QK_ACT_FLOAT;
-  int64_t k = 0, padded_k = 0;
-  int64_t act_group = 0;
-  float act_scale = 0.0f;
-  int32_t format = 0;    // integer: the order of the codes
-  int64_t step = 0, steps = 0;
-  float unit = 1.0f;
-  bool words_bf16 = false;
-  int64_t sum_step = 0;  // floats: columns of a sum for zero points, 0 for none
-
-  bool operator==(const Form& o) const {
-    return integer == o.integer && activation == o.activation && k == o.k &&
-           padded_k == o.padded_k && act_group == o.act_group && act_scale == o.act_scale &&
-           format == o.format && step == o.step && steps == o.steps && unit == o.unit &&
-           words_bf16 == o.words_bf16 && sum_step == o.sum_step;
-  }
-  int64_t row_bytes() const {
-    const int64_t bytes = integer ? padded_k : padded_k * (words_bf16 ? 2 : 4);
-    return ceil_div(bytes, 64) * 64;
-  }
-  int64_t sums() const { return sum_step > 0 ? ceil_div(padded_k, sum_step) : 0; }
-};
-
-struct FormMemory {
-  Buffer bytes, scales, sums;
-};
-
-struct Part {
-  int form = 0;
-  int64_t offset = 0;  // columns of y before this part's
-  int64_t blocks = 0;
-  Int8Job integer{};   // of forms with integer == true; packed is NULL otherwise
-  qk_weight_only_args args;
-  WeightOnlyJob job;
-  const WeightOnlyKernel* kernel = nullptr;
-};
-
-struct Projection {
-  std::vector<Part> parts;
-  std::vector<Form> forms;
-  int64_t n = 0, blocks = 0;
-};
 
 struct Layer {
   qk_decoder_layer spec;
@@ -131,109 +60,21 @@ struct qk_decoder {
   std::vector<Layer> layers;
   Projection head;
   const KernelTable* table;
+  std::optional<Projector> projector;
   const AttentionKernel* attention;
-  int64_t widest = 0;  // columns of the widest input
 
   // Of the pass that runs.
   const qk_batch* batch = nullptr;
   qk_sequences sequences{};
   std::optional<RaggedRows> places;  // of the rows
   int64_t rows = 0;
-  FormMemory forms[3];
   Buffer residual, y, queries, states, partials, normed;
   std::optional<AttentionPlan> plan;
   int64_t times[QK_PARTS] = {};
 
   bool bf16() const { return config.precision == QK_PRECISION_BF16; }
-  float* row(Buffer& buffer, int64_t m, int64_t width) { return buffer.get<float>(0) + m * width; }
 
   // ---- construction ------------------------------------------------------------------------
-
-  int add_linear(const qk_linear& linear, Projection* out) {
-    if (linear.n <= 0 || linear.k <= 0 || linear.group_size <= 0) return QK_INVALID_ARGUMENT;
-    if (linear.packed == nullptr || linear.scale == nullptr) return QK_INVALID_ARGUMENT;
-    if (linear.format < QK_W4 || linear.format > QK_F32W) return QK_UNSUPPORTED;
-    if (linear.format == QK_W4 && linear.lut == nullptr) return QK_INVALID_ARGUMENT;
-    if (linear.scale_dtype != QK_F32 && linear.scale_dtype != QK_BF16) return QK_UNSUPPORTED;
-    if (linear.group_size < linear.k && linear.group_size % 16 != 0) return QK_INVALID_ARGUMENT;
-    Part part;
-    part.offset = out->n;
-    part.blocks = ceil_div(linear.n, kBlockRows);
-    Form form;
-    form.activation = linear.activation;
-    form.k = linear.k;
-    form.act_group = linear.act_group <= 0 || linear.act_group > linear.k ? linear.k
-                                                                          : linear.act_group;
-    form.integer = linear.activation == QK_ACT_INT8 || linear.activation == QK_ACT_INT8_STATIC;
-    if (linear.activation == QK_ACT_INT8_STATIC || linear.activation == QK_ACT_FP8_STATIC) {
-      if (!(linear.act_scale > 0.0f)) return QK_INVALID_ARGUMENT;
-      form.act_scale = linear.act_scale;  // 0 asks for a dynamic one
-    }
-    if (form.integer) {
-      if (!make_int8_job({linear.format, linear.n, linear.k, linear.group_size, form.act_group,
-                          linear.packed, linear.lut, linear.scale, linear.scale_dtype, 1,
-                          linear.scale_stride, linear.zero, 1, linear.scale_stride},
-                         table->int8, &part.integer)) {
-        return QK_UNSUPPORTED;
-      }
-      if (part.integer.step > 131071) return QK_INVALID_ARGUMENT;
-      part.integer.bias = linear.bias;
-      part.integer.bias_dtype = QK_F32;
-      part.integer.y_dtype = QK_F32;
-      form.padded_k = part.integer.padded_k;
-      form.format = linear.format;
-      form.step = part.integer.step;
-      form.steps = part.integer.steps;
-      form.unit = part.integer.unit;
-    } else {
-      const bool words_bf16 =
-          bf16() && table->bf16.run != nullptr && linear.format != QK_F32W;
-      part.kernel = words_bf16 ? &table->bf16 : &table->f32;
-      part.args = qk_weight_only_args{};
-      part.args.x_dtype = QK_F32;  // of y
-      part.args.format = linear.format;
-      part.args.n = linear.n;
-      part.args.k = linear.k;
-      part.args.group_size = linear.group_size;
-      part.args.packed = linear.packed;
-      part.args.lut = linear.lut;
-      part.args.scale = linear.scale;
-      part.args.scale_dtype = linear.scale_dtype;
-      part.args.scale_stride_n = part.args.zero_stride_n = 1;
-      part.args.scale_stride_g = part.args.zero_stride_g = linear.scale_stride;
-      part.args.zero = linear.zero;
-      part.args.bias = linear.bias;
-      part.args.bias_dtype = QK_F32;
-      part.job = WeightOnlyJob{};
-      const int64_t codes = chunk_codes(linear.format);
-      part.job.padded_k = ceil_div(linear.k, codes) * codes;
-      part.job.groups = linear.group_size >= linear.k ? 1 : ceil_div(linear.k, linear.group_size);
-      part.job.group_size = part.job.groups == 1 ? part.job.padded_k : linear.group_size;
-      part.job.blocks = part.blocks;
-      part.job.chunks = part.job.padded_k / codes;
-      form.padded_k = part.job.padded_k;
-      form.words_bf16 = words_bf16;
-      form.sum_step = linear.zero == nullptr ? 0 : part.job.group_size;
-    }
-    for (part.form = 0; part.form < static_cast<int>(out->forms.size()); ++part.form) {
-      if (out->forms[static_cast<size_t>(part.form)] == form) break;
-    }
-    if (part.form == static_cast<int>(out->forms.size())) out->forms.push_back(form);
-    out->parts.push_back(part);
-    out->n += linear.n;
-    out->blocks += part.blocks;
-    widest = form.padded_k > widest ? form.padded_k : widest;
-    return QK_OK;
-  }
-
-  int add_projection(const qk_projection& from, int64_t n, int64_t k, Projection* out) {
-    if (from.parts == nullptr || from.count < 1 || from.count > 3) return QK_INVALID_ARGUMENT;
-    for (int i = 0; i < from.count; ++i) {
-      if (from.parts[i].k != k) return QK_INVALID_ARGUMENT;
-      if (const int status = add_linear(from.parts[i], out)) return status;
-    }
-    return out->n == n ? QK_OK : QK_INVALID_ARGUMENT;
-  }
 
   int build(const qk_decoder_layer* from) {
     const qk_decoder_config& c = config;
@@ -249,6 +90,7 @@ struct qk_decoder {
     attention = bf16() && table->attention_bf16.run != nullptr ? &table->attention_bf16
                                                                : &table->attention_f32;
     plan.emplace(c.heads, c.kv_heads, c.head_dim);
+    projector.emplace(*table, bf16());
     layers.resize(static_cast<size_t>(c.layers));
     const int64_t q_width = c.heads * c.head_dim;
     for (int64_t i = 0; i < c.layers; ++i) {
@@ -258,165 +100,19 @@ struct qk_decoder {
           from[i].rope_cos == nullptr || from[i].rope_sin == nullptr) {
         return QK_INVALID_ARGUMENT;
       }
-      int status = add_projection(from[i].qkv, q_width + 2 * c.kv_heads * c.head_dim, c.hidden,
+      int status = projector->add(from[i].qkv, q_width + 2 * c.kv_heads * c.head_dim, c.hidden,
                                   &layer.qkv);
       if (status == QK_OK) {
-        status = add_projection(from[i].attention_out, c.hidden, q_width, &layer.attention_out);
+        status = projector->add(from[i].attention_out, c.hidden, q_width, &layer.attention_out);
       }
       if (status == QK_OK) {
-        status = add_projection(from[i].gate_up, 2 * c.ffn, c.hidden, &layer.gate_up);
+        status = projector->add(from[i].gate_up, 2 * c.ffn, c.hidden, &layer.gate_up);
       }
-      if (status == QK_OK) status = add_projection(from[i].down, c.hidden, c.ffn, &layer.down);
+      if (status == QK_OK) status = projector->add(from[i].down, c.hidden, c.ffn, &layer.down);
       if (status != QK_OK) return status;
     }
     const qk_projection only{&c.head, 1};
-    return add_projection(only, c.vocab, c.hidden, &head);
-  }
-
-  // ---- products ----------------------------------------------------------------------------
-
-  void reserve_forms(const Projection& p, int64_t m) {
-    for (size_t i = 0; i < p.forms.size(); ++i) {
-      const Form& form = p.forms[i];
-      forms[i].bytes.get<uint8_t>(m * form.row_bytes());
-      if (form.integer) {
-        forms[i].scales.get<float>(m * form.steps);
-        forms[i].sums.get<int32_t>(m * form.steps);
-      } else {
-        forms[i].sums.get<float>(m * form.sums());
-      }
-    }
-  }
-
-  // Row m of the input of a projection, in each form that its parts want.
-  void fill_forms(const Projection& p, const float* x, int64_t m) {
-    for (size_t i = 0; i < p.forms.size(); ++i) fill_form(p.forms[i], x, m, &forms[i]);
-  }
-
-  void fill_form(const Form& form, const float* x, int64_t m, FormMemory* memory) {
-    const RowKernels& r = table->rows;
-    uint8_t* bytes = memory->bytes.get<uint8_t>(0) + m * form.row_bytes();
-    // Room for a row of floats and one of bytes; reserved by reserve_row.
-    float* spare = static_cast<float*>(scratch(kRowSlot, row_scratch()));
-    if (form.integer) {
-      int8_t* q = reinterpret_cast<int8_t*>(spare);
-      float* scale = spare + widest;
-      r.int8(x, form.k, form.act_group, form.act_scale, q, scale);
-      table->int8.order_row(q, form.k, form.padded_k, form.format, bytes);
-      r.int8_sums(q, form.k, form.step, memory->sums.get<int32_t>(0) + m * form.steps);
-      float* out = memory->scales.get<float>(0) + m * form.steps;
-      for (int64_t s = 0; s < form.steps; ++s) {
-        out[s] = scale[s * form.step / form.act_group] / form.unit;
-      }
-      return;
-    }
-    if (form.activation != QK_ACT_FLOAT) {
-      r.fp8(x, form.k, form.act_group, form.act_scale, spare);
-      x = spare;
-    }
-    const int64_t padding = form.padded_k - form.k;
-    if (form.words_bf16) {
-      uint16_t* words = reinterpret_cast<uint16_t*>(bytes);
-      r.bf16_words(x, form.k, words);
-      std::memset(words + form.k, 0, static_cast<size_t>(padding) * 2);
-    } else {
-      float* words = reinterpret_cast<float*>(bytes);
-      if (bf16()) {
-        r.round_bf16(x, form.k, words);
-      } else {
-        std::memcpy(words, x, static_cast<size_t>(form.k) * 4);
-      }
-      std::memset(words + form.k, 0, static_cast<size_t>(padding) * 4);
-    }
-    if (form.sum_step > 0) {
-      if (bf16()) {
-        r.round_bf16(x, form.k, spare);
-        x = spare;
-      }
-      r.float_sums(x, form.k, form.sum_step, memory->sums.get<float>(0) + m * form.sums());
-    }
-  }
-
-  int64_t row_scratch() const { return 2 * (widest + 64) * static_cast<int64_t>(sizeof(float)); }
-
-  // The weights that a unit of a projection reads; nothing if it is empty or they are floats.
-  static void look_ahead(const Projection& p, const BlockPlan& plan, int64_t unit, Range* range) {
-    int64_t first, count;
-    plan.unit(unit, &first, &count);
-    if (count <= 0) return;
-    for (const Part& part : p.parts) {
-      if (first < part.blocks) {
-        const Int8Job& job = part.integer;
-        if (job.packed == nullptr) return;
-        const int64_t blocks = count < part.blocks - first ? count : part.blocks - first;
-        range->ahead = static_cast<const uint8_t*>(job.packed) +
-                       packed_block(first, job.blocks, job.chunks).base;
-        range->ahead_bytes = blocks * job.chunks * kChunkBytes;
-        return;
-      }
-      first -= part.blocks;
-    }
-  }
-
-  // y[m, 0 .. p.n) for the rows in the forms. `next` is what will be projected then, or NULL.
-  void project(Projection& p, int64_t m, float* out, int64_t ldy, const Projection* next) {
-    if (m == 0) return;
-    for (Part& part : p.parts) {
-      const Form& form = p.forms[static_cast<size_t>(part.form)];
-      FormMemory& memory = forms[part.form];
-      if (form.integer) {
-        part.integer.codes = memory.bytes.get<uint8_t>(0);
-        part.integer.row_bytes = form.row_bytes();
-        part.integer.x_scale = memory.scales.get<float>(0);
-        part.integer.x_sum = memory.sums.get<int32_t>(0);
-        part.integer.y = out + part.offset;
-        part.integer.ldy = ldy;
-      } else {
-        part.args.m = m;
-        part.args.y = out + part.offset;
-        part.args.ldy = ldy;
-        part.job.args = &part.args;
-        part.job.words = memory.bytes.get<uint8_t>(0);
-        part.job.row_bytes = form.row_bytes();
-        part.job.group_sums = form.sum_step > 0 ? memory.sums.get<float>(0) : nullptr;
-      }
-    }
-    const BlockPlan plan(p.blocks, kBlocksTogether, m <= kFewRows);
-    const BlockPlan next_plan((next == nullptr ? &p : next)->blocks, kBlocksTogether,
-                              m <= kFewRows);
-    const RowPlan row_plan(m);
-    parallel_for(plan.units() * row_plan.units, [&](int64_t unit) {
-      Range range;
-      int64_t first, count;
-      const int64_t place = unit / row_plan.units;
-      plan.unit(place, &first, &count);
-      row_plan.unit(unit % row_plan.units, &range.row, &range.rows);
-      if (range.rows <= 0 || count <= 0) return;
-      // Units of the same weights follow each other: only the last of them looks further.
-      if (unit % row_plan.units == row_plan.units - 1) {
-        const int64_t thread = place / plan.units_a_thread;
-        if ((place + 1) % plan.units_a_thread != 0) look_ahead(p, plan, place + 1, &range);
-        if (range.ahead == nullptr && next != nullptr && thread < next_plan.threads) {
-          look_ahead(*next, next_plan, thread * next_plan.units_a_thread, &range);
-        }
-      }
-      for (const Part& part : p.parts) {
-        // The part's own blocks within [first, first + count).
-        const int64_t from = first > 0 ? first : 0;
-        const int64_t to = first + count < part.blocks ? first + count : part.blocks;
-        first -= part.blocks;
-        if (from >= to) continue;
-        range.block = from;
-        range.blocks = to - from;
-        if (p.forms[static_cast<size_t>(part.form)].integer) {
-          void* memory = scratch(kUnitSlot, table->int8.scratch_bytes(part.integer));
-          table->int8.run(part.integer, range, static_cast<uint8_t*>(memory));
-        } else {
-          void* memory = scratch(kUnitSlot, part.kernel->scratch_bytes(part.job, range.rows));
-          part.kernel->run(part.job, range, static_cast<uint8_t*>(memory));
-        }
-      }
-    });
+    return projector->add(only, c.vocab, c.hidden, &head);
   }
 
   // ---- a pass ------------------------------------------------------------------------------
@@ -548,15 +244,15 @@ struct qk_decoder {
     places.emplace(sequences);
     float* x = residual.get<float>(rows * c.hidden);
     float* out = y.get<float>(rows * y_stride);
-    const int64_t work_width = widest > c.hidden ? widest : c.hidden;
+    const int64_t work_width = projector->widest() > c.hidden ? projector->widest() : c.hidden;
     float* work = normed.get<float>(rows * work_width);
     queries.get<uint8_t>(rows * q_width * 4);
     states.get<float>(rows * c.heads * plan->state_floats());
     for (Layer& layer : layers) {
-      reserve_forms(layer.qkv, rows);
-      reserve_forms(layer.attention_out, rows);
-      reserve_forms(layer.gate_up, rows);
-      reserve_forms(layer.down, rows);
+      projector->reserve(layer.qkv, rows);
+      projector->reserve(layer.attention_out, rows);
+      projector->reserve(layer.gate_up, rows);
+      projector->reserve(layer.down, rows);
     }
 
     for_rows(rows, [&](int64_t m) {
@@ -582,10 +278,10 @@ struct qk_decoder {
         if (index > 0) add_branch(x + m * c.hidden, out + m * y_stride, pending_norm);
         float* normal = work + m * work_width;
         r.rms_norm(x + m * c.hidden, layer.spec.attention_norm, c.hidden, c.norm_epsilon, normal);
-        fill_forms(layer.qkv, normal, m);
+        projector->fill(layer.qkv, normal, m);
       });
       clock.lap(QK_PART_NORM);
-      project(layer.qkv, rows, out, y_stride, &layer.attention_out);
+      projector->project(layer.qkv, rows, out, y_stride, &layer.attention_out);
       clock.lap(QK_PART_LINEAR);
       rope_and_store(layer, index, out, y_stride);
       clock.lap(QK_PART_ROPE);
@@ -596,29 +292,29 @@ struct qk_decoder {
       for_rows(left, [&](int64_t i) {
         float* row = work + i * work_width;
         attention_row(row_of(i, left), row);
-        fill_forms(layer.attention_out, row, i);
+        projector->fill(layer.attention_out, row, i);
       });
       clock.lap(QK_PART_ATTENTION);
-      project(layer.attention_out, left, out, y_stride, &layer.gate_up);
+      projector->project(layer.attention_out, left, out, y_stride, &layer.gate_up);
       clock.lap(QK_PART_LINEAR);
       for_rows(left, [&](int64_t i) {
         float* kept = x + row_of(i, left) * c.hidden;
         add_branch(kept, out + i * y_stride, layer.spec.post_attention_norm);
         float* normal = work + i * work_width;
         r.rms_norm(kept, layer.spec.mlp_norm, c.hidden, c.norm_epsilon, normal);
-        fill_forms(layer.gate_up, normal, i);
+        projector->fill(layer.gate_up, normal, i);
       });
       clock.lap(QK_PART_NORM);
-      project(layer.gate_up, left, out, y_stride, &layer.down);
+      projector->project(layer.gate_up, left, out, y_stride, &layer.down);
       clock.lap(QK_PART_LINEAR);
       for_rows(left, [&](int64_t i) {
         float* gate = out + i * y_stride;
         r.gate(gate, gate + c.ffn, c.ffn, c.gate, gate);
         if (layer.down_rotation.order > 0) r.hadamard(gate, c.ffn, layer.down_rotation);
-        fill_forms(layer.down, gate, i);
+        projector->fill(layer.down, gate, i);
       });
       clock.lap(QK_PART_GATE);
-      project(layer.down, left, out, y_stride,
+      projector->project(layer.down, left, out, y_stride,
               index + 1 < c.layers ? &layers[static_cast<size_t>(index) + 1].qkv : &head);
       clock.lap(QK_PART_LINEAR);
       pending_norm = layer.spec.post_mlp_norm;
@@ -647,9 +343,9 @@ struct qk_decoder {
   // Logits of `count` rows; state(i) is the i-th row's normalized state.
   template <class F>
   void run_head(int64_t count, float* logits, F&& state) {
-    reserve_forms(head, count);
-    for_rows(count, [&](int64_t i) { fill_forms(head, state(i), i); });
-    project(head, count, logits, config.vocab, nullptr);
+    projector->reserve(head, count);
+    for_rows(count, [&](int64_t i) { projector->fill(head, state(i), i); });
+    projector->project(head, count, logits, config.vocab, nullptr);
     if (config.logit_softcap > 0.0f) {
       const float cap = config.logit_softcap;
       for_rows(count, [&](int64_t i) {
