@@ -292,11 +292,13 @@ def figure(peer: Peer, phase: str, concurrency: int, column: str) -> float:
     return statistics.median(map(COLUMNS[column], peer.rows[phase, concurrency]))
 
 
-def ratio(ours: Peer, theirs: Peer, phase: str, concurrency: int, column: str) -> float:
-    """Median over rounds of our figure over theirs in the same round."""
+def ratio(ours: Peer, theirs: Peer, phase: str, concurrency: int, column: str) -> float | None:
+    """Median over rounds of our figure over theirs in the same round; None if theirs is always 0:
+    answers that come in one piece have no time per token."""
     pairs = zip(ours.rows[phase, concurrency], theirs.rows[phase, concurrency], strict=True)
     read = COLUMNS[column]
-    return statistics.median(read(a) / read(b) for a, b in pairs)
+    found = [read(a) / read(b) for a, b in pairs if read(b)]
+    return statistics.median(found) if found else None
 
 
 def table(peers: Sequence[Peer], phase: str, concurrency: Sequence[int]) -> list[str]:
@@ -311,7 +313,8 @@ def table(peers: Sequence[Peer], phase: str, concurrency: Sequence[int]) -> list
         if peer is not first:
             over = [ratio(first, peer, phase, n, column) for n in concurrency for column in COLUMNS]
             name = f"  {first.name} over it"
-            lines.append(f"{name:{width + 4}}" + "".join(f"{value:13.2f}x" for value in over))
+            cells_over = ["-" if value is None else f"{value:.2f}x" for value in over]
+            lines.append(f"{name:{width + 4}}" + "".join(f"{cell:>14}" for cell in cells_over))
     return lines
 
 

@@ -133,7 +133,7 @@ void Projector::fill_form(const Form& form, const float* x, int64_t m,
                           FormMemory* memory) const {
   const RowKernels& r = table_->rows;
   uint8_t* bytes = memory->bytes.get<uint8_t>(0) + m * form.row_bytes();
-  // Room for a row of floats and one of bytes; reserved by reserve_row.
+  // Room for a row of floats and one of bytes.
   float* spare = static_cast<float*>(scratch(kRowSlot, row_scratch()));
   if (form.integer) {
     int8_t* q = reinterpret_cast<int8_t*>(spare);

@@ -47,9 +47,9 @@ struct RaggedRows {
 
 // Attention cut into units.
 //
-// A single new token is a unit, because the heads of a page lie side by side. Where there are too
-// few for the threads it is a unit a head, or several: then each of its spans leaves a state of its
-// own, and finish_row merges them.
+// A single new token is a unit, because the heads of a page lie side by side; a unit a head where
+// there are too few for the threads. One whose spans are more than a thread's share is several: then
+// each of its spans leaves a state of its own, and finish_row merges them.
 class AttentionPlan {
  public:
   AttentionPlan(int64_t heads, int64_t kv_heads, int64_t head_dim)

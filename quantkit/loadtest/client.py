@@ -25,6 +25,10 @@ SHED = (429, 503)
 #: handshake, are kept while they are in use.
 KEEP_ALIVE_SECONDS = 2.0
 
+#: Lines of an answer that are looked at in a row: about a millisecond, in which pieces of others
+#: are not noted.
+LINES_TOGETHER = 256
+
 #: Of what a refusal says, so much is kept.
 SHOWN_CHARACTERS = 200
 
@@ -133,7 +137,9 @@ class Client:
         """Read an answer to its end, and look at it then: the server needs the cores until then."""
         usage: dict[str, Any] | None = None
         finished = named = False
-        for when, line in _lines(await _pieces(response)):
+        for i, (when, line) in enumerate(_lines(await _pieces(response)), 1):
+            if i % LINES_TOGETHER == 0:
+                await asyncio.sleep(0)
             if not line.startswith(b"data:"):
                 continue
             data = line.removeprefix(b"data:").strip()

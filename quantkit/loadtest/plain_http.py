@@ -25,9 +25,14 @@ class PlainTransport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         url, loop = request.url, asyncio.get_running_loop()
         content = await request.aread()
+        state = h11.Connection(h11.CLIENT)
+        try:
+            sent = _written(state, request, content)
+        except h11.LocalProtocolError as error:
+            raise httpx.LocalProtocolError(str(error), request=request) from error
         try:
             _, exchange = await loop.create_connection(
-                lambda: _Exchange(request, content), url.host, url.port or 80
+                lambda: _Exchange(request, state, sent), url.host, url.port or 80
             )
         except OSError as error:
             raise httpx.ConnectError(str(error), request=request) from error
@@ -42,6 +47,17 @@ class PlainTransport(httpx.AsyncBaseTransport):
             stream=_Body(exchange),
             extensions={PIECES: exchange.pieces},
         )
+
+
+def _written(state: h11.Connection, request: httpx.Request, content: bytes) -> bytes:
+    events: list[h11.Event] = [
+        h11.Request(
+            method=request.method, target=request.url.raw_path, headers=request.headers.raw
+        ),
+        *([h11.Data(data=content)] if content else []),
+        h11.EndOfMessage(),
+    ]
+    return b"".join(state.send(event) or b"" for event in events)
 
 
 class _Body(httpx.AsyncByteStream):
@@ -60,7 +76,7 @@ class _Body(httpx.AsyncByteStream):
 
 
 class _Exchange(asyncio.Protocol):
-    """Sends a request and notes what comes back.
+    """Sends a request, which ``state`` has framed as ``sent``, and notes what comes back.
 
     Attributes:
         head: of the answer.
@@ -68,14 +84,14 @@ class _Exchange(asyncio.Protocol):
         over: the body is whole.
     """
 
-    def __init__(self, request: httpx.Request, content: bytes) -> None:
+    def __init__(self, request: httpx.Request, state: h11.Connection, sent: bytes) -> None:
         loop = asyncio.get_running_loop()
         self.head: asyncio.Future[h11.Response] = loop.create_future()
         self.over: asyncio.Future[None] = loop.create_future()
         self.pieces: list[tuple[float, bytes]] = []
         self._request = request
-        self._content = content
-        self._state = h11.Connection(h11.CLIENT)
+        self._state = state
+        self._sent = sent
         self._transport: asyncio.WriteTransport | None = None
 
     def close(self) -> None:
@@ -88,15 +104,7 @@ class _Exchange(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.WriteTransport)
         self._transport = transport
-        request = self._request
-        events: list[h11.Event] = [
-            h11.Request(
-                method=request.method, target=request.url.raw_path, headers=request.headers.raw
-            ),
-            *([h11.Data(data=self._content)] if self._content else []),
-            h11.EndOfMessage(),
-        ]
-        transport.write(b"".join(self._state.send(event) or b"" for event in events))
+        transport.write(self._sent)
 
     def data_received(self, data: bytes) -> None:
         self._receive(data)
@@ -110,16 +118,22 @@ class _Exchange(asyncio.Protocol):
 
     def _receive(self, data: bytes) -> None:
         now = time.perf_counter()
+        if self.over.done():  # what follows an answer, and one that nobody waits for any more
+            return
         try:
             self._state.receive_data(data)
-            while (event := self._state.next_event()) is not h11.NEED_DATA:
-                if isinstance(event, h11.Response):
-                    self.head.set_result(event)
-                elif isinstance(event, h11.Data):
+            while isinstance(
+                event := self._state.next_event(),
+                h11.InformationalResponse | h11.Response | h11.Data,
+            ):
+                if isinstance(event, h11.Data):
                     self.pieces.append((now, bytes(event.data)))
-                elif isinstance(event, h11.EndOfMessage):
-                    self.over.set_result(None)
-                    break
+                elif isinstance(event, h11.Response) and not self.head.done():
+                    self.head.set_result(event)
+            if isinstance(event, h11.EndOfMessage):
+                self.over.set_result(None)
+            elif event is not h11.NEED_DATA:
+                raise h11.RemoteProtocolError("the connection was closed before an answer")
         except h11.RemoteProtocolError as error:
             self._fail(httpx.RemoteProtocolError(str(error), request=self._request))
 

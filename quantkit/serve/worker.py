@@ -180,24 +180,26 @@ class Worker:
         answer = sequence.answer or self._begin(sequence)
         accepted, before = 0, len(sequence.tokens)
         first = -1 - len(chunk.guesses)
-        for i, guess in enumerate((*chunk.guesses, None)):
-            # A row of its own is a tensor to make, which most tokens need not.
-            plain = likeliest and answer.plain
-            if plain:
-                event = answer.take(likeliest[i])
-            else:
-                event = answer.choose(_logits(results, place)[first + i])
-            sequence.tokens.append(event.token_id)
-            self.owner.emit(sequence, event)
-            accepted += event.token_id == guess
-            if answer.finish_reason or event.token_id != guess:
-                break
-        won = len(sequence.tokens) - before - 1  # one comes out of any pass
-        self.metrics.generated_tokens.inc(1 + won)
+        try:
+            for i, guess in enumerate((*chunk.guesses, None)):
+                # A row of its own is a tensor to make, which most tokens need not.
+                if likeliest and answer.plain:
+                    event = answer.take(likeliest[i])
+                else:
+                    event = answer.choose(_logits(results, place)[first + i])
+                sequence.tokens.append(event.token_id)
+                self.owner.emit(sequence, event)
+                accepted += event.token_id == guess
+                if answer.finish_reason or event.token_id != guess:
+                    break
+        finally:
+            written = len(sequence.tokens) - before
+            self.metrics.generated_tokens.inc(written)
         sequence.computed, sequence.barren = chunk.end + accepted, 0
         self.memory.settle(sequence)
         if self.speculator is not None and chunk.guesses:
-            self.speculator.verified(sequence, len(chunk.guesses), accepted, won)
+            # One comes out of any pass.
+            self.speculator.verified(sequence, len(chunk.guesses), accepted, written - 1)
         if answer.finish_reason:
             self.owner.finish(sequence, answer.finish_reason)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import httpx
 import pytest
 
-from quantkit.loadtest.plain_http import PlainTransport
+from quantkit.loadtest.plain_http import PIECES, PlainTransport
 
 HEAD = b"HTTP/1.1 200 OK\r\nX-Told: yes\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n4\r\nab\nc\r\n2\r\nd\n\r\n0\r\n\r\n"
@@ -62,6 +62,46 @@ def test_what_comes_before_an_answer_is_passed_over() -> None:
 def test_an_answer_that_breaks_off_is_a_protocol_error(sent: bytes) -> None:
     with pytest.raises(httpx.RemoteProtocolError):
         ask([sent])
+
+
+def test_pieces_have_their_times() -> None:
+    response, _ = ask([bytes([byte]) for byte in CHUNKED])
+    times = [when for when, _ in response.extensions[PIECES]]
+    assert times == sorted(times)
+    assert b"".join(piece for _, piece in response.extensions[PIECES]) == b"ab\ncd\n"
+
+
+@pytest.mark.parametrize("close", [b"", b"Connection: close\r\n"])
+@pytest.mark.parametrize("behind", [b"", b"HTTP/1.1 400 Bad"])
+def test_what_follows_an_answer_is_nobodys(close: bytes, behind: bytes) -> None:
+    """Also where it comes before anybody has looked at the answer."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(CHUNKED.replace(b"X-Told: yes\r\n", b"X-Told: yes\r\n" + close) + behind)
+        writer.close()
+
+    async def run() -> bytes:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with (
+            server,
+            httpx.AsyncClient(transport=PlainTransport()) as client,
+            client.stream("GET", f"http://127.0.0.1:{port}") as response,
+        ):
+            await asyncio.sleep(0.1)
+            return await response.aread()
+
+    assert asyncio.run(asyncio.wait_for(run(), 20)) == b"ab\ncd\n"
+
+
+def test_a_request_that_cannot_be_written_is_an_error() -> None:
+    async def run() -> None:
+        async with httpx.AsyncClient(transport=PlainTransport()) as client:
+            await client.get("http://127.0.0.1:1/", headers={"Authorization": "Bearer a\nb"})
+
+    with pytest.raises(httpx.LocalProtocolError):
+        asyncio.run(run())
 
 
 def test_nobody_there() -> None:

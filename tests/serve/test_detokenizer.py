@@ -34,11 +34,17 @@ def test_a_tokenizer_is_read_as_it_decodes(tokenizer, skip: bool) -> None:
         def _decode(self, *arguments, **options) -> str:
             return super()._decode(*arguments, **options).upper()
 
+    class Louder(PreTrainedTokenizerFast):
+        def decode(self, *arguments, **options) -> str:
+            return super().decode(*arguments, **options).upper()
+
     ids = [*tokenizer.encode("The quick"), *tokenizer.all_special_ids]
     expected = tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
     assert reader(tokenizer, skip_special_tokens=skip)(ids) == expected
-    loud = Loud(tokenizer_object=tokenizer.backend_tokenizer)
-    assert reader(loud, skip_special_tokens=skip)(ids) == expected.upper()
+    assert reader(tokenizer, skip_special_tokens=skip).func == tokenizer.backend_tokenizer.decode
+    for kind in (Loud, Louder):
+        loud = kind(tokenizer_object=tokenizer.backend_tokenizer)
+        assert reader(loud, skip_special_tokens=skip)(ids) == expected.upper()
 
 
 @given(ids=st.lists(st.integers(2, 260), max_size=120))

@@ -59,6 +59,16 @@ def test_ratios_are_medians_within_rounds() -> None:
     assert lines[3].split()[-3:] == ["2.00x", "0.50x", "0.50x"]
 
 
+def test_answers_in_one_piece_have_no_time_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vs, "COLUMNS", {"TPOT ms": lambda row: row.total.tpot.p50 - 2})
+    ours = vs.Peer("a", "", None, rows={("off", 1): [row(3), row(4)]})
+    theirs = vs.Peer("b", "", None, rows={("off", 1): [row(2), row(6)]})
+    assert vs.ratio(ours, theirs, "off", 1, "TPOT ms") == pytest.approx(0.5)
+    theirs.rows["off", 1][1] = row(2)
+    assert vs.ratio(ours, theirs, "off", 1, "TPOT ms") is None
+    assert vs.table([ours, theirs], "off", [1])[3].split()[-1] == "-"
+
+
 def test_a_server_is_known_by_its_weights_and_its_build(tmp_path: Path) -> None:
     tool = tmp_path / "llama-server"
     tool.write_text("#!/bin/sh\necho 'version: 7 (abc)' >&2\necho 'built with gcc' >&2\n")

@@ -49,7 +49,9 @@ class Encoder:
 def _json(value: dict[str, Any]) -> bytes:
     try:
         return orjson.dumps(value)
-    except TypeError:  # half of a surrogate pair, which a client may send and have echoed
+    except TypeError:
+        # What JSON can say and orjson cannot: half of a surrogate pair, which a client may send and
+        # have echoed, an integer beyond 64 bits or deep nesting, as in the schema of a tool.
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
         return text.encode("utf-8", "replace")
 
