@@ -9,7 +9,8 @@
 //   3. Keys are taken in spans of kSpanPages pages at fixed places. A span has its own softmax;
 //      spans are merged in ascending order. So a long context can be divided among threads, and the sums
 //      are the same whether it was or not, whatever the chunk of the prompt and the batch.
-//   4. Softmax in two passes over a row's scores, in registers: 0.8 -> 0.6 of its time.
+//   4. Softmax in two passes over a row's scores, in registers: of 5.6 ms that 16 sequences take on
+//      one thread 0.8 -> 0.6.
 //   5. A new token's heads in one unit, because those of a page lie side by side: pieces of 48 KB
 //      instead of 16 stream at 46 instead of 40 GB/s.
 #pragma once
@@ -217,7 +218,7 @@ struct Attention {
     return part[0];
   }
 
-  // A head's keys in a span, or none.
+  // A head's keys in a span.
   struct Keys {
     int64_t kv_head, span;
   };

@@ -129,12 +129,22 @@ void Projector::fill(const Projection& p, const float* x, int64_t m) {
   for (size_t i = 0; i < p.forms.size(); ++i) fill_form(p.forms[i], x, m, &forms_[i]);
 }
 
-void Projector::fill_form(const Form& form, const float* x, int64_t m,
-                          FormMemory* memory) const {
+void* Projector::unit_memory(int slot, int64_t bytes) {
+  void* memory = scratch(slot, bytes);
+  if (memory == nullptr && bytes > 0) __atomic_store_n(&lacks_memory_, true, __ATOMIC_RELAXED);
+  return memory;
+}
+
+void Projector::check_memory() {
+  if (__atomic_exchange_n(&lacks_memory_, false, __ATOMIC_RELAXED)) throw std::bad_alloc();
+}
+
+void Projector::fill_form(const Form& form, const float* x, int64_t m, FormMemory* memory) {
   const RowKernels& r = table_->rows;
   uint8_t* bytes = memory->bytes.get<uint8_t>(0) + m * form.row_bytes();
   // Room for a row of floats and one of bytes.
-  float* spare = static_cast<float*>(scratch(kRowSlot, row_scratch()));
+  float* spare = static_cast<float*>(unit_memory(kRowSlot, row_scratch()));
+  if (spare == nullptr) return;
   if (form.integer) {
     int8_t* q = reinterpret_cast<int8_t*>(spare);
     float* scale = spare + widest_;
@@ -176,6 +186,7 @@ void Projector::fill_form(const Form& form, const float* x, int64_t m,
 
 void Projector::project(Projection& p, int64_t m, float* out, int64_t ldy,
                         const Projection* next) {
+  check_memory();
   if (m == 0) return;
   for (Part& part : p.parts) {
     const Form& form = p.forms[static_cast<size_t>(part.form)];
@@ -225,14 +236,19 @@ void Projector::project(Projection& p, int64_t m, float* out, int64_t ldy,
       range.block = from;
       range.blocks = to - from;
       if (p.forms[static_cast<size_t>(part.form)].integer) {
-        void* memory = scratch(kUnitSlot, table_->int8.scratch_bytes(part.integer));
+        const int64_t bytes = table_->int8.scratch_bytes(part.integer);
+        void* memory = unit_memory(kUnitSlot, bytes);
+        if (memory == nullptr && bytes > 0) return;
         table_->int8.run(part.integer, range, static_cast<uint8_t*>(memory));
       } else {
-        void* memory = scratch(kUnitSlot, part.kernel->scratch_bytes(part.job, range.rows));
+        const int64_t bytes = part.kernel->scratch_bytes(part.job, range.rows);
+        void* memory = unit_memory(kUnitSlot, bytes);
+        if (memory == nullptr && bytes > 0) return;
         part.kernel->run(part.job, range, static_cast<uint8_t*>(memory));
       }
     }
   });
+  check_memory();
 }
 
 }  // namespace quantkit

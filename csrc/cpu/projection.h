@@ -102,21 +102,27 @@ class Projector {
   // Room for the forms of m rows: before `fill`.
   void reserve(const Projection& p, int64_t m);
 
-  // Row m of the input of a projection, in each form that its parts want. From any thread.
+  // Row m of the input of a projection, in each form that its parts want. From any thread, so that
+  // a lack of memory shows in `project`.
   void fill(const Projection& p, const float* x, int64_t m);
 
   // y[m, 0 .. p.n) for the rows in the forms. `next` is what will be projected then, or NULL.
+  // Throws std::bad_alloc if a thread got no memory for this or for filling the forms.
   void project(Projection& p, int64_t m, float* out, int64_t ldy, const Projection* next);
 
  private:
   int add_linear(const qk_linear& linear, Projection* out);
-  void fill_form(const Form& form, const float* x, int64_t m, FormMemory* memory) const;
+  void fill_form(const Form& form, const float* x, int64_t m, FormMemory* memory);
+  // A thread's memory of so many bytes, or NULL, which `check_memory` then throws.
+  void* unit_memory(int slot, int64_t bytes);
+  void check_memory();
   int64_t row_scratch() const { return 2 * (widest_ + 64) * static_cast<int64_t>(sizeof(float)); }
 
   const KernelTable* table_;
   bool bf16_;
   int64_t widest_ = 0;
   FormMemory forms_[3];  // a projection has three parts at most
+  bool lacks_memory_ = false;  // a unit must not throw
 };
 
 }  // namespace quantkit

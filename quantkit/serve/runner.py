@@ -29,7 +29,7 @@ KEPT_ROWS = 32
 
 
 #: Of each work its logits, or what went wrong with it alone: a `PassLogits`, if nothing did.
-Results = Sequence[Tensor] | Sequence[Tensor | Exception]
+Results = Sequence[Tensor | Exception]
 
 
 @dataclass(frozen=True)
