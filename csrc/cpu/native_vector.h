@@ -59,6 +59,44 @@ inline Vec minus_product_vec(Vec c, Vec a, Vec b) {
 #endif
 }
 
+// The larger of v and `low`; a NaN in v passes.
+inline Vec at_least_vec(Vec v, float low) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(splat_vec(low), v);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(splat_vec(low), v);
+#else
+  return v < splat_vec(low) ? splat_vec(low) : v;
+#endif
+}
+
+// v times 2 to the n, integers between -126 and 127 (bits: n + 1.5 * 2^23).
+inline Vec times_power_vec(Vec v, Vec n, Vec bits) {
+#if defined(__AVX512F__)
+  (void)bits;
+  return _mm512_scalef_ps(v, n);
+#else
+  (void)n;
+  const VecU power = (reinterpret_cast<VecU>(bits) << 23) + 0x3f800000u;
+  return v * reinterpret_cast<Vec>(power);
+#endif
+}
+
+// 2 to the x to about 2 ulp, for x at most 0: below -125 it is 2^-125. x = n + r, a polynomial of
+// degree 5 in r (minimax of relative error, 1 at 0), times 2^n. A NaN stays one.
+inline Vec exp2_vec(Vec x) {
+  x = at_least_vec(x, -125.0f);
+  const Vec bits = x + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+  const Vec n = bits - 12582912.0f;
+  const Vec r = x - n;
+  Vec p = fma_vec(r, splat_vec(1.3264727313e-3f), splat_vec(9.6715129912e-3f));
+  p = fma_vec(p, r, splat_vec(5.5507335812e-2f));
+  p = fma_vec(p, r, splat_vec(2.4022242427e-1f));
+  p = fma_vec(p, r, splat_vec(6.9314700365e-1f));
+  p = fma_vec(p, r, splat_vec(1.0f));
+  return times_power_vec(p, n, bits);
+}
+
 // Lane halves added to each other until one is left: a fixed order.
 inline float sum_vec(Vec v) {
   float part[kVecLanes];
