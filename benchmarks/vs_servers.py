@@ -171,6 +171,7 @@ def start_all(
         if args.ckpt:
             given = ["--threads", str(args.threads), "--max-sequences", str(slots)]
             given += ["--speculative-tokens", str(args.speculative_tokens)]
+            given += ["--kv-cache-dtype", args.kv_cache_dtype]
             given += [] if cached else ["--no-prefix-caching"]
             process = stack.enter_context(serving(str(args.ckpt), given))
             add("quantkit", process, schemes=schemes_of(read_artifact(str(args.ckpt))))
@@ -322,7 +323,15 @@ def document(
     args: argparse.Namespace, phases: dict[str, list[Peer]], trials: Sequence[Trial] = ()
 ) -> dict[str, Any]:
     """Everything that was measured, round by round, and every way that vLLM was tried in."""
-    settings = ("prompt_tokens", "output_tokens", "concurrency", "rounds", "requests", "threads")
+    settings = (
+        "prompt_tokens",
+        "output_tokens",
+        "concurrency",
+        "rounds",
+        "requests",
+        "threads",
+        "kv_cache_dtype",
+    )
     return {
         "hardware": hardware(args.threads),
         "settings": {name: getattr(args, name) for name in settings} | {"text": args.text.name},
@@ -358,6 +367,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ckpt", type=Path, help="served by quantkit")
     parser.add_argument(
         "--speculative-tokens", type=int, default=0, help="that quantkit may guess a step"
+    )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        help="of quantkit's keys and values: its KL is told by `quantkit eval --kv-cache-dtype`",
     )
     parser.add_argument("--llama-server", type=Path, metavar="PATH")
     parser.add_argument("--gguf", type=Path, help="served by llama-server")

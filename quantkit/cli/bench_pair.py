@@ -21,6 +21,7 @@ def compare(
     checkpoint: str,
     reference: str,
     *,
+    kv_cache_dtype: str,
     prompt_tokens: int,
     new_tokens: int,
     concurrency: int,
@@ -35,6 +36,7 @@ def compare(
     Args:
         load: gives a model to time.
         checkpoint, reference: what to load.
+        kv_cache_dtype: of the checkpoint's keys and values; the original keeps its own.
         prompt_tokens: length of random prompts; those of ``data`` are cut to it.
         new_tokens, concurrency, repeats: see `quantkit.serve.latency.measure_pair`.
         prompts: how many.
@@ -46,13 +48,14 @@ def compare(
 
     from quantkit.cli.progress import reporter
     from quantkit.evals.evaluate import cpu_model
+    from quantkit.models.kv_dtype import with_kv_dtype
     from quantkit.results import check_writable, write_json
     from quantkit.serve.latency import measure_pair
     from quantkit.timings import PairedTimings, Timed
 
     if timings is not None:
         check_writable(timings)
-    sides = (load(checkpoint), load(reference))
+    sides = (with_kv_dtype(load(checkpoint), kv_cache_dtype), load(reference))
     # What `quantkit.timings.HOST_KEYS` names.
     host = {
         "machine": platform.machine(),

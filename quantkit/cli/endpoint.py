@@ -61,7 +61,9 @@ ConcurrencyOption = Annotated[
 ]
 
 
-def check_options(reference: str | None, kernels: str, device: str, threads: int | None) -> None:
+def check_options(
+    reference: str | None, kernels: str, kv_cache_dtype: str, device: str, threads: int | None
+) -> None:
     """Refuse what only a model that is loaded here can do.
 
     Raises:
@@ -77,6 +79,7 @@ def check_options(reference: str | None, kernels: str, device: str, threads: int
         )
     chosen: tuple[tuple[str, object, object], ...] = (
         ("--kernels", kernels, "native"),
+        ("--kv-cache-dtype", kv_cache_dtype, "auto"),
         ("--device", device, "cpu"),
         ("--threads", threads, None),
     )

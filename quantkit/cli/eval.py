@@ -13,7 +13,7 @@ import typer
 
 from quantkit.cli import endpoint as elsewhere
 from quantkit.cli import engine as engines
-from quantkit.cli.kernels import Kernels, KernelsOption
+from quantkit.cli.kernels import Kernels, KernelsOption, KvDtypeOption
 
 if TYPE_CHECKING:
     from quantkit.data.rows import Document
@@ -65,6 +65,7 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Draws the subset.")] = 0,
     kernels: KernelsOption = Kernels.native,
+    kv_cache_dtype: KvDtypeOption = "auto",
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
@@ -206,7 +207,7 @@ def command(
         if checkpoint is not None:
             scorers = allowed_scorers(suites, allow_code, judge, judge_model, judge_key)
             _prepare(checkpoint, key, threads)
-            load = functools.partial(_load, checkpoint, kernels.value, device)
+            load = functools.partial(_load, checkpoint, kernels.value, device, kv_cache_dtype)
         print_plan(
             suites,
             gates,
@@ -229,7 +230,7 @@ def command(
     asked = engines.Asked(engine_python, tensor_parallel, engine_arg or (), engine_timeout)
     started = engine is not engines.Engine.quantkit
     if endpoint is not None or started:
-        elsewhere.check_options(reference, kernels.value, device, threads)
+        elsewhere.check_options(reference, kernels.value, kv_cache_dtype, device, threads)
         if noise_floor is not None:
             raise UsageError(
                 "--noise-floor compares kernels of quantkit's own",
@@ -261,12 +262,12 @@ def command(
     }
     _prepare(checkpoint, key, threads)
     if endpoint is None and not started:
-        runtime = _load(checkpoint, kernels.value, device)
+        runtime = _load(checkpoint, kernels.value, device, kv_cache_dtype)
         base = None if reference is None else _load(reference, kernels.value, device)
         name = runtime.name
         results = _score(runtime, base, documents, canary=bool(canary), early=early, **options)
         if noise_floor is not None:
-            again = _load(checkpoint, noise_floor.value, device)
+            again = _load(checkpoint, noise_floor.value, device, kv_cache_dtype)
             results = _with_noise_floor(results, runtime, again, documents, **options)
     else:
         options |= {"canary": canary is not False, "early": early}
@@ -333,8 +334,9 @@ def _with_noise_floor(
         return with_noise_floor(results, runtime, again, text=text, progress=progress, **options)
 
 
-def _load(source: str, kernels: str, device: str) -> Runtime:
+def _load(source: str, kernels: str, device: str, kv_cache_dtype: str = "auto") -> Runtime:
     from quantkit import model as models
+    from quantkit.models.kv_dtype import with_kv_dtype
     from quantkit.models.load import load_runtime
 
     typer.echo(f"loading {source}", err=True)
@@ -342,7 +344,7 @@ def _load(source: str, kernels: str, device: str) -> Runtime:
     models.require_logits(runtime.model.config, "quantkit eval scores")
     if runtime.fallback:
         typer.echo(f"in transformers' modules: {runtime.fallback}", err=True)
-    return runtime
+    return with_kv_dtype(runtime, kv_cache_dtype)
 
 
 # --- output ----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ SCORING = (
 
 #: What says how CKPT is loaded and asked here.
 LOADING = (
-    *("kernels", "device", "threads", "key"),
+    *("kernels", "kv_cache_dtype", "device", "threads", "key"),
     *("allow_code", "judge", "judge_model", "judge_key"),
 )
 

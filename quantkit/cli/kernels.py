@@ -1,4 +1,4 @@
-"""The ``--kernels`` option that several commands share."""
+"""How a model computes: the ``--kernels`` and ``--kv-cache-dtype`` options of several commands."""
 
 from __future__ import annotations
 
@@ -24,5 +24,13 @@ KernelsOption = Annotated[
         help="native: quantkit's decoder and kernels; native-float: without int8 activations for "
         "weight-only schemes; modules: native layers in transformers' modules; reference: plain "
         "torch.",
+    ),
+]
+
+#: A name, not a choice: the types are the kernels' and checked where a model is there.
+KvDtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--kv-cache-dtype", help="Of keys and values: auto, the model's own; fp32, bf16, fp8, int8."
     ),
 ]

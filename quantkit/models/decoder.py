@@ -132,20 +132,29 @@ class Decoder:
         numerics: how products are computed, for fingerprints: each weight format with what its
             activations are, such as ``w4-int8g64+int8-int8g32``.
         shape: sizes.
+        kv_dtype: what its caches hold; ``auto`` is the model's own.
     """
 
-    def __init__(self, native: NativeDecoder, numerics: str) -> None:
+    def __init__(self, native: NativeDecoder, numerics: str, kv_dtype: str = "auto") -> None:
         self.native = native
         self.numerics = numerics
         self.shape = native.shape
+        self.kv_dtype = kv_dtype
+
+    def with_kv_dtype(self, dtype: str) -> Decoder:
+        """The same decoder, whose caches hold another type."""
+        return Decoder(self.native, self.numerics, dtype)
 
     def new_cache(self, pages: int, dtype: str = "auto") -> PageStore:
         """An empty key-value store of so many pages of `quantkit.ops.page_store.PAGE_TOKENS`."""
-        return self.native.new_cache(pages, dtype)
+        return self.native.new_cache(pages, self._kv_dtype(dtype))
 
     def token_nbytes(self, dtype: str = "auto") -> int:
         """Bytes of one token's keys and values over all layers."""
-        return self.native.token_nbytes(dtype)
+        return self.native.token_nbytes(self._kv_dtype(dtype))
+
+    def _kv_dtype(self, dtype: str) -> str:
+        return self.kv_dtype if dtype == "auto" else dtype
 
     def logits(self, batch: Batch, cache: PageStore, out: Tensor | None = None) -> Tensor:
         """fp32 logits ``[logit rows, vocab]``, in ``out`` if given; keys and values go into the

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quantkit.errors import QuantkitError
+from quantkit.models.kv_dtype import with_kv_dtype
 from quantkit.models.page_pool import pages_for
 from quantkit.ops.page_store import PAGE_TOKENS
 from quantkit.serve.answer import Answer
@@ -31,7 +32,7 @@ from quantkit.serve.metrics import watch
 from quantkit.serve.outbox import Outbox
 from quantkit.serve.policy.order import Policy
 from quantkit.serve.request import ContextOverflowError, Request, RequestError, Sequence, Sink
-from quantkit.serve.runner import make_runner, with_kv_dtype
+from quantkit.serve.runner import make_runner
 from quantkit.serve.scheduler import Scheduler, no_guesses
 from quantkit.serve.speculation import SpeculativeConfig, make_speculator
 from quantkit.serve.stream import EventStream
@@ -107,8 +108,8 @@ class Engine:
         draft: Runtime | None = None,
     ) -> None:
         self.config = config = config or EngineConfig()
-        decoder, dtype = runtime.decoder, config.kv_cache_dtype
-        self.runtime = with_kv_dtype(runtime, dtype)
+        dtype = config.kv_cache_dtype
+        self.runtime = runtime = with_kv_dtype(runtime, dtype)
         self.counters = Counters()
         self.capacity = plan_capacity(
             runtime.model,
@@ -118,10 +119,10 @@ class Engine:
             kv_tokens=config.kv_cache_tokens,
         )
         kv_tokens = self.capacity.kv_tokens
-        if decoder is not None:  # whole pages, and always enough for the longest request
+        if runtime.decoder is not None:  # whole pages, and always enough for the longest request
             least = pages_for(self.capacity.max_context)
             kv_tokens = max(kv_tokens // PAGE_TOKENS, least) * PAGE_TOKENS
-        self.runner = make_runner(runtime, kv_tokens, dtype)
+        self.runner = make_runner(runtime, kv_tokens)
         self.memory = make_memory(
             self.runner, kv_tokens, self.counters, prefix_caching=config.enable_prefix_caching
         )

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from quantkit import model as models
-from quantkit.errors import UsageError
 from quantkit.models.page_pool import PagePool
 from quantkit.models.paged import PagedRunner, PagedSequence, pages_for
 from quantkit.models.paged import Work as PagedWork
-from quantkit.ops.page_store import KV_DTYPES
 from quantkit.serve.kv_cache import KVCache
 
 if TYPE_CHECKING:
@@ -74,52 +72,27 @@ class Runner(Protocol):
         ...
 
 
-def make_runner(
-    runtime: Runtime, kv_tokens: int, kv_dtype: str = "auto"
-) -> DecoderRunner | ModuleRunner:
+def make_runner(runtime: Runtime, kv_tokens: int) -> DecoderRunner | ModuleRunner:
     """The native decoder with pages for so many tokens, or transformers' modules.
 
     Args:
         runtime: the model.
         kv_tokens: tokens that there must be room for.
-        kv_dtype: of keys and values, a key of `quantkit.ops.page_store.KV_DTYPES`; by default the
-            model's own.
 
     Raises:
-        UsageError: the model predicts no next tokens, or modules cannot store that type.
+        UsageError: the model predicts no next tokens.
     """
     models.require_logits(runtime.model.config, "quantkit serve samples")
     if runtime.decoder is not None:
-        return DecoderRunner(runtime.decoder, kv_tokens, kv_dtype)
-    if kv_dtype != "auto":
-        raise UsageError(
-            f"kv_cache_dtype {kv_dtype} needs the native decoder, which does not run this model: "
-            f"{runtime.fallback or 'it was not asked for'}",
-            remedy="use auto",
-        )
+        return DecoderRunner(runtime.decoder, kv_tokens)
     return ModuleRunner(runtime.model)
-
-
-def with_kv_dtype(runtime: Runtime, dtype: str) -> Runtime:
-    """The same model, whose fingerprint says how its keys and values are rounded.
-
-    Raises:
-        UsageError: there is no such type.
-    """
-    if dtype == "auto":
-        return runtime
-    if dtype not in KV_DTYPES:
-        raise UsageError(f"kv_cache_dtype {dtype!r} is not auto, {', '.join(KV_DTYPES)}")
-    kernels = f"{runtime.fingerprint['kernels']}+kv-{dtype}"
-    return replace(runtime, fingerprint={**runtime.fingerprint, "kernels": kernels})
 
 
 class DecoderRunner:
     """All sequences in one native call."""
 
-    def __init__(self, decoder: Decoder, kv_tokens: int, kv_dtype: str = "auto") -> None:
-        pages = pages_for(kv_tokens)
-        self._paged = PagedRunner(decoder, pages, kv_dtype, kept_rows=KEPT_ROWS)
+    def __init__(self, decoder: Decoder, kv_tokens: int) -> None:
+        self._paged = PagedRunner(decoder, pages_for(kv_tokens), kept_rows=KEPT_ROWS)
 
     @property
     def pool(self) -> PagePool:

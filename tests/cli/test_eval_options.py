@@ -52,6 +52,7 @@ def test_a_plan_scores_nothing(option: list[str], capsys: pytest.CaptureFixture[
     [
         ["--threads", "1"],
         ["--kernels", "modules"],
+        ["--kv-cache-dtype", "int8"],
         ["--key", "public.pem"],
         ["--allow-code"],
         ["--judge", "http://x"],
@@ -76,6 +77,7 @@ def test_a_plan_without_a_checkpoint(option: list[str], capsys: pytest.CaptureFi
         (["--endpoint", "http://x", "--engine-timeout", "9"], "belongs to another engine"),
         (["--endpoint", "http://x", "--engine", "vllm"], "give one of them"),
         (["--endpoint", "http://x", "--key", "k"], "serve them with `quantkit serve --key`"),
+        (["--endpoint", "http://x", "--kv-cache-dtype", "int8"], "--kv-cache-dtype int8: another"),
         (["-o", "absent/results.json"], "absent: no folder to write results.json in"),
     ],
 )
