@@ -1,14 +1,15 @@
 """Calibration text in the form of a product's requests: messages of others, asked as a suite asks.
 
     python -m benchmarks.product_requests clinc150/data_full.json -o requests.jsonl
-        [--suite support_intent] [--messages 4000] [--repeat 4] [--seed 0]
+        [--suite support_intent] [--messages 4000] [--repeat 4] [--held FILE] [--seed 0]
 
 A router never sees a chat: it sees its own prompt around a message, and each queue's name behind
 it. What `quantkit serve --capture` would have written of such a product is made here of the users'
 first turns in the suite's traffic, each `--repeat` times, and of `--messages` of the training
 messages of clinc150, one of all answers that the suite knows drawn for each. Whether it is right
-plays no part: training is after the original's prediction of it. No message of the suite's items
-is used, and `quantkit calibrate` refuses text that holds one.
+plays no part: training is after the original's prediction of it. With ``--held`` one message in
+twenty-five goes there, once, and none of its requests into the other file. No message of the
+suite's items is used, and `quantkit calibrate` refuses text that holds one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from pathlib import Path
 from quantkit.evals.suite import Suite
 from quantkit.evals.suites import load_suites
 
+#: One distinct message in so many is kept for measuring.
+HELD = 25
+
 #: What the prompt of a suite of messages has where the message goes.
 PLACE = "{{message}}"
 
@@ -34,6 +38,7 @@ def main() -> int:
     parser.add_argument("--suite", default="support_intent")
     parser.add_argument("--messages", type=int, default=4000, help="of clinc150")
     parser.add_argument("--repeat", type=int, default=4, help="of each message of the traffic")
+    parser.add_argument("--held", type=Path, help="requests to measure on, of other messages")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     [suite] = load_suites([args.suite])
@@ -44,12 +49,21 @@ def main() -> int:
     generator.shuffle(others)
     messages = first_turns(suite) * args.repeat + others[: args.messages]
     generator.shuffle(messages)
-    lines = [json.dumps({"text": text}) + "\n" for text in requests(suite, messages, generator)]
-    staging = args.output.with_name(args.output.name + ".tmp")
-    staging.write_text("".join(lines))
-    staging.replace(args.output)
-    print(f"{args.output}: {len(lines)} requests")
+    if args.held is not None:
+        held = sorted(set(messages))[::HELD]
+        write(args.held, requests(suite, held, generator))
+        kept = set(held)
+        messages = [text for text in messages if text not in kept]
+    write(args.output, requests(suite, messages, generator))
     return 0
+
+
+def write(path: Path, texts: Sequence[str]) -> None:
+    """One request a line, in the form that `quantkit calibrate --data` reads."""
+    staging = path.with_name(path.name + ".tmp")
+    staging.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    staging.replace(path)
+    print(f"{path}: {len(texts)} requests")
 
 
 def first_turns(suite: Suite) -> list[str]:

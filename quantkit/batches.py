@@ -32,12 +32,14 @@ HELD_WINDOWS = 8
 class CalibrationData:
     """Token ids int64 ``[samples, seq_len]`` and their content hash.
 
-    ``batches`` stand in for the windows of a model that reads more than tokens.
+    ``batches`` stand in for the windows of a model that reads more than tokens. ``starts``, bool of
+    the same shape, is true where a document begins.
     """
 
     ids: Tensor
     hash: str
     batches: Sequence[Batch] = ()
+    starts: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from quantkit.batches import (
 )
 from quantkit.blocks import Blocks, training_steps
 from quantkit.distill import Distilled, Teacher, distill
+from quantkit.documents import cut_apart, digest
 from quantkit.errors import UsageError
 from quantkit.folding import apply_scales
 from quantkit.footprint import spills
@@ -111,6 +112,8 @@ def calibrate(
     }
     if all_experts:
         state["all_experts"] = True
+    if data is not None and plan.distill is not None and plan.distill.options["apart"]:
+        state["documents"] = digest(data.starts)
     every = calibration_batches(data, needed=plan.needs_data, processes=together.size)
     check_limits(
         plan,
@@ -126,12 +129,20 @@ def calibrate(
     folder = WorkFolder(work, state, resume=resume) if together.leads else None
     if plan.unties_head:
         models.untie(source.model)
-    ids = None if data is None else data.ids
     with torch.no_grad():
         experts = ExpertTokens(source.model, min_expert_tokens, all_tokens=all_experts)
         batches = together.share(every)
         loop = _Loop(
-            source.model, plan, batches, ids, observer, experts, folder, release, progress, together
+            source.model,
+            plan,
+            batches,
+            data,
+            observer,
+            experts,
+            folder,
+            release,
+            progress,
+            together,
         )
         if spills(plan, activation_memory):
             loop.blocks.spill(work / "hidden")
@@ -169,7 +180,7 @@ class _Loop:
         model: PreTrainedModel,
         plan: Plan,
         batches: Sequence[Batch],
-        ids: Tensor | None,
+        data: CalibrationData | None,
         observer: Step,
         experts: ExpertTokens,
         work: WorkFolder | None,
@@ -183,7 +194,7 @@ class _Loop:
         self.together = together
         #: Of this process; without data, what a reload is checked on.
         self.batches = batches or [random_batch(model)]
-        self.ids = ids  # of all
+        self.data = data  # of all
         #: Tokens that every layer sees; None where an encoder's and its decoder's differ.
         self.tokens: int | None = None
         if len(self.spines) == 1 and all(isinstance(batch, Tensor) for batch in batches):
@@ -320,21 +331,28 @@ class _Loop:
         )
 
     def _teacher(self) -> Teacher:
-        assert self.ids is not None
         assert self.work is not None
         return Teacher(
-            self.model, self.ids, self.work, lambda: self.steps.advance("the original's targets")
+            self.model,
+            self._read_apart(),
+            self.work,
+            lambda: self.steps.advance("the original's targets"),
         )
 
+    def _read_apart(self) -> list[Batch]:
+        """What the model is distilled on."""
+        assert self.data is not None
+        assert self.plan.distill is not None
+        return cut_apart(self.data.ids, self.data.starts, self.plan.distill.options["apart"])
+
     def _distill(self, results: Mapping[str, QuantizedLayer], teacher: Teacher) -> Distilled:
-        assert self.ids is not None
         assert self.work is not None
         with self.blocks.quantized_caches():
             return distill(
                 self.model,
                 self.plan,
                 results,
-                self.ids,
+                self._read_apart(),
                 teacher,
                 self.work,
                 self.steps.advance,

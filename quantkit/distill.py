@@ -7,7 +7,7 @@ divergence there does not fall, what the solvers made stays, and the run says so
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,8 @@ from quantkit import memory, numerics
 from quantkit import model as models
 from quantkit.algorithms.distill import BETAS, ScaledLinear, divergence, learning_rate
 from quantkit.algorithms.latent import EPSILON, Weight
-from quantkit.batches import held_back
+from quantkit.batches import Batch, held_back
+from quantkit.documents import check_apart
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.folding import norm_offset
 from quantkit.paused import head_input
@@ -82,19 +83,19 @@ class Teacher:
 
     Args:
         model: the original, all of it in memory.
-        ids: token ids int64 ``[samples, seq_len]``.
+        windows: what it reads, ``[1, T]`` each: of `quantkit.documents.cut_apart`.
         work: where an earlier run may have left what the head saw.
         advance: called after each window.
 
     Raises:
         UsageError: part of the model is on disk, or its predictions are more than its head's
-            product, soft-capped or not.
+            product, soft-capped or not, or it cannot read the documents of a window apart.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        ids: Tensor,
+        windows: Sequence[Batch],
         work: WorkFolder,
         advance: Callable[[], None] = lambda: None,
     ) -> None:
@@ -107,17 +108,18 @@ class Teacher:
         self._weight, self._bias = head.weight, getattr(head, "bias", None)
         self._cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         with torch.no_grad():
-            self._check(model, ids[:1, :16])
+            self._check(model, _tokens(windows[0])[:, :16])
+            check_apart(model, next((w for w in windows if not isinstance(w, Tensor)), windows[0]))
         saved = work.load_tensors("targets")
         if saved is None:
             parts = []
-            for window in ids.split(1):
+            for window in windows:
                 parts.append(head_input(model, window).cpu())
                 advance()
             saved = {"hidden": torch.cat(parts)}
             work.save_tensors("targets", saved)
         else:
-            for _ in ids:
+            for _ in windows:
                 advance()
         self.hidden = saved["hidden"]
 
@@ -147,7 +149,7 @@ def distill(
     model: PreTrainedModel,
     plan: Plan,
     layers: Mapping[str, QuantizedLayer],
-    ids: Tensor,
+    windows: Sequence[Batch],
     teacher: Teacher,
     work: WorkFolder,
     advance: Callable[[str], None] = lambda _: None,
@@ -160,8 +162,8 @@ def distill(
             are replaced.
         plan: its ``distill`` step and the layers that name it.
         layers: every planned layer's result.
-        ids: calibration tokens int64 ``[samples, seq_len]``.
-        teacher: of the same tokens.
+        windows: calibration text, ``[1, T]`` each.
+        teacher: of the same windows.
         work: holds the state of training, which a resumed run goes on from.
         advance: called with a label after each step.
         originals: weights ``[N, K]`` that the solvers were given, the model's dtype, by layer;
@@ -172,14 +174,14 @@ def distill(
     """
     assert plan.distill is not None
     options = plan.distill.options
-    held, trained = held_back(len(ids), options["seed"])
+    held, trained = held_back(len(windows), options["seed"])
     training = _Training(model, plan, layers, options, originals or {})
     student = teacher.student(model.get_output_embeddings())
 
     def on_held() -> float:
         total = 0.0
-        for i in held:
-            seen = head_input(model, ids[i : i + 1])
+        for i in held.tolist():
+            seen = head_input(model, windows[i])
             total += divergence(
                 seen, teacher.hidden[i : i + 1].to(seen.device), student, teacher.predict
             )
@@ -188,24 +190,24 @@ def distill(
                 "distillation: the divergence on held windows is NaN or infinite",
                 remedy="lower `scale_lr`, `norm_lr` and `weight_lr`",
             )
-        return total / ids[held].numel()
+        return total / sum(_tokens(windows[i]).numel() for i in held.tolist())
 
     with training.active():
         saved = work.load_tensors("distill")
         before = on_held() if saved is None else float(saved["before"])
         first = 0 if saved is None else training.restore(saved)
-        windows = int(options["windows"])
+        together = int(options["windows"])
         for step in range(options["steps"]):
             if step < first:
                 advance("distill (resumed)")
                 continue
             total = 0.0
-            for k in range(step * windows, (step + 1) * windows):
+            for k in range(step * together, (step + 1) * together):
                 i = int(trained[k % len(trained)])
                 with torch.enable_grad():
-                    seen = head_input(model, ids[i : i + 1], graph=True)
+                    seen = head_input(model, windows[i], graph=True)
                     target = teacher.hidden[i : i + 1].to(seen.device)
-                    weight = 1.0 / (windows * ids.shape[1])
+                    weight = 1.0 / (together * seen.shape[1])
                     total += weight * divergence(seen, target, student, teacher.predict, weight)
             training.step(learning_rate(step, int(options["steps"])))
             advance(f"distill, KL {total:.4f}")
@@ -215,6 +217,10 @@ def distill(
         if not after < before:
             training.undo()
     return Distilled(training.result(), before, after, len(held))
+
+
+def _tokens(window: Batch) -> Tensor:
+    return window if isinstance(window, Tensor) else window["input_ids"]
 
 
 class _Training:

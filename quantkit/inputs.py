@@ -50,7 +50,7 @@ def load_inputs(
         return tokens, []
     ends = torch.tensor(frame).expand(len(tokens.ids), 2)
     ids = torch.cat([ends[:, :1], tokens.ids, ends[:, 1:]], dim=1)
-    return replace(tokens, ids=ids, hash=content_hash(ids.numpy())), []
+    return replace(tokens, ids=ids, hash=content_hash(ids.numpy()), starts=None), []
 
 
 def _positions(model: nn.Module) -> int | None:

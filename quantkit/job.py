@@ -114,8 +114,9 @@ class Prepared:
     @property
     def data(self) -> CalibrationData | None:
         """What `quantkit.calibrate.calibrate` reads."""
-        tokens = self.tokens
-        return None if tokens is None else CalibrationData(tokens.ids, tokens.hash, self.batches)
+        if (tokens := self.tokens) is None:
+            return None
+        return CalibrationData(tokens.ids, tokens.hash, self.batches, tokens.starts)
 
 
 def prepare(job: Job, together: World = ALONE) -> Prepared:

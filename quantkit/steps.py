@@ -225,7 +225,7 @@ def _check_option(algorithm: str, key: str, value: Any) -> None:
         refuse("is a whole number from 1 to 1000")
     if key == "refine" and not (type(value) is int and _is_number(value, 0, 100)):
         refuse("is a whole number from 0 to 100")
-    if key in ("feedback", "fisher") and not _is_number(value, 0, 1):
+    if key in ("feedback", "fisher", "apart") and not _is_number(value, 0, 1):
         refuse("is a number from 0 to 1")
 
 

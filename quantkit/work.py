@@ -57,6 +57,7 @@ _INPUTS = {
     "weights": "another model",
     "plan": "another recipe",
     "data": "other data",
+    "documents": "other borders of documents",
     "observer": "another observer",
 }
 

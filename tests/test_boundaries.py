@@ -20,7 +20,7 @@ LAYERS = (
     {
         *("input_range", "kv_cache", "steps"),
         *("data", "model", "folding", "plan", "paused", "quantize", "reference", "collector"),
-        *("rescale", "rotation", "work", "calibrate", "blocks", "fisher", "distill"),
+        *("rescale", "rotation", "work", "calibrate", "blocks", "fisher", "distill", "documents"),
         *("batches", "inputs", "routing", "support", "limits", "reconstruct", "footprint", "peak"),
         *("spill", "rounding", "integrity", "machine", "signature"),
         "parallel",

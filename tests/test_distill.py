@@ -293,7 +293,7 @@ def test_a_model_whose_predictions_are_not_its_heads_product_is_refused(tmp_path
 
     model.forward = scaled  # type: ignore[method-assign]
     with pytest.raises(UsageError, match="its predictions are not its head's product"):
-        Teacher(model, IDS, WorkFolder(tmp_path / "w", {}))
+        Teacher(model, IDS.split(1), WorkFolder(tmp_path / "w", {}))
 
 
 def test_soft_capped_predictions_are_understood(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_soft_capped_predictions_are_understood(tmp_path: Path) -> None:
         return out
 
     model.forward = capped  # type: ignore[method-assign]
-    teacher = Teacher(model, IDS, WorkFolder(tmp_path / "w", {}))
+    teacher = Teacher(model, IDS.split(1), WorkFolder(tmp_path / "w", {}))
     with torch.no_grad():
         assert torch.equal(teacher.predict(teacher.hidden[:1]), model(IDS[:1]).logits)
 
@@ -320,6 +320,7 @@ def test_soft_capped_predictions_are_understood(tmp_path: Path) -> None:
         ("algorithm: [rtn, {distill: {steps: 0}}]", "steps 0: is a whole number from 1"),
         ("algorithm: [rtn, {distill: {scale_lr: 2}}]", "scale_lr 2: is a number from 0 to 0.5"),
         ("algorithm: [rtn, {distill: {seed: -1}}]", "seed -1: is a whole number from 0"),
+        ("algorithm: [rtn, {distill: {apart: 1.5}}]", "apart 1.5: is a number from 0 to 1"),
         ("algorithm: [rtn, {distill: {weight_lr: 1}}]", "weight_lr 1: is a number from 0 to 0.5"),
         (
             "algorithm: [rtn, distill]\nrules: [{match: '*.o_proj', scheme: w4a16-g64, "

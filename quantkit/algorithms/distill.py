@@ -30,6 +30,7 @@ from quantkit.schemes import DType
 #: windows: calibration windows a step.
 #: scale_lr, norm_lr: learning rates, relative to a scale's and to a norm's size.
 #: weight_lr: of weights, in steps of the code; 0 leaves codes as they are.
+#: apart: share of the windows whose documents do not see each other (`quantkit.documents`).
 #: seed: of the order of windows.
 OPTIONS: dict[str, Any] = {
     "steps": 40,
@@ -37,6 +38,7 @@ OPTIONS: dict[str, Any] = {
     "scale_lr": 0.002,
     "norm_lr": 0.001,
     "weight_lr": 0.0,
+    "apart": 0.0,
     "seed": 0,
 }
 

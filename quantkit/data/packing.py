@@ -36,9 +36,11 @@ class Use:
 
 @dataclass(frozen=True)
 class Packed:
-    """Full windows, int64 ``[windows, seq_len]``, and what each feed gave to them."""
+    """Full windows, int64 ``[windows, seq_len]``, where documents begin in them, bool of the same
+    shape, and what each feed gave to them."""
 
     ids: Ids
+    starts: npt.NDArray[np.bool_]
     uses: tuple[Use, ...]
 
 
@@ -88,7 +90,10 @@ def pack(
                 exhausted=tap.dry,
             )
         )
-    return Packed(stream[:kept].reshape(windows, seq_len), tuple(uses))
+    starts = np.zeros(kept, dtype=np.bool_)
+    starts[[begin for _, begin, _ in owners if begin < kept]] = True
+    shape = windows, seq_len
+    return Packed(stream[:kept].reshape(shape), starts.reshape(shape), tuple(uses))
 
 
 def split(total: int, weights: Sequence[float]) -> list[int]:

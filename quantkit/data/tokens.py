@@ -68,6 +68,7 @@ class TokenBatches:
         ids: int64 ``[samples, seq_len]``, every position a real token.
         hash: sha256 of the shape and the ids; names of files do not enter.
         report: one entry a source, in the order given.
+        starts: bool ``[samples, seq_len]``, true where a document begins; None of what is no text.
         shortfall: windows that were asked for and the sources could not fill.
         warnings: what a person should know before relying on the windows.
     """
@@ -77,6 +78,7 @@ class TokenBatches:
     report: tuple[SourceReport, ...]
     shortfall: int = 0
     warnings: tuple[str, ...] = ()
+    starts: torch.Tensor | None = field(default=None, compare=False)
 
 
 def load_tokens(
@@ -152,6 +154,7 @@ def load_tokens(
         report=report,
         shortfall=shortfall,
         warnings=_warnings(report, samples, seq_len, shortfall),
+        starts=torch.from_numpy(packed.starts.copy()),
     )
 
 

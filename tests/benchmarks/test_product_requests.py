@@ -35,6 +35,15 @@ def test_requests_have_the_suites_form_and_none_of_its_messages(
     assert sorted(asked).count(turns[0]) == 2
     assert sum(message.startswith("What is ") for message in asked) == 20
     assert not set(asked) & {row["message"] for row in suite.rows}
+    held = tmp_path / "held.jsonl"
+    monkeypatch.setattr(sys, "argv", [*argv, "--held", str(held)])
+    product_requests.main()
+    kept = [json.loads(line)["text"].rpartition("\n")[0] for line in held.read_text().splitlines()]
+    rest = [json.loads(line)["text"].rpartition("\n")[0] for line in out.read_text().splitlines()]
+    assert len(kept) == len(set(kept)) == -(-len(set(asked)) // product_requests.HELD)
+    assert not set(kept) & set(rest)
+    assert set(kept) | set(rest) == {f"Customer message: {message}" for message in asked}
+    monkeypatch.setattr(sys, "argv", argv)
     product_requests.main()
     assert texts == [json.loads(line)["text"] for line in out.read_text().splitlines()]
 

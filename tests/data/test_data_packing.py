@@ -37,6 +37,8 @@ def test_windows_are_the_documents_joined_by_eos(
     windows = min(samples, len(stream) // seq_len)
     assert packed.ids.shape == (windows, seq_len)
     assert packed.ids.ravel().tolist() == stream[: windows * seq_len]
+    begins = {sum(len(joined([d])) for d in documents[:i]) for i, d in enumerate(documents) if d}
+    assert set(packed.starts.ravel().nonzero()[0]) == {b for b in begins if b < windows * seq_len}
     assert packed.uses[0].used == windows * seq_len
     assert packed.uses[0].exhausted == (len(stream) < samples * seq_len)
 
