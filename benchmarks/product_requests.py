@@ -43,9 +43,7 @@ def main() -> int:
     args = parser.parse_args()
     [suite] = load_suites([args.suite])
     generator = random.Random(args.seed)
-    others = [
-        text[:1].upper() + text[1:] for text, _ in json.loads(args.clinc.read_text())["train"]
-    ]
+    others = training_messages(args.clinc)
     generator.shuffle(others)
     messages = first_turns(suite) * args.repeat + others[: args.messages]
     generator.shuffle(messages)
@@ -64,6 +62,20 @@ def write(path: Path, texts: Sequence[str]) -> None:
     staging.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     staging.replace(path)
     print(f"{path}: {len(texts)} requests")
+
+
+def training_messages(path: Path) -> list[str]:
+    """Of clinc150, with a capital letter.
+
+    Raises:
+        SystemExit: the file is not there, or is another one.
+    """
+    try:
+        rows = json.loads(path.read_text())["train"]
+        return [text[:1].upper() + text[1:] for text, _ in rows]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise SystemExit(f"{path}: is not data_full.json of clinc150 ({reason})") from error
 
 
 def first_turns(suite: Suite) -> list[str]:

@@ -88,9 +88,8 @@ def check_apart(model: PreTrainedModel, window: Batch) -> None:
         return
     first, end = begins[1], [*begins, window["input_ids"].shape[1]][2]
     if models.family_of(model.config).logits:
-        seen = head_input(model, {name: x[:, :end] for name, x in window.items()})[
-            0, first:
-        ].float()
+        behind = {name: x[:, :end] for name, x in window.items()}
+        seen = head_input(model, behind)[0, first:].float()
         alone = head_input(model, window["input_ids"][:, first:end])[0].float()
         if float((seen - alone).norm()) <= _APART * float(alone.norm()):
             return

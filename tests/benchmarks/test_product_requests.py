@@ -52,3 +52,12 @@ def test_a_suite_that_asks_otherwise_is_refused() -> None:
     [suite] = load_suites(["grounded_qa"])
     with pytest.raises(SystemExit, match="grounded_qa: asks nothing of a"):
         product_requests.requests(suite, ["hello"], random.Random(0))
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"train": [1]}', '{"test": []}'])
+def test_another_file_is_refused(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "clinc.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit, match="is not data_full.json of clinc150"):
+        product_requests.training_messages(path)
