@@ -59,5 +59,5 @@ def test_another_file_is_refused(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "clinc.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(SystemExit, match="is not data_full.json of clinc150"):
+    with pytest.raises(SystemExit, match=r"is not data_full\.json of clinc150"):
         product_requests.training_messages(path)
