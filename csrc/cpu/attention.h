@@ -379,7 +379,8 @@ struct Attention {
     m.sum = m.scores + 2 * rows * kSpanTokens;
     m.top = m.sum + rows * job.head_dim;
     m.total = m.top + rows;
-    m.pages = reinterpret_cast<uint8_t*>(m.total + rows);
+    const uint8_t* used = reinterpret_cast<uint8_t*>(m.total + rows);
+    m.pages = scratch + ceil_div(used - scratch, kChunkBytes) * kChunkBytes;
     AttentionUnit head = unit;
     for (int64_t span = unit.first_span; span < unit.end_span; ++span) {
       for (head.kv_head = unit.kv_head; head.kv_head < unit.end_head; ++head.kv_head) {
