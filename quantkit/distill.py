@@ -109,7 +109,7 @@ class Teacher:
         self._cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         with torch.no_grad():
             self._check(model, _tokens(windows[0])[:, :16])
-            check_apart(model, next((w for w in windows if not isinstance(w, Tensor)), windows[0]))
+            check_apart(model, windows)
         saved = work.load_tensors("targets")
         if saved is None:
             parts = []

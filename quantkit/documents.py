@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,20 +72,23 @@ def cut_apart(ids: Tensor, starts: Tensor | None, share: float) -> list[Batch]:
 
 
 @torch.no_grad()
-def check_apart(model: PreTrainedModel, window: Batch) -> None:
-    """Raise unless the model reads the second document of a window as it reads it alone.
+def check_apart(model: PreTrainedModel, windows: Sequence[Batch]) -> None:
+    """Raise unless the model reads a window's second document as it reads it alone.
 
     Args:
         model: any that has an output head.
-        window: of `cut_apart`; one whose documents are not read apart passes.
+        windows: of `cut_apart`; the first that reads two documents apart is tried.
 
     Raises:
         UsageError: its layers do not go by positions, as those with a state or convolutions.
     """
-    if isinstance(window, Tensor):
-        return
-    begins = (window["position_ids"][0] == 0).nonzero()[:, 0].tolist()
-    if len(begins) < 2:
+    for window in windows:
+        if isinstance(window, Tensor):
+            continue
+        begins = (window["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+        if len(begins) > 1:
+            break
+    else:
         return
     first, end = begins[1], [*begins, window["input_ids"].shape[1]][2]
     if models.family_of(model.config).logits:

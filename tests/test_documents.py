@@ -65,8 +65,7 @@ def test_each_document_is_read_as_alone() -> None:
         if first:
             packed = head_input(model, IDS[:1])[0, first:end]
             assert not torch.allclose(packed, alone, atol=1e-2)
-    check_apart(model, window)
-    check_apart(model, IDS[:1])  # nothing to tell apart
+    check_apart(model, [window])
 
 
 def test_a_model_that_does_not_go_by_positions_is_refused() -> None:
@@ -78,9 +77,10 @@ def test_a_model_that_does_not_go_by_positions_is_refused() -> None:
         return forward(*args, **kwargs)
 
     model.forward = deaf  # type: ignore[method-assign]
-    [window] = cut_apart(IDS[:1], begins(0, 9)[None], 1.0)
+    one, two = cut_apart(IDS[:2], torch.stack([begins(0), begins(0, 9)]), 1.0)
+    check_apart(model, [IDS[:1], one])  # nothing to tell apart
     with pytest.raises(UsageError, match="does not read the documents of a window apart"):
-        check_apart(model, window)
+        check_apart(model, [IDS[:1], one, two])
     with pytest.raises(UsageError, match="has no documents of tokens"):
         cut_apart(IDS, None, 0.5)
     assert all(isinstance(window, Tensor) for window in cut_apart(IDS, None, 0.0))
