@@ -30,7 +30,7 @@ def invoke(
 ) -> Callable[..., Result]:
     """Run the command with ``base`` and ``quant`` as models, whatever the kernels."""
     models = {"base": runtime, "quant": other}
-    monkeypatch.setattr(eval_cli, "_load", lambda source, kernels, device: models[source])
+    monkeypatch.setattr(eval_cli, "_load", lambda source, *how: models[source])
     app = typer.Typer()
     app.command()(eval_cli.command)
 

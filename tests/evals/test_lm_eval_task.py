@@ -253,7 +253,7 @@ def test_the_commands_take_a_task(
     (row,) = json.loads(result.stdout)["suites"]
     assert (row["suite"], row["items"], row["metric"]) == ("tiny", 8, "acc")
     assert "tiny.acc" in CliRunner().invoke(app, ["eval", "--plan", "--suite", "tiny"]).stdout
-    monkeypatch.setattr(eval_cli, "_load", lambda source, kernels, device: runtime)
+    monkeypatch.setattr(eval_cli, "_load", lambda source, *how: runtime)
     out = str(tmp_path / "results.json")
     assert run(["eval", "a-model", "--suite", "tiny", "-o", out]) == 0
     scored = Results.load(out).tasks["tiny"]
