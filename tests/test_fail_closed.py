@@ -12,7 +12,7 @@ from torch import Tensor
 import quantkit.ops
 from quantkit.checkpoint import shards, write
 from quantkit.cli.main import run
-from quantkit.models import decoder
+from quantkit.models import llama_family
 from tests.run_helpers import RECIPE, arguments, contents, leftovers
 
 LAYER = "model.layers.1.mlp.down_proj"
@@ -115,9 +115,9 @@ def test_a_decoder_that_computes_something_else(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Every layer's kernel is right, and the whole is wired wrongly."""
-    honest = decoder._rope_tables
+    honest = llama_family._rope_tables
     patch.setattr(
-        decoder,
+        llama_family,
         "_rope_tables",
         lambda *inputs: {kind: (sin, cos) for kind, (cos, sin) in honest(*inputs).items()},
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantkit.cli import bench_serve
-from quantkit.cli.kernels import Kernels, KernelsOption, KvDtypeOption
+from quantkit.cli.kernels import Kernels, KernelsOption, KvDtype, KvDtypeOption
 from quantkit.cli.options import refuse
 from quantkit.errors import UsageError
 
@@ -69,7 +69,7 @@ def decode(
         ),
     ] = None,
     kernels: KernelsOption = Kernels.native,
-    kv_cache_dtype: KvDtypeOption = "auto",
+    kv_cache_dtype: KvDtypeOption = KvDtype.auto,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
@@ -97,7 +97,7 @@ def decode(
             load,
             checkpoint,
             reference,
-            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_dtype=kv_cache_dtype.value,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             concurrency=batch,
@@ -108,7 +108,7 @@ def decode(
             as_json=as_json,
         )
         return
-    runtime = with_kv_dtype(load(checkpoint), kv_cache_dtype)
+    runtime = with_kv_dtype(load(checkpoint), kv_cache_dtype.value)
     speed = measure_decode(
         runtime,
         prompt_tokens=prompt_tokens,

@@ -13,7 +13,7 @@ import typer
 
 from quantkit.cli import endpoint as elsewhere
 from quantkit.cli import engine as engines
-from quantkit.cli.kernels import Kernels, KernelsOption, KvDtypeOption
+from quantkit.cli.kernels import Kernels, KernelsOption, KvDtype, KvDtypeOption
 
 if TYPE_CHECKING:
     from quantkit.data.rows import Document
@@ -65,7 +65,7 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Draws the subset.")] = 0,
     kernels: KernelsOption = Kernels.native,
-    kv_cache_dtype: KvDtypeOption = "auto",
+    kv_cache_dtype: KvDtypeOption = KvDtype.auto,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
@@ -207,7 +207,7 @@ def command(
         if checkpoint is not None:
             scorers = allowed_scorers(suites, allow_code, judge, judge_model, judge_key)
             _prepare(checkpoint, key, threads)
-            load = functools.partial(_load, checkpoint, kernels.value, device, kv_cache_dtype)
+            load = functools.partial(_load, checkpoint, kernels.value, device, kv_cache_dtype.value)
         print_plan(
             suites,
             gates,
@@ -230,7 +230,7 @@ def command(
     asked = engines.Asked(engine_python, tensor_parallel, engine_arg or (), engine_timeout)
     started = engine is not engines.Engine.quantkit
     if endpoint is not None or started:
-        elsewhere.check_options(reference, kernels.value, kv_cache_dtype, device, threads)
+        elsewhere.check_options(reference, kernels.value, kv_cache_dtype.value, device, threads)
         if noise_floor is not None:
             raise UsageError(
                 "--noise-floor compares kernels of quantkit's own",
@@ -262,12 +262,12 @@ def command(
     }
     _prepare(checkpoint, key, threads)
     if endpoint is None and not started:
-        runtime = _load(checkpoint, kernels.value, device, kv_cache_dtype)
+        runtime = _load(checkpoint, kernels.value, device, kv_cache_dtype.value)
         base = None if reference is None else _load(reference, kernels.value, device)
         name = runtime.name
         results = _score(runtime, base, documents, canary=bool(canary), early=early, **options)
         if noise_floor is not None:
-            again = _load(checkpoint, noise_floor.value, device, kv_cache_dtype)
+            again = _load(checkpoint, noise_floor.value, device, kv_cache_dtype.value)
             results = _with_noise_floor(results, runtime, again, documents, **options)
     else:
         options |= {"canary": canary is not False, "early": early}

@@ -27,10 +27,18 @@ KernelsOption = Annotated[
     ),
 ]
 
-#: A name, not a choice: the types are the kernels' and checked where a model is there.
+
+class KvDtype(StrEnum):
+    """What keys and values are stored as; see `quantkit.models.kv_dtype`."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
 KvDtypeOption = Annotated[
-    str,
-    typer.Option(
-        "--kv-cache-dtype", help="Of keys and values: auto, the model's own; fp32, bf16, fp8, int8."
-    ),
+    KvDtype,
+    typer.Option("--kv-cache-dtype", help="Of keys and values; auto: the model's own."),
 ]

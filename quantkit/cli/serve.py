@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantkit.cli import engine as engines
-from quantkit.cli.kernels import Kernels, KernelsOption
+from quantkit.cli.kernels import Kernels, KernelsOption, KvDtype, KvDtypeOption
 from quantkit.cli.options import refuse
 from quantkit.errors import UsageError
 
@@ -106,9 +106,7 @@ def command(
             "--prefill-chunk", min=1, help="Prompt tokens a step may read beside running answers."
         ),
     ] = 256,
-    kv_cache_dtype: Annotated[
-        str, typer.Option("--kv-cache-dtype", help="auto, fp32, bf16, fp8 or int8.")
-    ] = "auto",
+    kv_cache_dtype: KvDtypeOption = KvDtype.auto,
     prefix_caching: Annotated[
         bool,
         typer.Option(
@@ -311,7 +309,7 @@ def command(
             max_queue=2**31,  # admission bounds each tier's; one for all would be one to fill
             max_context=max_context,
             prefill_chunk=prefill_chunk,
-            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_dtype=kv_cache_dtype.value,
             enable_prefix_caching=prefix_caching,
             speculative_config=guesses,
         )

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def with_kv_dtype(runtime: Runtime, dtype: str) -> Runtime:
-    """The same model, whose caches hold that type unless told otherwise; its fingerprint says so.
+    """The same model, whose caches hold that type; its fingerprint says so.
 
     Args:
         runtime: the model.

@@ -29,7 +29,7 @@ from quantkit.checkpoint.write import manifest_if_any
 from quantkit.errors import KernelMissingError, QuantkitError, UsageError
 from quantkit.kv_cache import SIDES, CacheEntry, find_attentions, install_entry
 from quantkit.layers import QuantLinear
-from quantkit.models.decoder import build_decoder, why_not
+from quantkit.models.llama_family import build_decoder, why_not
 from quantkit.models.runtime import Runtime
 from quantkit.models.streamed import StreamedLinear
 from quantkit.ops.page_store import CacheScales
@@ -274,7 +274,9 @@ def _cache_scales(runtime: Runtime) -> CacheScales | None:
         return None
     entries = list(runtime.caches.values())
     sides = [[entry.keys.scale, entry.values.scale] for entry in entries]
-    fixed = torch.tensor([[float(x) for x in pair if x is not None] for pair in sides])
+    fixed = torch.tensor(
+        [[float(x) for x in pair if x is not None] for pair in sides], dtype=torch.float32
+    )
     return CacheScales(_cache_dtype(entries[0].keys.spec), fixed)
 
 

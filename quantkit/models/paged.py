@@ -34,18 +34,15 @@ class PagedRunner:
     Args:
         decoder: the model.
         pages: how many pages there are.
-        dtype: of keys and values; the decoder's own by default.
         kept_rows: so many rows of logits are written to the same memory each time, where a pass
             asks for no more: they hold until the next one. New memory is cleared by the system a
             page at a time, inside the pass.
     """
 
-    def __init__(
-        self, decoder: Decoder, pages: int, dtype: str = "auto", *, kept_rows: int = 0
-    ) -> None:
+    def __init__(self, decoder: Decoder, pages: int, *, kept_rows: int = 0) -> None:
         self.decoder = decoder
-        self._kept = torch.empty(kept_rows, decoder.shape.vocab)
-        self.cache = decoder.new_cache(pages, dtype)
+        self._kept = torch.empty(kept_rows, decoder.shape.vocab, dtype=torch.float32)
+        self.cache = decoder.new_cache(pages)
         self.pool = PagePool(pages)
 
     @property

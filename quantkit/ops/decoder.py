@@ -1,7 +1,7 @@
 """The native decoder: a whole forward pass of a Llama-family model in one call.
 
 These are the structures of ``csrc/include/quantkit/decoder.h`` and a handle that keeps the tensors
-they point at alive. What a model's modules are in these terms is `quantkit.models.decoder`'s
+they point at alive. What a model's modules are in these terms is `quantkit.models.llama_family`'s
 business.
 """
 
@@ -338,11 +338,14 @@ class NativeDecoder:
         Raises:
             QuantkitError: an argument is out of range (a page, an id, a position), or memory
                 ran out; nothing was computed.
+            ValueError: ``logits`` is something else.
         """
         rows = 0 if logit_rows is None else len(logit_rows)
         if rows and logits is None:
-            logits = torch.empty(rows, self.shape.vocab)
-        kept = torch.empty(len(tokens), self.shape.hidden) if states else None
+            logits = torch.empty(rows, self.shape.vocab, dtype=torch.float32)
+        if rows and logits is not None:
+            _check_floats("logits", logits, (rows, self.shape.vocab))
+        kept = torch.empty(len(tokens), self.shape.hidden, dtype=torch.float32) if states else None
         batch = self._batch
         batch.sequences = len(past)
         batch.tokens = tokens.buffer_info()[0]
@@ -362,7 +365,8 @@ class NativeDecoder:
     def head(self, states: Tensor) -> Tensor:
         """fp32 logits ``[rows, vocab]`` of fp32 states ``[rows, hidden]``."""
         states = states.contiguous()
-        logits = torch.empty(len(states), self.shape.vocab)
+        _check_floats("states", states, (len(states), self.shape.hidden))
+        logits = torch.empty(len(states), self.shape.vocab, dtype=torch.float32)
         self._follow_torch_threads()
         status = self._library.qk_decoder_head(
             self._handle,
@@ -468,4 +472,14 @@ class NativeDecoder:
             rope_cos=self._floats(layer.rope_cos),
             rope_sin=self._floats(layer.rope_sin),
             window=layer.window,
+        )
+
+
+def _check_floats(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
+    """What native code reads or writes by its address alone."""
+    fits = tensor.dtype == torch.float32 and tensor.is_cpu and tensor.is_contiguous()
+    if not fits or tensor.shape != shape:
+        raise ValueError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, must be contiguous "
+            f"fp32 {list(shape)} on the CPU"
         )

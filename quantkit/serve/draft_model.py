@@ -29,7 +29,6 @@ def make_draft_model(
     *,
     max_context: int,
     kv_tokens: int,
-    kv_dtype: str = "auto",
     read_tokens: int = 256,
 ) -> DraftModel | None:
     """The draft model of an engine, or None if it only looks guesses up.
@@ -38,7 +37,7 @@ def make_draft_model(
         runtime: the model that is served.
         draft: the one that guesses.
         max_context: longest text.
-        kv_tokens, kv_dtype, read_tokens: as in `DraftModel`.
+        kv_tokens, read_tokens: as in `DraftModel`.
 
     Raises:
         UsageError: one of them does not run in the native decoder, their tokens differ, or the
@@ -76,7 +75,7 @@ def make_draft_model(
             remedy=f"give --max-context {longest}",
         )
     share = draft.decoder.native.weight_nbytes / runtime.decoder.native.weight_nbytes
-    return DraftModel(draft.decoder, kv_tokens, kv_dtype, share=share, read_tokens=read_tokens)
+    return DraftModel(draft.decoder, kv_tokens, share=share, read_tokens=read_tokens)
 
 
 @dataclass
@@ -94,7 +93,6 @@ class DraftModel:
     Args:
         decoder: of the draft checkpoint.
         kv_tokens: tokens that there is room for; who was guessed for least lately makes room.
-        kv_dtype: of keys and values.
         share: bytes of its weights over those of the model: what a pass of few rows is expected to
             cost beside one of the model's.
         read_tokens: of texts it has yet to read, what it reads in one pass at most.
@@ -108,7 +106,6 @@ class DraftModel:
         self,
         decoder: Decoder,
         kv_tokens: int,
-        kv_dtype: str = "auto",
         *,
         share: float = 1.0,
         read_tokens: int = 256,
@@ -117,7 +114,7 @@ class DraftModel:
         self.cost = PassCost()
         self.share = share
         self.read_tokens = read_tokens
-        self._paged = PagedRunner(decoder, pages_for(kv_tokens), kv_dtype)
+        self._paged = PagedRunner(decoder, pages_for(kv_tokens))
         self.clock = clock
         self._readings: dict[Sequence, _Reading] = {}  # the least recently used first
 

@@ -108,14 +108,15 @@ class Engine:
         draft: Runtime | None = None,
     ) -> None:
         self.config = config = config or EngineConfig()
-        dtype = config.kv_cache_dtype
-        self.runtime = runtime = with_kv_dtype(runtime, dtype)
+        self.runtime = runtime = with_kv_dtype(runtime, config.kv_cache_dtype)
+        if draft is not None:
+            draft = with_kv_dtype(draft, config.kv_cache_dtype)
         self.counters = Counters()
         self.capacity = plan_capacity(
             runtime.model,
             max_context=config.max_context,
             max_sequences=config.max_sequences,
-            token_bytes=token_bytes([runtime, *([draft] if draft else [])], dtype),
+            token_bytes=token_bytes([runtime, *([draft] if draft else [])]),
             kv_tokens=config.kv_cache_tokens,
         )
         kv_tokens = self.capacity.kv_tokens
@@ -128,7 +129,7 @@ class Engine:
         )
         capacity = Capacity(self.capacity.max_context, kv_tokens)
         self.speculator = make_speculator(
-            config.speculative_config, runtime, draft, capacity, dtype, self.counters
+            config.speculative_config, runtime, draft, capacity, self.counters
         )
         self.scheduler = Scheduler(
             max_sequences=config.max_sequences,

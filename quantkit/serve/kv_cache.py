@@ -60,11 +60,11 @@ def bytes_per_token(model: PreTrainedModel) -> int:
     return 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
 
 
-def token_bytes(runtimes: Sequence[Runtime], dtype: str) -> int | None:
+def token_bytes(runtimes: Sequence[Runtime]) -> int | None:
     """Bytes of one token's keys and values in native decoders, of all models together; None where
     there is no decoder."""
     decoders = [runtime.decoder for runtime in runtimes]
-    return sum(decoder.token_nbytes(dtype) for decoder in decoders if decoder) or None
+    return sum(decoder.token_nbytes() for decoder in decoders if decoder) or None
 
 
 def plan_capacity(

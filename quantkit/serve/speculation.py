@@ -118,7 +118,6 @@ def make_speculator(
     runtime: Runtime,
     draft: Runtime | None,
     capacity: Capacity,
-    kv_dtype: str,
     counters: Counters,
 ) -> Speculator | None:
     """What guesses in an engine; None where neither a config nor a draft model is given.
@@ -133,7 +132,6 @@ def make_speculator(
         draft,
         max_context=capacity.max_context,
         kv_tokens=capacity.kv_tokens,
-        kv_dtype=kv_dtype,
     )
     return Speculator(config or SpeculativeConfig(), counters, model)
 

@@ -28,7 +28,7 @@ from scipy.stats import fisher_exact
 from quantkit.evals.language_model import QuantkitLM
 from quantkit.evals.run_suite import run_suite
 from quantkit.evals.suites import load_suite
-from quantkit.models.decoder import build_decoder
+from quantkit.models.llama_family import build_decoder
 from quantkit.models.load import load_runtime
 from quantkit.models.runtime import Runtime
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from quantkit.evals.forward import DecoderForward, ModuleForward
 from quantkit.evals.greedy import DecoderGreedy, ModuleGreedy
 from quantkit.evals.token_tree import pack
-from quantkit.models.decoder import build_decoder
+from quantkit.models.llama_family import build_decoder
 
 _RUNTIME = tiny_runtime()
 MODEL = _RUNTIME.model.float()

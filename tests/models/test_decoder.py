@@ -8,7 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit import ops
 from quantkit.kv_cache import SIDES, CacheEntry, install_entry
-from quantkit.models.decoder import FAMILIES, Batch, Decoder, build_decoder, why_not
+from quantkit.models.decoder import Batch, Decoder
+from quantkit.models.llama_family import FAMILIES, build_decoder, why_not
 from quantkit.ops.page_store import CacheScales
 from quantkit.recipe import KV_CACHES
 
@@ -101,7 +102,7 @@ def run(decoder: Decoder, ids: list, past: list, pages: list, cache, *, last: bo
 
 
 def whole(decoder: Decoder, ids: list[int], dtype: str = "auto") -> torch.Tensor:
-    return run(decoder, [ids], [0], [[3, 1, 7]], decoder.new_cache(8, dtype))
+    return run(decoder, [ids], [0], [[3, 1, 7]], decoder.with_kv_dtype(dtype).new_cache(8))
 
 
 def test_every_family_has_a_variant() -> None:
@@ -144,7 +145,7 @@ def test_chunks_batches_and_pages_change_no_bit(dtype: torch.dtype, kv: str) -> 
     ids, other = tokens(170), tokens(40, seed=1)
     wanted = whole(decoder, ids, kv)
 
-    cache = decoder.new_cache(12, kv)
+    cache = decoder.with_kv_dtype(kv).new_cache(12)
     got, done, others = [], 0, 0
     for count in (1, 7, 64, 1, 1, 60, 36):
         # The neighbour joins later and grows by a few tokens at a time.
@@ -218,7 +219,9 @@ def test_calibrated_cache_scales_round_as_the_modules_do(kv: str) -> None:
     assert cache.scale is not None
     stored = cache.scale[:, 3].transpose(1, 2)  # [layers, 2, heads, tokens] of a full page
     assert torch.equal(stored, scales.fixed[:, :, None, None].expand_as(stored))
-    own = run(decoder, [ids], [0], [[3, 1]], decoder.new_cache(8, kv))  # a scale for each token
+    own = run(
+        decoder, [ids], [0], [[3, 1]], decoder.with_kv_dtype(kv).new_cache(8)
+    )  # a scale for each token
     assert relative(own, plain) < relative(got, plain)
 
 
@@ -323,3 +326,27 @@ def test_what_a_step_reads() -> None:
     assert native.block_weights == weights - model.lm_head.in_features * model.lm_head.out_features
     # fp32 values, rows padded to whole blocks of 16, and one scale a row.
     assert 4 * weights <= native.weight_nbytes <= 1.2 * 4 * weights
+
+
+@pytest.mark.parametrize("kv", ["auto", "int8"])
+def test_whatever_the_program_holds_for_the_default_dtype(kv: str) -> None:
+    """Native code writes fp32, so a narrower result would be written past its end."""
+    decoder = build_decoder(make("llama", {}))
+    ids = tokens(70)
+    wanted = whole(decoder, ids, kv)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = whole(decoder, ids, kv)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, wanted)
+
+
+def test_states_of_another_dtype_are_refused() -> None:
+    decoder = build_decoder(make("llama", {}))
+    states = torch.zeros(2, COMMON["hidden_size"])
+    assert decoder.head(states).shape == (2, COMMON["vocab_size"])
+    for wrong in (states.bfloat16(), states[:, 1:]):
+        with pytest.raises(ValueError, match="must be contiguous fp32"):
+            decoder.head(wrong)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantkit.errors import QuantkitError
-from quantkit.models.decoder import Decoder, build_decoder
+from quantkit.models.decoder import Decoder
+from quantkit.models.llama_family import build_decoder
 from quantkit.models.page_pool import PagedSequence, PagePool, pages_for
 from quantkit.models.paged import PagedRunner, Work
 
@@ -47,7 +48,7 @@ def test_truncated_tokens_leave_no_trace(decoder: Decoder, kv: str, keep: int, c
     The cut tokens cross pages, and one of them leaves NaNs in its key.
     """
     ids, wrong = tokens(keep + 90), [*tokens(cut - 1, seed=1), SICK]
-    runner = PagedRunner(decoder, 4, kv)
+    runner = PagedRunner(decoder.with_kv_dtype(kv), 4)
     plain = PagedSequence()
     runner.logits([Work(plain, ids[:keep])])
     wanted = [runner.logits([Work(plain, [token])])[0] for token in ids[keep : keep + 3]]

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tool_helpers import scripted, tool_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from quantkit.models.decoder import build_decoder
+from quantkit.models.llama_family import build_decoder
 from quantkit.models.runtime import Runtime
 from quantkit.serve import sampler
 from quantkit.serve.engine import Engine, EngineConfig

@@ -13,7 +13,7 @@ from serve_helpers import always_guess, finish, generate, oracle, request, runni
 from transformers import LlamaForCausalLM
 
 from quantkit.errors import UsageError
-from quantkit.models.decoder import build_decoder
+from quantkit.models.llama_family import build_decoder
 from quantkit.models.runtime import Runtime
 from quantkit.serve.counters import Counters
 from quantkit.serve.draft_model import DraftModel
@@ -176,6 +176,10 @@ def test_both_caches_are_inside_the_budget(native: Runtime, monkeypatch) -> None
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     assert stepped(native).capacity.max_context == 512
     assert stepped(native, draft=native).capacity.max_context == 300
+    engine = stepped(native, draft=native, kv_cache_dtype="int8")
+    assert native.decoder is not None
+    smaller = native.decoder.with_kv_dtype("int8").token_nbytes()
+    assert engine.capacity.max_context == min(512, 300 * each // smaller)
 
 
 @pytest.mark.parametrize(

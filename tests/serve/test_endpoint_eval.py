@@ -19,7 +19,7 @@ from quantkit.evals.evaluate_endpoint import evaluate_endpoint
 from quantkit.evals.suite import Suite
 from quantkit.evals.suites import load_suite
 from quantkit.model import template_hash, tokenizer_hash
-from quantkit.models.decoder import build_decoder
+from quantkit.models.llama_family import build_decoder
 from quantkit.models.runtime import Runtime
 from quantkit.results import Results
 from quantkit.serve.config import open_config

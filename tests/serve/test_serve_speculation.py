@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 
 from benchmarks import serve_speculation as bench
-from quantkit.models.decoder import build_decoder
+from quantkit.models.llama_family import build_decoder
 from quantkit.models.runtime import Runtime
 from quantkit.serve.request import Request, SamplingParams
 

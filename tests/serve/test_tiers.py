@@ -10,7 +10,7 @@ from dataclasses import replace
 import httpx
 from serve_helpers import before_forward, generate, request, serving, wait_until
 
-from quantkit.models.decoder import build_decoder
+from quantkit.models.llama_family import build_decoder
 from quantkit.models.runtime import Runtime
 from quantkit.serve.config import ServeConfig
 from quantkit.serve.engine import Engine, EngineConfig
