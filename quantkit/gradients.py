@@ -33,7 +33,7 @@ def gradient_of_draws(logits: Tensor, generator: torch.Generator) -> Tensor:
     out = torch.empty_like(rows)
     for start in range(0, len(rows), PREDICTED_TOKENS):
         p = rows[start : start + PREDICTED_TOKENS].float().softmax(-1)
-        threshold = torch.rand(len(p), 1, generator=generator).to(p.device)
+        threshold = torch.rand(len(p), 1, generator=generator, dtype=torch.float32).to(p.device)
         # The inverse of the distribution function; its last value may fall short of 1.
         labels = torch.searchsorted(p.cumsum(-1), threshold).clamp_(max=p.shape[1] - 1)
         p.scatter_add_(1, labels, torch.full_like(threshold, -1.0))
@@ -44,7 +44,9 @@ def gradient_of_draws(logits: Tensor, generator: torch.Generator) -> Tensor:
 def skip_draws(tokens: int, generator: torch.Generator) -> None:
     """Leave a generator where `gradient_of_draws` of so many tokens would leave it."""
     for start in range(0, tokens, PREDICTED_TOKENS):
-        torch.rand(min(PREDICTED_TOKENS, tokens - start), 1, generator=generator)
+        torch.rand(
+            min(PREDICTED_TOKENS, tokens - start), 1, generator=generator, dtype=torch.float32
+        )
 
 
 @contextmanager

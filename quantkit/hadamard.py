@@ -109,7 +109,7 @@ def factor(order: int) -> Tensor:
     """
     base = base_order(order)
     matrix = hadamard_matrix(min(16, order) if base == 1 else base or order)
-    padded = torch.zeros(len(matrix), -(-len(matrix) // 16) * 16)
+    padded = torch.zeros(len(matrix), -(-len(matrix) // 16) * 16, dtype=torch.float32)
     padded[:, : len(matrix)] = matrix / math.sqrt(order)
     return padded
 

@@ -153,7 +153,7 @@ def _output_energy(weights: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
 def _assemble(parts: Sequence[Tensor], rows: Tensor, lengths: Sequence[int]) -> Tensor:
     """Each row from the process that has it, with the tokens that each has."""
     if len(parts) < 2:
-        return parts[0] if parts else torch.empty(0)
+        return parts[0] if parts else torch.empty(0, dtype=torch.float32)
     out = parts[0].clone()
     start = 0
     for part, length in zip(parts, lengths, strict=True):

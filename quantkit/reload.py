@@ -46,7 +46,9 @@ _NOTHING_LEFT = (
 def _probe_input(layer: QuantLinear) -> torch.Tensor:
     """Random inputs fp32 ``[4, K]`` that spread over the range of a static scale: a range set by
     a few outliers would round plain normal values to zeros, which tell nothing."""
-    x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        4, layer.in_features, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+    )
     spec = layer.scheme.input
     if spec is not None and layer.input_scale is not None:
         x *= float(layer.input_scale) * spec.qmax / 4

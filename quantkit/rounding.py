@@ -178,7 +178,7 @@ def _spans(weight: Tensor, q: QTensor) -> Iterator[tuple[Tensor, QTensor]]:
         return
     if q.spec.granularity is not Granularity.BLOCK:
         length = ROWS // SPANS
-        for start in torch.linspace(0, count - length, SPANS).long().tolist():
+        for start in torch.linspace(0, count - length, SPANS, dtype=torch.float32).long().tolist():
             yield weight[start : start + length], q.rows(start, start + length)
         return
     assert q.spec.block is not None

@@ -224,6 +224,6 @@ def _to_codes(
     elif spec.bits == 8:
         codes = values.to(torch.float8_e4m3fn)
     else:
-        ones = torch.ones(spec.scale_shape((values.shape[0], values.shape[1])))
+        ones = torch.ones(spec.scale_shape((values.shape[0], values.shape[1])), dtype=torch.float32)
         codes = numerics.quantize(values, ones.to(values), None, unit).codes
     return QTensor(codes.contiguous(), numerics.store_scale(scale, spec), zero, spec, global_scale)

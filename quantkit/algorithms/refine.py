@@ -121,8 +121,8 @@ def _fit_rows(
     groups = steps.shape[1]
     offsets = codes if zeros is None else codes - _spread(zeros, width, codes)
     pull = target @ hessian
-    normal = torch.empty(len(codes), groups, groups, device=codes.device)
-    right = torch.empty(len(codes), groups, device=codes.device)
+    normal = torch.empty(len(codes), groups, groups, device=codes.device, dtype=torch.float32)
+    right = torch.empty(len(codes), groups, device=codes.device, dtype=torch.float32)
     for g, part in enumerate(offsets.split(width, dim=1)):
         span = slice(g * width, g * width + part.shape[1])
         normal[:, g] = _sums((part @ hessian[span]) * offsets, width)

@@ -134,7 +134,7 @@ def least_error(scaling: Scaling, candidates: Sequence[Tensor]) -> Tensor:
 
 def best_or_unscaled(scaling: Scaling, candidates: Sequence[Tensor]) -> Tensor:
     """`least_error`, or ones ``[P]`` where no candidate's error is below the unscaled input's."""
-    unscaled = torch.ones(scaling.count, device=scaling.channels.device)
+    unscaled = torch.ones(scaling.count, device=scaling.channels.device, dtype=torch.float32)
     return least_error(scaling, [unscaled, *candidates])
 
 

@@ -83,7 +83,9 @@ def measure_text(
     if not kls:
         return TextResult(hash=digest, seq_len=seq_len, windows=tuple(rows))
     by_token = torch.stack(kls)
-    p99, p999 = torch.quantile(by_token.flatten(), torch.tensor([0.99, 0.999]).double()).tolist()
+    p99, p999 = torch.quantile(
+        by_token.flatten(), torch.tensor([0.99, 0.999], dtype=torch.float64)
+    ).tolist()
     slices = torch.tensor_split(by_token.mean(0), min(POSITION_SLICES, seq_len - 1))
     return TextResult(
         hash=digest,

@@ -140,7 +140,7 @@ class DecoderForward:
         # The last child of a chain goes on in its pages; the others fork, which copies a page.
         heirs = {c.parent: i for i, c in enumerate(chains) if c.parent is not None}
         runner = self._with_pages(_pages_needed(row, chains, heirs))
-        out = torch.empty(len(row.tokens), self.decoder.shape.hidden)
+        out = torch.empty(len(row.tokens), self.decoder.shape.hidden, dtype=torch.float32)
         sequences: dict[int, PagedSequence] = {}
         level = [i for i, chain in enumerate(chains) if chain.parent is None]
         while level:

@@ -186,7 +186,11 @@ class Entropy(Histogram):
         counts = self._magnitudes().double()
         filled = int(counts.nonzero()[-1]) + 1
         levels = 2 ** (spec.bits - 1)
-        tried = torch.linspace(min(levels, filled), filled, self.CANDIDATES).round().int()
+        tried = (
+            torch.linspace(min(levels, filled), filled, self.CANDIDATES, dtype=torch.float32)
+            .round()
+            .int()
+        )
         best = min(tried.unique().tolist(), key=lambda bins: self._divergence(counts, bins, spec))
         return self._within(best * self.width)
 

@@ -123,4 +123,6 @@ def new_kv_rows(
     kv = torch.empty(pages, kv_heads, 2, width, dtype=torch.uint8, device=device)
     if schema.KV_BYTES[code] > 1:
         return kv, None
-    return kv, torch.empty(pages, kv_heads, 2, schema.PAGE_TOKENS, device=device)
+    return kv, torch.empty(
+        pages, kv_heads, 2, schema.PAGE_TOKENS, device=device, dtype=torch.float32
+    )

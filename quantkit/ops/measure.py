@@ -65,13 +65,13 @@ class Timing:
 
 def read_bandwidth(rounds: int = 9) -> float:
     """Bytes a second of summing an array that no cache holds."""
-    data = torch.ones(64 * 2**20)
+    data = torch.ones(64 * 2**20, dtype=torch.float32)
     return data.nbytes / min(seconds(lambda: data.sum()) for _ in range(rounds))
 
 
 def product_rate(rounds: int = 9) -> float:
     """Operations a second of torch's bf16 matrix product."""
-    a, b = (torch.randn(1024, 1024).bfloat16() for _ in range(2))
+    a, b = (torch.randn(1024, 1024, dtype=torch.float32).bfloat16() for _ in range(2))
     torch.mm(a, b)
     return 2 * 1024**3 / min(seconds(lambda: torch.mm(a, b)) for _ in range(rounds))
 
@@ -94,24 +94,24 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def candidates(n: int, k: int, m: int) -> list[Candidate]:
-    x = torch.randn(m, k).bfloat16()
+    x = torch.randn(m, k, dtype=torch.float32).bfloat16()
     groups = -(-k // GROUP)
-    scale = ops.pack_scale(torch.rand(n, groups) * 0.02)
+    scale = ops.pack_scale(torch.rand(n, groups, dtype=torch.float32) * 0.02)
     zero = ops.pack_scale(torch.randint(0, 16, (n, groups)).float())
-    channel = ops.pack_scale(torch.rand(n, 1) * 0.02)
-    w_scale = torch.rand(n)
-    lut = torch.arange(16.0)
+    channel = ops.pack_scale(torch.rand(n, 1, dtype=torch.float32) * 0.02)
+    w_scale = torch.rand(n, dtype=torch.float32)
+    lut = torch.arange(16, dtype=torch.float32)
     codes4 = torch.randint(0, 16, (n, k), dtype=torch.uint8)
     codes8 = torch.randint(-127, 128, (n, k), dtype=torch.int8)
-    fp8 = torch.randn(n, k).to(torch.float8_e4m3fn)
+    fp8 = torch.randn(n, k, dtype=torch.float32).to(torch.float8_e4m3fn)
     xq, x_scale = ops.quantize_int8_per_token(x)
-    fine = ops.pack_scale(torch.rand(n, -(-k // 32)) * 0.02)
+    fine = ops.pack_scale(torch.rand(n, -(-k // 32), dtype=torch.float32) * 0.02)
 
     def rotation(tensor: Tensor) -> list[Tensor]:
         copies = max(1, COLD_BYTES // tensor.nbytes) if m <= 8 else 1
         return [tensor.clone() for _ in range(copies)]
 
-    bf16 = rotation(torch.randn(n, k).bfloat16())
+    bf16 = rotation(torch.randn(n, k, dtype=torch.float32).bfloat16())
     w4 = rotation(ops.pack_w4(codes4))
     i8 = rotation(ops.pack_w8(codes8))
     f8 = rotation(ops.pack_w8(fp8))
@@ -196,10 +196,13 @@ def candidates(n: int, k: int, m: int) -> list[Candidate]:
 def check(n: int, k: int, m: int) -> None:
     """Every kernel agrees with its reference on this shape, or this raises."""
     reference = ops.get_backend("reference")
-    x = torch.randn(m, k).bfloat16()
+    x = torch.randn(m, k, dtype=torch.float32).bfloat16()
     packed4 = ops.pack_w4(torch.randint(0, 16, (n, k), dtype=torch.uint8))
     packed8 = ops.pack_w8(torch.randint(-127, 128, (n, k), dtype=torch.int8))
-    scale, lut = torch.rand(n, -(-k // GROUP)), torch.arange(16.0)
+    scale, lut = (
+        torch.rand(n, -(-k // GROUP), dtype=torch.float32),
+        torch.arange(16, dtype=torch.float32),
+    )
     four = (x, packed4, scale, None, lut, None, n, GROUP)
     eight = (x, packed8, scale, None, None, "int8", GROUP)
     for name, arguments in (("w4_linear", four), ("w8_linear", eight)):
@@ -214,7 +217,7 @@ def check(n: int, k: int, m: int) -> None:
     if error > 1e-5:
         raise QuantkitError(f"int8_linear {n}x{k} M={m} is wrong: relative error {error:.2e}")
     xq, x_scale = ops.quantize_int8_per_token(x)
-    int8 = (xq, x_scale, packed8, torch.rand(n), None, torch.bfloat16)
+    int8 = (xq, x_scale, packed8, torch.rand(n, dtype=torch.float32), None, torch.bfloat16)
     if not torch.equal(ops.w8a8_linear(*int8), reference.w8a8_linear(*int8)):
         raise QuantkitError(f"w8a8_linear {n}x{k} M={m} is not exact")
 

@@ -78,7 +78,7 @@ class PageStore:
         shape = (layers, pages, kv_heads, 2, page_bytes)
         self.data = empty_in_huge_pages(math.prod(shape)).view(shape)
         self.scale = (
-            torch.empty(layers, pages, kv_heads, 2, PAGE_TOKENS)
+            torch.empty(layers, pages, kv_heads, 2, PAGE_TOKENS, dtype=torch.float32)
             if dtype in ("int8", "fp8")
             else None
         )

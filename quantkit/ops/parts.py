@@ -190,4 +190,4 @@ def new_kv_pages(
     kv = torch.zeros(pages, kv_heads, 2, width, dtype=torch.uint8)
     if schema.KV_BYTES[code] > 1:
         return kv, None
-    return kv, torch.zeros(pages, kv_heads, 2, schema.PAGE_TOKENS)
+    return kv, torch.zeros(pages, kv_heads, 2, schema.PAGE_TOKENS, dtype=torch.float32)

@@ -106,7 +106,7 @@ def fp4a16_linear(
     width = k if group_size == -1 else group_size
     groups = -(-k // width)
     if code == schema.FP4_KINDS["nf4"]:
-        values = torch.tensor(NF4, device=x.device).to(scale.dtype).to(compute)
+        values = torch.tensor(NF4, dtype=torch.float32, device=x.device).to(scale.dtype).to(compute)
         table = reference.unpack_w4a16_table(scale, n).to(compute)
     else:
         values = torch.tensor(E2M1 + tuple(-v for v in E2M1), dtype=compute, device=x.device)

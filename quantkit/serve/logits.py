@@ -37,7 +37,7 @@ class LogitsProcessor:
         self._length = 0
         self._bias = self._prompt = self._counts = None
         if params.logit_bias:
-            self._bias = torch.zeros(vocab, device=device)
+            self._bias = torch.zeros(vocab, device=device, dtype=torch.float32)
             self._bias[list(params.logit_bias)] = torch.tensor(
                 list(params.logit_bias.values()), dtype=torch.float32, device=device
             )
@@ -48,7 +48,7 @@ class LogitsProcessor:
             self._prompt = torch.zeros(vocab, dtype=torch.bool, device=device)
             self._prompt[list(prompt_ids)] = True
         if self._prompt is not None or params.frequency_penalty or params.presence_penalty:
-            self._counts = torch.zeros(vocab, device=device)
+            self._counts = torch.zeros(vocab, device=device, dtype=torch.float32)
 
     @property
     def idle(self) -> bool:
