@@ -41,6 +41,8 @@ def main() -> int:
     parser.add_argument("--held", type=Path, help="requests to measure on, of other messages")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.held is not None and args.held.resolve() == args.output.resolve():
+        raise SystemExit(f"--held {args.held}: is -o, too; give each a file of its own")
     [suite] = load_suites([args.suite])
     generator = random.Random(args.seed)
     others = training_messages(args.clinc)
@@ -56,11 +58,20 @@ def main() -> int:
     return 0
 
 
-def write(path: Path, texts: Sequence[str]) -> None:
+def write(path: Path, texts: Sequence[tuple[str, str]]) -> None:
     """One request a line, in the form that `quantkit calibrate --data` reads."""
     staging = path.with_name(path.name + ".tmp")
-    staging.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    staging.replace(path)
+    try:
+        staging.write_text(
+            "".join(
+                json.dumps({"prompt": asked, "completion": said}) + "\n" for asked, said in texts
+            )
+        )
+        staging.replace(path)
+    except OSError as error:
+        raise SystemExit(
+            f"{path}: {error.strerror or error}; give a file that can be written"
+        ) from None
     print(f"{path}: {len(texts)} requests")
 
 
@@ -89,8 +100,10 @@ def first_turns(suite: Suite) -> list[str]:
     return [found[0] for found in turns if found]
 
 
-def requests(suite: Suite, messages: Sequence[str], generator: random.Random) -> list[str]:
-    """Each message in the suite's prompt, with one of its answers behind it.
+def requests(
+    suite: Suite, messages: Sequence[str], generator: random.Random
+) -> list[tuple[str, str]]:
+    """Each message in the suite's prompt, and one of its answers, which stands behind it.
 
     Raises:
         SystemExit: its prompt is not one around a message, or its items have no choices.
@@ -99,7 +112,7 @@ def requests(suite: Suite, messages: Sequence[str], generator: random.Random) ->
     if not isinstance(prompt, str) or PLACE not in prompt or "choices" not in suite.rows[0]:
         raise SystemExit(f"{suite.name}: asks nothing of a {PLACE}; give a suite that does")
     answers = sorted({choice for row in suite.rows for choice in row["choices"]})
-    return [f"{prompt.replace(PLACE, text)} {generator.choice(answers)}" for text in messages]
+    return [(prompt.replace(PLACE, text), f" {generator.choice(answers)}") for text in messages]
 
 
 if __name__ == "__main__":

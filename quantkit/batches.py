@@ -32,14 +32,17 @@ HELD_WINDOWS = 8
 class CalibrationData:
     """Token ids int64 ``[samples, seq_len]`` and their content hash.
 
-    ``batches`` stand in for the windows of a model that reads more than tokens. ``starts``, bool of
-    the same shape, is true where a document begins.
+    ``batches`` stand in for the windows of a model that reads more than tokens. ``positions``,
+    int64 of the same shape, are those of tokens in their documents, where these do not see each
+    other (`quantkit.documents.positions_apart`); None where a window is one text. ``answers``,
+    bool, is true where a token is of an answer; None where nobody looked.
     """
 
     ids: Tensor
     hash: str
     batches: Sequence[Batch] = ()
-    starts: Tensor | None = None
+    positions: Tensor | None = None
+    answers: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,34 @@ def calibration_batches(
     """
     if data is None:
         return []
-    return data.batches or cut_batches(data.ids if needed else data.ids[:PROBE_WINDOWS], processes)
+    if data.batches:
+        return data.batches
+    count = len(data.ids) if needed else PROBE_WINDOWS
+    batches: list[Batch] = list(cut_batches(data.ids[:count], processes))
+    if data.positions is not None:
+        # A reloaded checkpoint is compared on the first, and the decoder reads tokens alone.
+        places = cut_batches(data.positions[:count], processes)
+        for i in range(1, len(batches)):
+            batches[i] = {"input_ids": token_ids(batches[i]), "position_ids": places[i]}
+    return batches
+
+
+def single_windows(batches: Sequence[Batch]) -> list[Batch]:
+    """The windows of batches one by one, ``[1, T]`` each."""
+    windows: list[Batch] = []
+    for batch in batches:
+        if isinstance(batch, Tensor):
+            windows += batch.split(1)
+        else:
+            windows += [
+                {name: x[i : i + 1] for name, x in batch.items()} for i in range(rows(batch))
+            ]
+    return windows
+
+
+def token_ids(batch: Batch) -> Tensor:
+    """Token ids ``[B, T]`` of a batch of text."""
+    return batch if isinstance(batch, Tensor) else batch["input_ids"]
 
 
 def random_batch(model: PreTrainedModel, length: int = 64) -> Batch:

@@ -25,10 +25,12 @@ from quantkit.batches import (
     calibration_batches,
     random_batch,
     rows,
+    single_windows,
+    token_ids,
 )
 from quantkit.blocks import Blocks, training_steps
 from quantkit.distill import Distilled, Teacher, distill
-from quantkit.documents import cut_apart, digest
+from quantkit.documents import check_apart, digest, prediction_weights
 from quantkit.errors import UsageError
 from quantkit.folding import apply_scales
 from quantkit.footprint import spills
@@ -112,8 +114,12 @@ def calibrate(
     }
     if all_experts:
         state["all_experts"] = True
-    if data is not None and plan.distill is not None and plan.distill.options["apart"]:
-        state["documents"] = digest(data.starts)
+    if data is not None and data.positions is not None:
+        state["documents"] = digest(data.positions)
+    if data is not None and plan.distill is not None:
+        factor = plan.distill.options["answers"]
+        if prediction_weights(data.answers, factor) is not None:
+            state["answers"] = digest(data.answers)
     every = calibration_batches(data, needed=plan.needs_data, processes=together.size)
     check_limits(
         plan,
@@ -190,15 +196,15 @@ class _Loop:
     ) -> None:
         self.model = model
         self.plan = plan
-        self.spines = find_spines(model)
+        self.spines = find_spines(model, alike=data is None or data.positions is None)
         self.together = together
         #: Of this process; without data, what a reload is checked on.
         self.batches = batches or [random_batch(model)]
         self.data = data  # of all
         #: Tokens that every layer sees; None where an encoder's and its decoder's differ.
         self.tokens: int | None = None
-        if len(self.spines) == 1 and all(isinstance(batch, Tensor) for batch in batches):
-            own = sum(batch.numel() for batch in batches if isinstance(batch, Tensor))
+        if len(self.spines) == 1:
+            own = sum(token_ids(batch).numel() for batch in batches)
             self.tokens = sum(together.agree(own))
         self.work = work
         self.release = release
@@ -210,6 +216,8 @@ class _Loop:
     def run(self) -> tuple[dict[str, QuantizedLayer], Probe, Distilled | None]:
         """Every planned layer, in the plan's order; what checks a reload; what training came to."""
         models.bring_in(self.model, skip=[spine.blocks for spine in self.spines])
+        if self.data is not None and self.data.positions is not None:
+            check_apart(self.model, single_windows(self.batches))
         if self.plan.needs_fisher:
             self.blocks.importance = self._importance()
         teacher = self._teacher() if self.plan.distill and self.together.leads else None
@@ -241,17 +249,18 @@ class _Loop:
         hidden = self._embed(spine, encoded)
         self.blocks.exact = list(hidden) if self.plan.needs_reference else []
         if self.plan.reconstruction is not None:  # learns to call blocks on so many windows
-            windows = self._windows()
+            windows = torch.cat([batch for batch in self.batches if isinstance(batch, Tensor)])
             for count in rows_at_once(self.plan.reconstruction, len(windows)):
                 spine.embed([windows[:count]])
         return hidden
 
     def _embed(self, spine: Spine, encoded: list[Tensor]) -> list[Tensor]:
         """A batch at a time where there is one list of blocks, else behind an encoder's."""
-        alone = len(self.spines) == 1
-        parts = [[batch] for batch in self.batches] if alone else [self.batches]
-        found = (x for part in parts for x in spine.embed(part, encoded))
-        return [self.blocks.keep(f"hidden.{i}", x) for i, x in enumerate(found)]
+        if len(self.spines) == 1:
+            embedded = (spine.embed([x], begin=i)[0] for i, x in enumerate(self.batches))
+        else:
+            embedded = (x for x in spine.embed(self.batches, encoded))
+        return [self.blocks.keep(f"hidden.{i}", x) for i, x in enumerate(embedded)]
 
     def _block(
         self, index: int, hidden: list[Tensor]
@@ -316,15 +325,11 @@ class _Loop:
         ):
             return Probe(ids, head_input(self.model, ids))
 
-    def _windows(self) -> Tensor:
-        """This process's windows of token ids int64 ``[samples, seq_len]``."""
-        return torch.cat([batch for batch in self.batches if isinstance(batch, Tensor)])
-
     def _importance(self) -> Importance:
         return Importance(
             self.model,
             self.plan,
-            self._windows(),
+            single_windows(self.batches),
             self.work,
             lambda: self.steps.advance("token weights"),
             self.together,
@@ -334,29 +339,30 @@ class _Loop:
         assert self.work is not None
         return Teacher(
             self.model,
-            self._read_apart(),
+            self._distilled_on(),
             self.work,
             lambda: self.steps.advance("the original's targets"),
         )
 
-    def _read_apart(self) -> list[Batch]:
-        """What the model is distilled on."""
-        assert self.data is not None
-        assert self.plan.distill is not None
-        return cut_apart(self.data.ids, self.data.starts, self.plan.distill.options["apart"])
+    def _distilled_on(self) -> list[Batch]:
+        """Windows of all processes."""
+        return single_windows(calibration_batches(self.data, needed=True))
 
     def _distill(self, results: Mapping[str, QuantizedLayer], teacher: Teacher) -> Distilled:
         assert self.work is not None
+        assert self.data is not None
+        assert self.plan.distill is not None
         with self.blocks.quantized_caches():
             return distill(
                 self.model,
                 self.plan,
                 results,
-                self._read_apart(),
+                self._distilled_on(),
                 teacher,
                 self.work,
                 self.steps.advance,
                 self.blocks.originals,
+                prediction_weights(self.data.answers, self.plan.distill.options["answers"]),
             )
 
     def _rescale(

@@ -20,8 +20,7 @@ from quantkit import memory, numerics
 from quantkit import model as models
 from quantkit.algorithms.distill import BETAS, ScaledLinear, divergence, learning_rate
 from quantkit.algorithms.latent import EPSILON, Weight
-from quantkit.batches import Batch, held_back
-from quantkit.documents import check_apart
+from quantkit.batches import Batch, held_back, token_ids
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.folding import norm_offset
 from quantkit.paused import head_input
@@ -44,14 +43,17 @@ class Distilled:
     Attributes:
         layers: every layer of the plan, in its order: with new scales, and with new codes where
             these move, if training was kept.
-        before, after: nats of KL per token on the held windows.
+        before, after: nats of KL per token on the held windows, weighted as in training.
         held: how many windows these are.
+        answers: share of the weight of all tokens that those of answers have; None where all weigh
+            the same.
     """
 
     layers: dict[str, QuantizedLayer]
     before: float
     after: float
     held: int
+    answers: float | None = None
 
     @property
     def kept(self) -> bool:
@@ -70,12 +72,13 @@ class Distilled:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        found: dict[str, Any] = {
             "kept": self.kept,
             "held_windows": self.held,
             "kl_before": round(self.before, 6),
             "kl_after": round(self.after, 6),
         }
+        return found if self.answers is None else found | {"weight_of_answers": self.answers}
 
 
 class Teacher:
@@ -83,13 +86,13 @@ class Teacher:
 
     Args:
         model: the original, all of it in memory.
-        windows: what it reads, ``[1, T]`` each: of `quantkit.documents.cut_apart`.
+        windows: what it reads, ``[1, T]`` each: as calibration reads them.
         work: where an earlier run may have left what the head saw.
         advance: called after each window.
 
     Raises:
         UsageError: part of the model is on disk, or its predictions are more than its head's
-            product, soft-capped or not, or it cannot read the documents of a window apart.
+            product, soft-capped or not.
     """
 
     def __init__(
@@ -108,8 +111,7 @@ class Teacher:
         self._weight, self._bias = head.weight, getattr(head, "bias", None)
         self._cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         with torch.no_grad():
-            self._check(model, _tokens(windows[0])[:, :16])
-            check_apart(model, windows)
+            self._check(model, token_ids(windows[0])[:, :16])
         saved = work.load_tensors("targets")
         if saved is None:
             parts = []
@@ -154,6 +156,7 @@ def distill(
     work: WorkFolder,
     advance: Callable[[str], None] = lambda _: None,
     originals: Mapping[str, Tensor] | None = None,
+    weights: Tensor | None = None,
 ) -> Distilled:
     """Train the plan's distilled layers' scales, and codes where these move, and every norm.
 
@@ -168,6 +171,8 @@ def distill(
         advance: called with a label after each step.
         originals: weights ``[N, K]`` that the solvers were given, the model's dtype, by layer;
             where codes move, for the layers that are trained.
+        weights: of each prediction, fp32 ``[samples, T]``, of
+            `quantkit.documents.prediction_weights`; None where all have 1.
 
     Raises:
         QuantkitError: the divergence on the held windows is NaN.
@@ -178,19 +183,29 @@ def distill(
     training = _Training(model, plan, layers, options, originals or {})
     student = teacher.student(model.get_output_embeddings())
 
+    def worth(i: int) -> Tensor | None:
+        return None if weights is None else weights[i]
+
+    def sum_of(i: int) -> float:
+        return token_ids(windows[i]).numel() if weights is None else float(weights[i].sum())
+
     def on_held() -> float:
         total = 0.0
         for i in held.tolist():
             seen = head_input(model, windows[i])
             total += divergence(
-                seen, teacher.hidden[i : i + 1].to(seen.device), student, teacher.predict
+                seen,
+                teacher.hidden[i : i + 1].to(seen.device),
+                student,
+                teacher.predict,
+                weights=worth(i),
             )
         if not math.isfinite(total):
             raise QuantkitError(
                 "distillation: the divergence on held windows is NaN or infinite",
                 remedy="lower `scale_lr`, `norm_lr` and `weight_lr`",
             )
-        return total / sum(_tokens(windows[i]).numel() for i in held.tolist())
+        return total / sum(sum_of(i) for i in held.tolist())
 
     with training.active():
         saved = work.load_tensors("distill")
@@ -207,8 +222,10 @@ def distill(
                 with torch.enable_grad():
                     seen = head_input(model, windows[i], graph=True)
                     target = teacher.hidden[i : i + 1].to(seen.device)
-                    weight = 1.0 / (together * seen.shape[1])
-                    total += weight * divergence(seen, target, student, teacher.predict, weight)
+                    weight = 1.0 / (together * sum_of(i))
+                    total += weight * divergence(
+                        seen, target, student, teacher.predict, weight, worth(i)
+                    )
             training.step(learning_rate(step, int(options["steps"])))
             advance(f"distill, KL {total:.4f}")
             if (step + 1) % training.save_steps == 0 or step + 1 == options["steps"]:
@@ -216,11 +233,10 @@ def distill(
         after = on_held()
         if not after < before:
             training.undo()
-    return Distilled(training.result(), before, after, len(held))
-
-
-def _tokens(window: Batch) -> Tensor:
-    return window if isinstance(window, Tensor) else window["input_ids"]
+    answers = None
+    if weights is not None:
+        answers = round(float(weights[weights > 1].sum() / weights.sum()), 4)
+    return Distilled(training.result(), before, after, len(held), answers)
 
 
 class _Training:

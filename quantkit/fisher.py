@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import model as models
+from quantkit.batches import Batch, model_inputs, token_ids
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.gradients import gradient_of_draws, skip_draws
 from quantkit.ops import get_backend
@@ -62,7 +63,7 @@ class Gradients:
 def measure_gradients(
     model: PreTrainedModel,
     names: Sequence[str],
-    ids: Tensor,
+    windows: Sequence[Batch],
     *,
     coupled: Mapping[str, float] = MappingProxyType({}),
     seed: int = 0,
@@ -76,7 +77,7 @@ def measure_gradients(
     Args:
         model: unquantized, all of it in memory; unchanged afterwards.
         names: of the linear layers.
-        ids: token ids int64 ``[samples, seq_len]``.
+        windows: ``[1, T]`` each.
         coupled: layers whose G is wanted, with the exponent of their tokens' weights.
         seed: of the labels that are drawn.
         advance: called after each window.
@@ -93,18 +94,19 @@ def measure_gradients(
             remedy="take `fisher` out of the recipe, or give it more memory",
         )
     linears = models.linear_layers(model)
-    seen = {name: _Moments(ids.numel(), linears[name], coupled.get(name)) for name in names}
+    tokens = sum(token_ids(window).numel() for window in windows)
+    seen = {name: _Moments(tokens, linears[name], coupled.get(name)) for name in names}
     generator = torch.Generator().manual_seed(seed)
     # Each window gets the labels that one process would draw for it.
-    for _ in range(sum(together.agree(len(ids))[: together.rank])):
-        skip_draws(ids.shape[1], generator)
+    for _ in range(sum(together.agree(len(windows))[: together.rank])):
+        skip_draws(token_ids(windows[0]).shape[1], generator)
     with torch.enable_grad(), frozen(model), _recorded(model, seen):
-        for window in ids.split(1):
-            logits = model(input_ids=window.to(model.device), use_cache=False).logits
+        for window in windows:
+            logits = model(**model_inputs(model, window)).logits
             logits.backward(gradient_of_draws(logits.detach(), generator))
             advance()
     for name, moments in seen.items():
-        if moments.count != ids.numel():
+        if moments.count != tokens:
             raise QuantkitError(
                 f"{name}: not every token meets this layer exactly once",
                 remedy="take `fisher` out for layers that a router chooses",
@@ -154,12 +156,14 @@ class _Moments:
     """
 
     def __init__(self, tokens: int, layer: nn.Linear, exponent: float | None) -> None:
-        self.squares = torch.zeros(tokens)
+        self.squares = torch.zeros(tokens, dtype=torch.float32)
         self.count = 0
         self.exponent = exponent
         parts = [] if exponent is None else output_parts(layer.out_features)
         device = layer.weight.device
-        self.sums = [torch.zeros(len(part), len(part), device=device) for part in parts]
+        self.sums = [
+            torch.zeros(len(part), len(part), device=device, dtype=torch.float32) for part in parts
+        ]
 
     def add(self, gradient: Tensor) -> None:
         flat = gradient.reshape(-1, gradient.shape[-1]).float()
@@ -186,7 +190,7 @@ class _Moments:
             together.add(total)
             whole = (total.tril() + total.tril(-1).t()).cpu()
             mean = float(whole.diagonal().mean())
-            whole = whole / mean if mean > 0 else torch.eye(len(whole))
+            whole = whole / mean if mean > 0 else torch.eye(len(whole), dtype=torch.float32)
             found.append(whole.to(torch.bfloat16))
         return tuple(found)
 

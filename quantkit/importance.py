@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from quantkit.batches import Batch, token_ids
 from quantkit.errors import QuantkitError
 from quantkit.fisher import measure_gradients, output_parts, token_weights
 from quantkit.parallel import ALONE, World
@@ -29,7 +30,7 @@ class Importance:
     Args:
         model: unquantized.
         plan: says which layers ask for what.
-        ids: token ids int64 ``[samples, seq_len]``, of this process.
+        windows: ``[1, T]`` each, of this process.
         work: where it is kept; the first process's alone.
         advance: called once a window.
         together: the processes that have the other windows.
@@ -42,7 +43,7 @@ class Importance:
         self,
         model: PreTrainedModel,
         plan: Plan,
-        ids: Tensor,
+        windows: Sequence[Batch],
         work: WorkFolder | None,
         advance: Callable[[], None],
         together: World = ALONE,
@@ -55,7 +56,7 @@ class Importance:
             found = measure_gradients(
                 model,
                 [layer.name for layer in asking],
-                ids,
+                windows,
                 coupled=self._coupled,
                 advance=advance,
                 together=together,
@@ -73,10 +74,11 @@ class Importance:
 
             squares = together.first(keep)
         else:
-            for _ in ids:
+            for _ in windows:
                 advance()
-        start = sum(together.agree(ids.numel())[: together.rank])
-        own = slice(start, start + ids.numel())
+        tokens = sum(token_ids(window).numel() for window in windows)
+        start = sum(together.agree(tokens)[: together.rank])
+        own = slice(start, start + tokens)
         #: What each token of this process counts in the Hessian of a layer, fp32 ``[tokens]`` by
         #: name.
         self.weights: Mapping[str, Tensor] = {

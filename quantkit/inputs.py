@@ -18,9 +18,15 @@ from quantkit.recipe import Calibration
 
 
 def load_inputs(
-    sources: Sequence[Source], source: models.SourceModel, calibration: Calibration
+    sources: Sequence[Source],
+    source: models.SourceModel,
+    calibration: Calibration,
+    *,
+    answers: bool = False,
 ) -> tuple[TokenBatches, list[Batch]]:
     """Windows of tokens, and what is read instead of them by a model that reads more.
+
+    ``answers``: of text, with which of the tokens are of an answer.
 
     Raises:
         UsageError: a malformed source, windows that are longer than the model's positions, a
@@ -45,12 +51,13 @@ def load_inputs(
         seq_len=seq_len - 2 if frame else seq_len,
         seed=calibration.seed,
         chat_template=calibration.chat_template and source.tokenizer.chat_template is not None,
+        answers=answers,
     )
     if frame is None:
         return tokens, []
     ends = torch.tensor(frame).expand(len(tokens.ids), 2)
     ids = torch.cat([ends[:, :1], tokens.ids, ends[:, 1:]], dim=1)
-    return replace(tokens, ids=ids, hash=content_hash(ids.numpy()), starts=None), []
+    return replace(tokens, ids=ids, hash=content_hash(ids.numpy()), starts=None, answers=None), []
 
 
 def _positions(model: nn.Module) -> int | None:

@@ -18,6 +18,7 @@ from quantkit.data.held_out import join_held_out, read_held_out
 from quantkit.data.rows import Document
 from quantkit.data.sources import Source, iter_documents, iter_texts
 from quantkit.data.tokens import TokenBatches
+from quantkit.documents import positions_apart
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.evals.divergence import cut_windows
 from quantkit.evals.evaluate import harness
@@ -116,7 +117,11 @@ class Prepared:
         """What `quantkit.calibrate.calibrate` reads."""
         if (tokens := self.tokens) is None:
             return None
-        return CalibrationData(tokens.ids, tokens.hash, self.batches, tokens.starts)
+        share = (
+            0.0 if self.batches else self.job.recipe.calibrate.apart
+        )  # a recording is read alone
+        positions = positions_apart(tokens.starts, share)
+        return CalibrationData(tokens.ids, tokens.hash, self.batches, positions, tokens.answers)
 
 
 def prepare(job: Job, together: World = ALONE) -> Prepared:
@@ -165,7 +170,12 @@ def prepare(job: Job, together: World = ALONE) -> Prepared:
     batches: list[Batch] = []
     sources = data_sources(job.recipe)
     if sources:
-        tokens, batches = load_inputs(sources, source, calibration)
+        tokens, batches = load_inputs(
+            sources,
+            source,
+            calibration,
+            answers=plan.distill is not None and plan.distill.options["answers"] > 1,
+        )
         _check_contamination(sources, job.suites)
         if text is not None:
             assert windows is not None

@@ -46,9 +46,13 @@ class Spine:
     Args:
         model: has one such list, or an encoder's and a decoder's.
         before: the spine of the encoder, for the decoder's; see `find_spines`.
+        alike: what blocks are passed besides hidden states depends on nothing but the number of
+            rows of a batch; not so where batches have positions of their own.
     """
 
-    def __init__(self, model: PreTrainedModel, before: Spine | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, before: Spine | None = None, *, alike: bool = True
+    ) -> None:
         stacks = models.find_stacks(model)
         self.model = model
         self.before = before
@@ -58,25 +62,27 @@ class Spine:
         self.blocks: nn.ModuleList
         self.prefix, self.blocks = stacks[0 if before is None else 1]
         # A decoder's blocks are passed what the encoder made of a batch: calls are a batch's own.
-        # With one list they depend on nothing but the number of rows.
-        self._alike = len(stacks) == 1
+        self._alike = alike and len(stacks) == 1
         self._calls: dict[tuple[int, int], _Call] = {}  # (block, rows or batch) → call
         self._returns_tuple = False
         self._extras = 0  # what blocks return beside hidden states
         self._learned = False
 
-    def embed(self, batches: Sequence[Batch], encoded: Sequence[Tensor] = ()) -> list[Tensor]:
+    def embed(
+        self, batches: Sequence[Batch], encoded: Sequence[Tensor] = (), *, begin: int = 0
+    ) -> list[Tensor]:
         """Hidden states in front of block 0.
 
         Args:
             batches: token ids int64 ``[B, T]``, or a model's inputs by name.
             encoded: for each batch the hidden states behind the last block of ``before``.
+            begin: number of the first batch among all.
 
         Returns:
             one ``[B, T, hidden]`` a batch, in the model's dtype.
         """
         hidden: list[Tensor] = []
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(batches, begin):
             key = rows(batch) if self._alike else number
             first = (0, key) not in self._calls
             # What the first block makes beside hidden states, later ones are passed (T5's biases).
@@ -105,7 +111,7 @@ class Spine:
                     extras[:] = run_first(*args, **kwargs)[1:]
                 return self._made(x, extras)
 
-            with self._encoder_skipped(encoded[number] if encoded else None):
+            with self._encoder_skipped(encoded[number - begin] if encoded else None):
                 if not self._learned:
                     self._learn_return_type(batch)
                     extras[:] = [None] * self._extras
@@ -208,9 +214,9 @@ class Spine:
                     block.forward = forward
 
 
-def find_spines(model: PreTrainedModel) -> list[Spine]:
-    """A model's lists of blocks in the order in which they run."""
-    spines = [Spine(model)]
+def find_spines(model: PreTrainedModel, *, alike: bool = True) -> list[Spine]:
+    """A model's lists of blocks in the order in which they run; ``alike`` as in `Spine`."""
+    spines = [Spine(model, alike=alike)]
     if len(models.find_stacks(model)) == 2:
         spines.append(Spine(model, spines[0]))
     return spines

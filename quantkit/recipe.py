@@ -20,6 +20,7 @@ The format, with every key (only ``scheme`` is required)::
       seq_len: 512
       seed: 0
       chat_template: true
+      apart: 0                                   # 1: documents of a window do not see each other
       observer: {percentile: {p: 99.99}}
       min_expert_tokens: 1                       # of a mixture of experts; fewer is an error
       all_experts: false                         # true: experts are calibrated on every token
@@ -58,7 +59,7 @@ _RECIPE_KEYS = (
     "model", "scheme", "algorithm", "keep", "rules", "kv_cache", "calibrate", "suites", "gate",
 )  # fmt: skip
 _CALIBRATE_KEYS = (
-    "data", "samples", "seq_len", "seed", "chat_template", "observer", "min_expert_tokens",
+    "data", "samples", "seq_len", "seed", "chat_template", "apart", "observer", "min_expert_tokens",
     "all_experts",
 )  # fmt: skip
 _SOURCE_KEYS = ("path", "weight", "field", "split")
@@ -120,6 +121,7 @@ class Calibration:
         seq_len: tokens in each.
         seed: of the sampling.
         chat_template: render conversations with the model's template.
+        apart: share of the windows whose documents do not see each other (`quantkit.documents`).
         observer: turns what static activations look like into a range.
         min_expert_tokens: tokens that a router must send to every expert that is quantized.
         all_experts: every expert is observed on every token, whatever the router says.
@@ -130,6 +132,7 @@ class Calibration:
     seq_len: int = 512
     seed: int = 0
     chat_template: bool = True
+    apart: float = 0.0
     observer: Step = Step("minmax")
     min_expert_tokens: int = 1
     all_experts: bool = False
@@ -364,6 +367,8 @@ def _calibrate(node: Node, known_observers: Options | None) -> Calibration:
     for key, least in wholes:
         if key in keys:
             given[key] = keys[key].whole(least)
+    if "apart" in keys:
+        given["apart"] = keys["apart"].share()
     for key in ("chat_template", "all_experts"):
         if key in keys:
             given[key] = keys[key].truth()

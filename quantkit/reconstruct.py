@@ -161,7 +161,8 @@ def check_windows(step: Step, batches: Sequence[Batch]) -> None:
     if not all(isinstance(batch, Tensor) for batch in batches):
         raise UsageError(
             f"{step.name} trains on windows of tokens, and this data has more beside them",
-            remedy=f"calibrate on text, or take {step.name} out of the algorithm list",
+            remedy=f"calibrate on text with calibrate.apart 0, or take {step.name} out of the "
+            "algorithm list",
         )
     if RECONSTRUCTORS[step.name].holds_back and sum(rows(batch) for batch in batches) < 2:
         raise UsageError(

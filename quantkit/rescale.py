@@ -95,7 +95,7 @@ def _choose(
 ) -> Tensor:
     try:
         scaling = found.scaling(layers, linears)
-        total = torch.ones(fold.outputs, device=scaling.channels.device)
+        total = torch.ones(fold.outputs, device=scaling.channels.device, dtype=torch.float32)
         for step in fold.steps:
             scales = RESCALERS[step.name].scales(scaling, step.options)
             total = total * scales
@@ -197,7 +197,7 @@ def spread(costs: Tensor, share: int) -> tuple[Tensor, Tensor]:
     """
     tokens = costs.shape[1]
     if tokens <= share:
-        return torch.arange(tokens), torch.ones(tokens)
+        return torch.arange(tokens), torch.ones(tokens, dtype=torch.float32)
     order = (
         (costs / costs.sum(1, keepdim=True).clamp(min=1e-30))
         .sum(0)
@@ -206,5 +206,7 @@ def spread(costs: Tensor, share: int) -> tuple[Tensor, Tensor]:
     dearest, others = order[: share // 2], order[share // 2 :].sort().values
     few = share - len(dearest)
     others = others[torch.arange(few) * len(others) // few]
-    counts = torch.full((few,), (tokens - len(dearest)) / few)
-    return torch.cat((dearest, others)), torch.cat((torch.ones(len(dearest)), counts))
+    counts = torch.full((few,), (tokens - len(dearest)) / few, dtype=torch.float32)
+    return torch.cat((dearest, others)), torch.cat(
+        (torch.ones(len(dearest), dtype=torch.float32), counts)
+    )

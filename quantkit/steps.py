@@ -209,6 +209,8 @@ def _check_option(algorithm: str, key: str, value: Any) -> None:
         refuse("is auto or a number from 0.1")
     if key == "grid" and not (isinstance(value, int) and _is_number(value, 1, 1000)):
         refuse("is a whole number from 1 to 1000")
+    if key == "answers" and not _is_number(value, 1, 1000):
+        refuse("is a number from 1 to 1000")
     if key in ("steps", "windows") and not (type(value) is int and _is_number(value, 1, 100_000)):
         refuse("is a whole number from 1 to 100000")
     if key == "patience" and not (type(value) is int and _is_number(value, 0, 100_000)):
@@ -225,7 +227,7 @@ def _check_option(algorithm: str, key: str, value: Any) -> None:
         refuse("is a whole number from 1 to 1000")
     if key == "refine" and not (type(value) is int and _is_number(value, 0, 100)):
         refuse("is a whole number from 0 to 100")
-    if key in ("feedback", "fisher", "apart") and not _is_number(value, 0, 1):
+    if key in ("feedback", "fisher") and not _is_number(value, 0, 1):
         refuse("is a number from 0 to 1")
 
 

@@ -144,6 +144,14 @@ class Node:
             self.fail(f"{self.label}: {value} is not positive and finite")
         return float(value)
 
+    def share(self) -> float:
+        value = self.plain()
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            self.fail(f"{self.label}: {self._shown()} is not a number")
+        if not 0 <= value <= 1:
+            self.fail(f"{self.label}: {value} is not from 0 to 1")
+        return float(value)
+
     def truth(self) -> bool:
         value = self.plain()
         if not isinstance(value, bool):

@@ -58,6 +58,7 @@ _INPUTS = {
     "plan": "another recipe",
     "data": "other data",
     "documents": "other borders of documents",
+    "answers": "other answers",
     "observer": "another observer",
 }
 

@@ -124,3 +124,18 @@ def test_no_environment_variables_in_the_library() -> None:
         if owner(path) != "cli":
             assert "os.environ" not in path.read_text(), path
             assert "getenv" not in path.read_text(), path
+
+
+FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn", "eye", "linspace"}
+
+
+def test_no_tensor_takes_the_default_dtype() -> None:
+    """It is the program's and transformers changes it while it loads, and native code is handed
+    addresses alone."""
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+            if of_torch and node.func.attr in FACTORIES:
+                assert any(k.arg == "dtype" for k in node.keywords), f"{path}:{node.lineno}"

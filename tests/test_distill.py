@@ -96,6 +96,15 @@ def test_divergence_and_its_gradient_are_those_of_the_whole() -> None:
         float(whole.detach()), rel=1e-4
     )
     assert divergence(target, target, predict, predict) == pytest.approx(0, abs=1e-4)
+    weights = torch.rand(3, 90)
+    hidden.grad = None
+    each = (wanted.detach().exp() * (wanted.detach() - predict(hidden).log_softmax(-1))).sum(-1)
+    weighted = (each * weights).sum()
+    (weighted * 0.25).backward()
+    literal, hidden.grad = hidden.grad, None
+    found_sum = divergence(hidden, target, predict, predict, 0.25, weights)
+    assert found_sum == pytest.approx(float(weighted.detach()), rel=1e-4)
+    assert torch.allclose(hidden.grad, literal, atol=1e-5)
 
 
 def run(
@@ -320,7 +329,7 @@ def test_soft_capped_predictions_are_understood(tmp_path: Path) -> None:
         ("algorithm: [rtn, {distill: {steps: 0}}]", "steps 0: is a whole number from 1"),
         ("algorithm: [rtn, {distill: {scale_lr: 2}}]", "scale_lr 2: is a number from 0 to 0.5"),
         ("algorithm: [rtn, {distill: {seed: -1}}]", "seed -1: is a whole number from 0"),
-        ("algorithm: [rtn, {distill: {apart: 1.5}}]", "apart 1.5: is a number from 0 to 1"),
+        ("algorithm: [rtn, {distill: {answers: 0.5}}]", "answers 0.5: is a number from 1 to 1000"),
         ("algorithm: [rtn, {distill: {weight_lr: 1}}]", "weight_lr 1: is a number from 0 to 0.5"),
         (
             "algorithm: [rtn, distill]\nrules: [{match: '*.o_proj', scheme: w4a16-g64, "

@@ -58,7 +58,7 @@ def test_gradients_are_those_of_the_loss_by_finite_differences() -> None:
     loss().backward()
     hook.remove()
     [gradient] = gradients
-    squares = measure_gradients(model, [NAME], window).squares[NAME]
+    squares = measure_gradients(model, [NAME], window.split(1)).squares[NAME]
     for token in (0, 7, 15):
         moved = torch.zeros_like(gradient)
         moved[0, token] = gradient[0, token]
@@ -92,7 +92,7 @@ def test_outputs_are_second_moments_of_flattened_gradients(
     """From the gradients themselves, one token after another, fp64."""
     monkeypatch.setattr(fisher, "OUTPUT_BLOCK", block)
     model = tiny_llama().eval()
-    found = measure_gradients(model, [NAME], IDS, coupled={NAME: exponent})
+    found = measure_gradients(model, [NAME], IDS.split(1), coupled={NAME: exponent})
     gradients: list[torch.Tensor] = []
     hook = model.get_submodule(NAME).register_forward_hook(
         lambda _, __, out: out.requires_grad_(True).register_hook(gradients.append) and None
@@ -171,7 +171,7 @@ def test_each_layer_is_solved_with_its_own_weights(
     monkeypatch.setattr("quantkit.importance.measure_gradients", strongly_coupled)
     original = models.load_source(str(tiny)).model
     names = ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
-    squares = measure_gradients(original, names, IDS).squares
+    squares = measure_gradients(original, names, IDS.split(1)).squares
     loaded, layers = run(tiny, tmp_path / "w", FISHER)
     seen: list[torch.Tensor] = []
     hook = loaded.model.get_submodule(names[0]).register_forward_pre_hook(
@@ -236,7 +236,7 @@ def test_the_model_is_left_as_it_was() -> None:
     model = tiny_llama()
     asked = {name: p.requires_grad for name, p in model.named_parameters()}
     before = {name: p.clone() for name, p in model.named_parameters()}
-    measure_gradients(model, [NAME], IDS)
+    measure_gradients(model, [NAME], IDS.split(1))
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == asked[name]
         assert parameter.grad is None
@@ -248,7 +248,7 @@ def test_nan_is_found_before_it_is_solved_with() -> None:
     model = tiny_llama()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(QuantkitError, match="gate_proj: a gradient of its output is NaN"):
-        measure_gradients(model, [NAME], IDS)
+        measure_gradients(model, [NAME], IDS.split(1))
 
 
 def test_layers_that_a_router_chooses_are_refused() -> None:
@@ -256,11 +256,11 @@ def test_layers_that_a_router_chooses_are_refused() -> None:
     module = model.get_submodule(NAME)
     whole = module.forward
     module.forward = lambda x: torch.cat([whole(x[:, :8]), whole(x[:, 8:])], 1)  # harmless
-    measure_gradients(model, [NAME], IDS)
+    measure_gradients(model, [NAME], IDS.split(1))
     other = "model.layers.1.mlp.gate_proj"
     model.model.layers[1].mlp.forward = lambda x: x
     with pytest.raises(QuantkitError, match="not every token meets this layer exactly once"):
-        measure_gradients(model, [other], IDS)
+        measure_gradients(model, [other], IDS.split(1))
 
 
 def test_weighted_error_is_what_is_lowered() -> None:

@@ -186,6 +186,14 @@ MISTAKES = [
     ("scheme: w8a8\ncalibrate: {seq_len: 1}", "r.yaml:2 seq_len: 1 is below 2"),
     ("scheme: w8a8\ncalibrate: {seed: -1}", "r.yaml:2 seed: -1 is below 0"),
     (
+        "scheme: w8a8\ncalibrate: {apart: 1.5}",
+        "r.yaml:2 apart: 1.5 is not from 0 to 1",
+    ),
+    (
+        "scheme: w8a8\ncalibrate: {apart: all}",
+        "r.yaml:2 apart: 'all' is not a number",
+    ),
+    (
         "scheme: w8a8\ncalibrate: {chat_template: 'yes'}",
         "r.yaml:2 chat_template: 'yes' is not true or false",
     ),

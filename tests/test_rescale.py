@@ -362,7 +362,7 @@ def test_costs_are_those_of_the_tokens_in_the_sample(
     run(outliers, tmp_path / "w", recipe("w8a8-static", *OUTLIERS_RTN))
     original = models.load_source(str(outliers)).model
     names = [f"model.layers.0.self_attn.{x}_proj" for x in "qkv"]
-    squares = measure_gradients(original, names, IDS).squares
+    squares = measure_gradients(original, names, IDS.split(1)).squares
     first = seen[0]
     assert len(first.sample) == IDS.numel()  # few enough to take them all
     for consumer, name in zip(first.consumers, names, strict=True):

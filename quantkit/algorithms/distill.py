@@ -30,7 +30,7 @@ from quantkit.schemes import DType
 #: windows: calibration windows a step.
 #: scale_lr, norm_lr: learning rates, relative to a scale's and to a norm's size.
 #: weight_lr: of weights, in steps of the code; 0 leaves codes as they are.
-#: apart: share of the windows whose documents do not see each other (`quantkit.documents`).
+#: answers: weight in the loss of predicting a token of an answer; any other token has 1.
 #: seed: of the order of windows.
 OPTIONS: dict[str, Any] = {
     "steps": 40,
@@ -38,7 +38,7 @@ OPTIONS: dict[str, Any] = {
     "scale_lr": 0.002,
     "norm_lr": 0.001,
     "weight_lr": 0.0,
-    "apart": 0.0,
+    "answers": 1.0,
     "seed": 0,
 }
 
@@ -99,8 +99,9 @@ def divergence(
     student: Callable[[Tensor], Tensor],
     teacher: Callable[[Tensor], Tensor],
     weight: float = 0.0,
+    weights: Tensor | None = None,
 ) -> float:
-    """Σ KL(teacher ‖ student) over tokens, nats; with a weight, its gradient goes back, too.
+    """Σ w · KL(teacher ‖ student) over tokens, nats; with a weight, its gradient goes back, too.
 
     Predictions of a few tokens are in memory at a time.
 
@@ -109,6 +110,7 @@ def divergence(
         target: what the teacher's head sees, the same shape.
         student, teacher: hidden states ``[tokens, H]`` → logits ``[tokens, V]``.
         weight: of the sum in the loss that is differentiated; 0 computes it only.
+        weights: each token's own, fp32 ``[...]``; all 1 by default.
     """
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1, target.shape[-1])
     gradient = torch.empty_like(rows) if weight else None
@@ -120,7 +122,8 @@ def divergence(
             wanted = teacher(targets[span]).float().log_softmax(-1)
         with torch.set_grad_enabled(gradient is not None):
             found = student(part).float().log_softmax(-1)
-            kl = F.kl_div(found, wanted, reduction="sum", log_target=True)
+            each = F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+            kl = (each if weights is None else each * weights.reshape(-1)[span].to(each)).sum()
         total += float(kl.detach())
         if gradient is not None:
             (gradient[span],) = torch.autograd.grad(kl * weight, part)

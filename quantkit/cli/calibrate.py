@@ -267,6 +267,7 @@ def _show_plan(prepared: Prepared, processes: int) -> None:
         console.print(
             f"calibration        {plan.samples} × {plan.seq_len} tokens"
             + (f" in {processes} processes" if processes > 1 else "")
+            + _apart(prepared)
             + ("" if plan.needs_data else " (this recipe needs none: they only measure errors)")
         )
         for source in prepared.tokens.report:
@@ -346,3 +347,11 @@ def _show_outcomes(outcomes: Outcomes) -> None:
         f"{outcomes.manifest['bits_per_weight']:.3f} bits/weight"
     )
     typer.echo(f"{seconds}; peak {outcomes.peak_rss_bytes / 1e9:.2f} GB")
+
+
+def _apart(prepared: Prepared) -> str:
+    """How many windows have their documents read apart, for the plan."""
+    share = prepared.job.recipe.calibrate.apart
+    if not share or prepared.batches:
+        return ""
+    return ", documents read apart" + ("" if share == 1 else f" in {share:.0%} of the windows")

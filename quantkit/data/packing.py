@@ -13,6 +13,19 @@ import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[np.int64]
+Marks = npt.NDArray[np.bool_]
+
+#: A token of a document on its way into a window, and whether it is of an answer.
+TOKEN = np.dtype([("id", np.int64), ("answer", np.bool_)])
+Tokens = npt.NDArray[np.void]
+
+
+def tokens_of(ids: npt.ArrayLike, answers: npt.ArrayLike = False) -> Tokens:
+    """A document as `pack` takes it: ids ``[tokens]`` and which of them are of an answer."""
+    ids = np.asarray(ids, dtype=np.int64)
+    tokens = np.empty(len(ids), dtype=TOKEN)
+    tokens["id"], tokens["answer"] = ids, answers
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -36,16 +49,17 @@ class Use:
 
 @dataclass(frozen=True)
 class Packed:
-    """Full windows, int64 ``[windows, seq_len]``, where documents begin in them, bool of the same
-    shape, and what each feed gave to them."""
+    """Full windows, int64 ``[windows, seq_len]``, where documents begin in them and what is of an
+    answer, bool of the same shape, and what each feed gave to them."""
 
     ids: Ids
-    starts: npt.NDArray[np.bool_]
+    starts: Marks
+    answers: Marks
     uses: tuple[Use, ...]
 
 
 def pack(
-    feeds: Sequence[Iterator[Ids]],
+    feeds: Sequence[Iterator[Tokens]],
     weights: Sequence[float],
     *,
     samples: int,
@@ -59,7 +73,7 @@ def pack(
     possibly none, and less than one window of tokens stays unused.
 
     Args:
-        feeds: documents as int64 ``[tokens]``; consumed only as far as they are needed.
+        feeds: documents as `tokens_of` makes them; consumed only as far as they are needed.
         weights: positive, one a feed.
         samples: windows wanted.
         seq_len: tokens a window.
@@ -93,7 +107,13 @@ def pack(
     starts = np.zeros(kept, dtype=np.bool_)
     starts[[begin for _, begin, _ in owners if begin < kept]] = True
     shape = windows, seq_len
-    return Packed(stream[:kept].reshape(shape), starts.reshape(shape), tuple(uses))
+    tokens = stream[:kept].reshape(shape)
+    return Packed(
+        ids=np.ascontiguousarray(tokens["id"]),
+        starts=starts.reshape(shape),
+        answers=np.ascontiguousarray(tokens["answer"]),
+        uses=tuple(uses),
+    )
 
 
 def split(total: int, weights: Sequence[float]) -> list[int]:
@@ -111,10 +131,10 @@ def split(total: int, weights: Sequence[float]) -> list[int]:
 class _Tap:
     """A feed from which an exact number of tokens can be drawn, document after document."""
 
-    def __init__(self, feed: Iterator[Ids], eos: int) -> None:
+    def __init__(self, feed: Iterator[Tokens], eos: int) -> None:
         self._feed = feed
         self._eos = eos
-        self.pieces: list[Ids] = []  # closed documents, except perhaps the last
+        self.pieces: list[Tokens] = []  # closed documents, except perhaps the last
         self._taken = 0  # tokens of the last document that count as drawn
         self.total = 0
         self.read = 0
@@ -131,8 +151,8 @@ class _Tap:
                     break
                 if not len(document):
                     continue
-                if document[-1] != self._eos:
-                    document = np.append(document, np.int64(self._eos))
+                if document["id"][-1] != self._eos:
+                    document = np.concatenate([document, tokens_of([self._eos])])
                 self.pieces.append(document)
                 self._taken = 0
                 self.read += len(document)
@@ -142,12 +162,12 @@ class _Tap:
         self.total += drawn
         return drawn
 
-    def cut(self) -> list[Ids]:
+    def cut(self) -> list[Tokens]:
         """The drawn documents; the last one ends where the quota did."""
         return [*self.pieces[:-1], self.pieces[-1][: self._taken]] if self.pieces else []
 
 
-def _interleave(taps: Sequence[_Tap], eos: int) -> tuple[Ids, list[tuple[int, int, int]]]:
+def _interleave(taps: Sequence[_Tap], eos: int) -> tuple[Tokens, list[tuple[int, int, int]]]:
     """One stream ``[tokens]`` in which each feed is spread evenly, and (feed, begin, end) spans."""
     queue = []
     for i, tap in enumerate(taps):
@@ -158,10 +178,10 @@ def _interleave(taps: Sequence[_Tap], eos: int) -> tuple[Ids, list[tuple[int, in
     queue.sort(key=lambda entry: entry[:2])
     pieces, owners, at = [], [], 0
     for n, (_, i, piece) in enumerate(queue, 1):
-        if piece[-1] != eos and n < len(queue):
+        if piece["id"][-1] != eos and n < len(queue):
             # Cut by its quota and followed by another document: the border must still be visible.
-            piece = np.append(piece[:-1], np.int64(eos))
+            piece = np.concatenate([piece[:-1], tokens_of([eos])])
         pieces.append(piece)
         owners.append((i, at, at + len(piece)))
         at += len(piece)
-    return np.concatenate([np.empty(0, np.int64), *pieces]), owners
+    return np.concatenate([tokens_of([]), *pieces]), owners

@@ -6,6 +6,8 @@ tokens it needs, so it is tokenized without adding any; raw text gets those the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = npt.NDArray[np.int64]
+Marks = npt.NDArray[np.bool_]
 
 
 def encode(document: Document, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool) -> Ids:
@@ -27,25 +30,108 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerBase, *, chat_templ
         UsageError: see `render`.
     """
     text = render(document, tokenizer, chat_template=chat_template)
+    found = _tokenize(text, document, tokenizer, chat_template=chat_template)
+    return np.asarray(found["input_ids"], dtype=np.int64)
+
+
+def encode_answers(
+    document: Document, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool
+) -> tuple[Ids, Marks]:
+    """The same, and which of the tokens are of an answer (`answer_spans`), bool ``[tokens]``.
+
+    A token on the border is of the answer: the model had to say it.
+
+    Raises:
+        UsageError: see `render`; or the tokenizer does not tell which characters a token is of.
+    """
+    if not tokenizer.is_fast:
+        raise UsageError(
+            f"{type(tokenizer).__name__} does not tell which characters a token is of, so that "
+            "answers cannot be told from what was asked",
+            remedy="set `distill: {answers: 1}`",
+        )
+    text = render(document, tokenizer, chat_template=chat_template)
+    found = _tokenize(text, document, tokenizer, chat_template=chat_template, offsets=True)
+    ids = np.asarray(found["input_ids"], dtype=np.int64)
+    begin, end = np.asarray(found["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+    answers = np.zeros(len(ids), dtype=np.bool_)
+    for first, last in answer_spans(document, tokenizer, chat_template=chat_template):
+        answers |= (begin < last) & (end > first) & (begin < end)
+    return ids, answers
+
+
+def answer_spans(
+    document: Document, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool
+) -> list[tuple[int, int]]:
+    """Characters (first, behind the last) of the rendered text that answer something.
+
+    Those are a completion, and each of an assistant's turns from where a server lets the model go
+    on to what closes the turn. A turn that the template writes otherwise once others follow, as
+    some do with what was thought, is left out: no server was ever to say it like that.
+
+    Raises:
+        UsageError: see `render`.
+    """
+    text = render(document, tokenizer, chat_template=chat_template)
+    if document.messages is None:
+        return [] if document.answer is None else [(document.answer, len(text))]
+    spans = []
+    for i, turn in enumerate(document.messages):
+        if turn["role"] != "assistant" or i == 0:
+            continue
+        whole = _first_turns(document, i + 1, tokenizer, chat_template=chat_template)
+        if chat_template:
+            asked = _first_turns(document, i, tokenizer, chat_template=True, answering=True)
+        else:
+            asked = whole.removesuffix(message_text(turn))
+        if text.startswith(whole) and whole.startswith(asked):
+            spans.append((len(asked), len(whole)))
+    return spans
+
+
+def _first_turns(
+    document: Document, turns: int, tokenizer: PreTrainedTokenizerBase, **options: bool
+) -> str:
+    assert document.messages is not None
+    part = replace(document, messages=document.messages[:turns])
+    return render(part, tokenizer, **options)
+
+
+def _tokenize(
+    text: str,
+    document: Document,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template: bool,
+    offsets: bool = False,
+) -> Mapping[str, Any]:
     templated = chat_template and document.messages is not None
     # Logged prompts may hold the beginning-of-text token as text; it is then not added again.
     begins = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
-    ids: Any = tokenizer(
+    found: Any = tokenizer(
         text,
         add_special_tokens=not (templated or begins),
         truncation=False,
         verbose=False,  # documents longer than the model's context are split, not an accident
-    )["input_ids"]
-    return np.asarray(ids, dtype=np.int64)
+        return_offsets_mapping=offsets,
+    )
+    return found
 
 
-def render(document: Document, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool) -> str:
+def render(
+    document: Document,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template: bool,
+    answering: bool = False,
+) -> str:
     """The text of one document.
 
     Args:
         document: raw text is returned as it stands.
         tokenizer: holds the chat template.
         chat_template: False renders each turn as a plain ``role: content`` line.
+        answering: with what the template puts in front of the assistant's next turn.
 
     Raises:
         UsageError: the tokenizer has no chat template, or the template refuses the conversation.
@@ -60,7 +146,9 @@ def render(document: Document, tokenizer: PreTrainedTokenizerBase, *, chat_templ
     if "tool_calls" not in template:
         messages = [_calls_as_content(message) for message in messages]
     try:
-        rendered = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+        rendered = tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=answering
+        )
     except Exception as error:  # a template is a program: it raises what its author chose
         raise UsageError(
             f"{document.where} is refused by the chat template: {type(error).__name__}: {error}",

@@ -59,12 +59,14 @@ class Document:
         text: raw text, character for character.
         messages: chat turns.
         tools: function schemas that the conversation could call, or None.
+        answer: character of `text` that a completion begins at; None where text is no answer.
     """
 
     where: str
     text: str | None = None
     messages: tuple[Message, ...] | None = None
     tools: tuple[dict[str, Any], ...] | None = None
+    answer: int | None = None
 
     def plain(self) -> str:
         """The words of the document without any template: one line a turn for a chat."""
@@ -117,10 +119,13 @@ class _Draft:
     text: str = ""
     messages: tuple[Message, ...] | None = None
     tools: tuple[dict[str, Any], ...] | None = None
+    answer: int | None = None
 
     def at(self, where: str) -> Document | None:
         if self.messages is None:
-            return Document(where, text=self.text) if self.text.strip() else None
+            if not self.text.strip():
+                return None
+            return Document(where, text=self.text, answer=self.answer)
         if not any(message_text(message).strip() for message in self.messages):
             return None
         return Document(where, messages=self.messages, tools=self.tools)
@@ -164,7 +169,8 @@ def _prompt_completion(row: Mapping[str, Any], where: str) -> _Draft:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         return _chat([*prompt, *completion], row, f"{where} prompt + completion")
-    return _Draft(text=_string(row, "prompt", where) + _string(row, "completion", where))
+    asked = _string(row, "prompt", where)
+    return _Draft(text=asked + _string(row, "completion", where), answer=len(asked))
 
 
 def _instruction(row: Mapping[str, Any], where: str) -> _Draft:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +13,9 @@ import numpy.typing as npt
 import torch
 
 from quantkit.data.card import UNKNOWN, read_card
-from quantkit.data.packing import Use, pack
-from quantkit.data.render import encode
+from quantkit.data.packing import Tokens, Use, pack, tokens_of
+from quantkit.data.render import encode, encode_answers
+from quantkit.data.rows import Document
 from quantkit.data.sources import Corpus, Source
 from quantkit.errors import UsageError
 
@@ -69,6 +70,7 @@ class TokenBatches:
         hash: sha256 of the shape and the ids; names of files do not enter.
         report: one entry a source, in the order given.
         starts: bool ``[samples, seq_len]``, true where a document begins; None of what is no text.
+        answers: bool ``[samples, seq_len]``, true where a token is of an answer; None unless asked.
         shortfall: windows that were asked for and the sources could not fill.
         warnings: what a person should know before relying on the windows.
     """
@@ -79,6 +81,7 @@ class TokenBatches:
     shortfall: int = 0
     warnings: tuple[str, ...] = ()
     starts: torch.Tensor | None = field(default=None, compare=False)
+    answers: torch.Tensor | None = field(default=None, compare=False)
 
 
 def load_tokens(
@@ -89,6 +92,7 @@ def load_tokens(
     seq_len: int,
     seed: int = 0,
     chat_template: bool = True,
+    answers: bool = False,
 ) -> TokenBatches:
     """Read, shuffle, render, mix and pack.
 
@@ -102,6 +106,7 @@ def load_tokens(
         seq_len: tokens a window.
         seed: of the shuffle within each source.
         chat_template: False renders conversations as plain ``role: content`` lines.
+        answers: also find out which tokens are of an answer.
 
     Returns:
         `samples` windows; fewer, with a `shortfall` and a warning, when the sources hold too few
@@ -124,11 +129,9 @@ def load_tokens(
         )
     corpora = [Corpus(source) for source in sources]
     order = sorted(range(len(corpora)), key=lambda i: (corpora[i].sha256, corpora[i].source.weight))
+    encoded = _Encoder(tokenizer, chat_template=chat_template, answers=answers)
     packed = pack(
-        [
-            _feed(corpora[i], tokenizer, seed, samples * seq_len, chat_template=chat_template)
-            for i in order
-        ],
+        [_feed(corpora[i], encoded, seed, samples * seq_len) for i in order],
         [corpora[i].source.weight for i in order],
         samples=samples,
         seq_len=seq_len,
@@ -155,6 +158,7 @@ def load_tokens(
         shortfall=shortfall,
         warnings=_warnings(report, samples, seq_len, shortfall),
         starts=torch.from_numpy(packed.starts.copy()),
+        answers=torch.from_numpy(packed.answers) if answers else None,
     )
 
 
@@ -165,15 +169,26 @@ def content_hash(ids: npt.NDArray[np.int64]) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class _Encoder:
+    """Makes tokens of documents; ``answers``: and looks which of them are of one."""
+
+    tokenizer: PreTrainedTokenizerBase
+    chat_template: bool
+    answers: bool
+
+    def __call__(self, document: Document) -> Tokens:
+        if self.answers:
+            return tokens_of(
+                *encode_answers(document, self.tokenizer, chat_template=self.chat_template)
+            )
+        return tokens_of(encode(document, self.tokenizer, chat_template=self.chat_template))
+
+
 def _feed(
-    corpus: Corpus,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    budget: int,
-    *,
-    chat_template: bool,
-) -> Iterator[npt.NDArray[np.int64]]:
-    """Token ids of each document in a shuffled order, a bounded batch of documents at a time."""
+    corpus: Corpus, encoded: Callable[[Document], Tokens], seed: int, budget: int
+) -> Iterator[Tokens]:
+    """Tokens of each document in a shuffled order, a bounded batch of documents at a time."""
     # Seeded by content, so that a source is shuffled alike whatever stands beside it.
     key = hashlib.sha256(f"{seed} {corpus.sha256}".encode()).digest()
     shuffled = np.random.default_rng(int.from_bytes(key, "big")).permutation(len(corpus))
@@ -183,11 +198,9 @@ def _feed(
         batch.append(index)
         held += corpus.sizes[index] + DOCUMENT_BYTES
         if held >= budget * BYTES_PER_TOKEN:
-            for document in corpus.pick(batch):
-                yield encode(document, tokenizer, chat_template=chat_template)
+            yield from map(encoded, corpus.pick(batch))
             batch, held = [], 0
-    for document in corpus.pick(batch):
-        yield encode(document, tokenizer, chat_template=chat_template)
+    yield from map(encoded, corpus.pick(batch))
 
 
 def _report(corpus: Corpus, use: Use, total: int, budget: int) -> SourceReport:

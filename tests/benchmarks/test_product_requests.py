@@ -13,6 +13,12 @@ from benchmarks import product_requests
 from quantkit.evals.suites import load_suites
 
 
+def texts_of(path: Path) -> list[str]:
+    """Each request with the answer behind it."""
+    rows = map(json.loads, path.read_text().splitlines())
+    return [row["prompt"] + row["completion"] for row in rows]
+
+
 def test_requests_have_the_suites_form_and_none_of_its_messages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -22,7 +28,7 @@ def test_requests_have_the_suites_form_and_none_of_its_messages(
     argv = ["x", str(clinc), "-o", str(out), "--messages", "20", "--repeat", "2"]
     monkeypatch.setattr(sys, "argv", argv)
     assert product_requests.main() == 0
-    texts = [json.loads(line)["text"] for line in out.read_text().splitlines()]
+    texts = texts_of(out)
     turns = product_requests.first_turns(suite)
     assert len(texts) == 2 * len(turns) + 20
     answers = {choice for row in suite.rows for choice in row["choices"]}
@@ -38,14 +44,18 @@ def test_requests_have_the_suites_form_and_none_of_its_messages(
     held = tmp_path / "held.jsonl"
     monkeypatch.setattr(sys, "argv", [*argv, "--held", str(held)])
     product_requests.main()
-    kept = [json.loads(line)["text"].rpartition("\n")[0] for line in held.read_text().splitlines()]
-    rest = [json.loads(line)["text"].rpartition("\n")[0] for line in out.read_text().splitlines()]
+    kept = [text.rpartition("\n")[0] for text in texts_of(held)]
+    rest = [text.rpartition("\n")[0] for text in texts_of(out)]
     assert len(kept) == len(set(kept)) == -(-len(set(asked)) // product_requests.HELD)
     assert not set(kept) & set(rest)
     assert set(kept) | set(rest) == {f"Customer message: {message}" for message in asked}
+    for wrong, match in ((out, "is -o, too"), (tmp_path / "no" / "held.jsonl", "No such file")):
+        monkeypatch.setattr(sys, "argv", [*argv, "--held", str(wrong)])
+        with pytest.raises(SystemExit, match=match):
+            product_requests.main()
     monkeypatch.setattr(sys, "argv", argv)
     product_requests.main()
-    assert texts == [json.loads(line)["text"] for line in out.read_text().splitlines()]
+    assert texts == texts_of(out)
 
 
 def test_a_suite_that_asks_otherwise_is_refused() -> None:

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantkit.data.packing import Ids, pack, split
+from quantkit.data.packing import Tokens, pack, split, tokens_of
 
 EOS = 0
 DOCUMENTS = st.lists(st.lists(st.integers(0, 9), max_size=12), max_size=12)
 
 
-def feed(documents: list[list[int]]) -> Iterator[Ids]:
-    return (np.array(document, dtype=np.int64) for document in documents)
+def feed(documents: list[list[int]]) -> Iterator[Tokens]:
+    return map(tokens_of, documents)
 
 
 def joined(documents: list[list[int]]) -> list[int]:
@@ -109,3 +109,14 @@ def test_split_sums_to_the_total(total: int, weights: list[float]) -> None:
     scale = max(weights)
     for part, weight in zip(parts, weights, strict=True):
         assert abs(part - total * (weight / scale) / sum(w / scale for w in weights)) <= 1 + 1e-6
+
+
+@given(DOCUMENTS, st.integers(1, 9), st.integers(1, 12))
+def test_marks_of_answers_stay_with_their_tokens(
+    documents: list[list[int]], samples: int, seq_len: int
+) -> None:
+    """Here every token above 5 is of an answer; a closing token never is, unless it was there."""
+    feeds = [iter([tokens_of(d, np.array(d, dtype=int) > 5) for d in documents]) for _ in range(2)]
+    packed = pack(feeds, [1.0, 2.0], samples=samples, seq_len=seq_len, eos=EOS)
+    assert packed.answers.shape == packed.ids.shape
+    assert ((packed.ids > 5) == packed.answers).all()

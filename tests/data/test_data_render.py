@@ -6,6 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from quantkit.data import Document, encode, render
+from quantkit.data.render import answer_spans, encode_answers
 from quantkit.data.rows import to_document
 from quantkit.errors import UsageError
 
@@ -102,3 +103,68 @@ def test_real_template(smollm: PreTrainedTokenizerBase) -> None:
     assert smollm.decode(ids) == text
     assert ids.tolist().count(smollm.bos_token_id) == 2
     assert CALL in render(document(ROW), smollm, chat_template=True)
+
+
+CHATML = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+#: Drops what was thought in all turns but the last.
+THINKS = (
+    "{% for m in messages %}<|{{ m['role'] }}|>"
+    "{{ m['content'] if loop.last else m['content'].split('/')[-1] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def said(row: object, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool = True) -> str:
+    """The tokens that are known as answers, and dots for the others."""
+    made = document(row)
+    ids, answers = encode_answers(made, tokenizer, chat_template=chat_template)
+    assert ids.tolist() == encode(made, tokenizer, chat_template=chat_template).tolist()
+    words = [tokenizer.decode([i]) if a else "." for i, a in zip(ids, answers, strict=True)]
+    return "".join(words).lstrip(".")
+
+
+def test_what_answers_a_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert said({"prompt": "<s>Who? ", "completion": "I."}, tokenizer) == "I."
+    assert said({"prompt": "Who? ", "completion": "I."}, tokenizer) == "I."
+    assert said({"prompt": "Who?", "completion": ""}, tokenizer) == ""
+    assert said({"text": "Who? I."}, tokenizer) == ""
+
+
+def test_each_turn_of_the_assistant_answers(tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    tokenizer.chat_template = CHATML
+    assert said(row, tokenizer) == "b<end>" + "." * len("<|user|>c<end><|assistant|>") + "d<end>"
+    plain = said(row, tokenizer, chat_template=False)
+    assert plain == "b" + "." * len("\nuser: c\nassistant: ") + "d"
+    greeted = {"messages": row["messages"][1:]}
+    assert said(greeted, tokenizer) == "d<end>"  # a turn that follows nothing answers nothing
+    assert said({"messages": row["messages"][:1]}, tokenizer) == ""
+
+
+def test_turns_that_a_server_never_asked_for_in_this_form_are_left_out(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    turns = [("user", "a"), ("assistant", "hm/b"), ("user", "c"), ("assistant", "oh/d")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    tokenizer.chat_template = THINKS
+    text = render(document(row), tokenizer, chat_template=True)
+    spans = answer_spans(document(row), tokenizer, chat_template=True)
+    assert [text[first:last] for first, last in spans] == ["oh/d<end>"]
+
+
+def test_a_call_is_an_answer(smollm: PreTrainedTokenizerBase) -> None:
+    text = render(document(ROW), smollm, chat_template=True)
+    spans = answer_spans(document(ROW), smollm, chat_template=True)
+    assert [text[first:last].strip() for first, last in spans] == [f"{CALL}<|im_end|>"]
+
+
+def test_a_tokenizer_without_offsets_is_refused(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    with pytest.raises(UsageError, match="does not tell which characters a token is of"):
+        encode_answers(document({"text": "a"}), tokenizer, chat_template=True)
