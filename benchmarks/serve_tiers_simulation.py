@@ -21,7 +21,7 @@ import argparse
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 
 from benchmarks.tier_load import Workload, make_tiers, show, summary, tier_of
@@ -94,7 +94,7 @@ class Simulation:
         if not job.refused:
             promise = self.promises.get(job.entry.tier)
             if promise is not None:
-                job.entry = replace(job.entry, deadline=job.entry.arrival + promise)
+                job.entry = job.entry._replace(deadline=job.entry.arrival + promise)
             self.waiting.append(job)
 
     def _step(self) -> None:
@@ -111,7 +111,7 @@ class Simulation:
             machine.base + read * machine.per_prompt_token + len(decodes) * machine.per_answer
         )
         for job, tokens in chunks:
-            job.entry = replace(job.entry, prompt_left=job.entry.prompt_left - tokens)
+            job.entry = job.entry._replace(prompt_left=job.entry.prompt_left - tokens)
         for job in [*decodes, *(job for job, _ in chunks if not job.entry.prompt_left)]:
             self._token(job)
 
@@ -126,7 +126,7 @@ class Simulation:
                 stopped = self.running.pop(victim)
                 # What it generated is kept and has to be read again, beside its prompt.
                 left = stopped.entry.prompt_tokens + stopped.entry.output_tokens
-                stopped.entry = replace(stopped.entry, prompt_left=left)
+                stopped.entry = stopped.entry._replace(prompt_left=left)
                 self.waiting.append(stopped)
             self.waiting.remove(job)
             self.running.append(job)
@@ -140,7 +140,7 @@ class Simulation:
                 yield self.running[i], tokens
 
     def _token(self, job: Job) -> None:
-        job.entry = replace(job.entry, output_tokens=job.entry.output_tokens + 1)
+        job.entry = job.entry._replace(output_tokens=job.entry.output_tokens + 1)
         if job.first_token is None:
             job.first_token = self.now
             if self.admission is not None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Answer:
-    """Chooses tokens and turns them into text.
+    """Chooses tokens, and turns them into text where that may end the answer.
 
     Args:
         request: what was asked.
@@ -56,8 +56,13 @@ class Answer:
         self._left = params.max_tokens
         self._generator = sampler.make_generator(params.seed, device)
         self._logits = LogitsProcessor(params, request.prompt_ids, self._end_ids, vocab, device)
-        self._detokenizer = Detokenizer(
-            tokenizer, request.prompt_ids, params.stop, params.min_tokens, params.hidden_ids
+        # All other text is `transcript.Transcript`'s.
+        self._detokenizer = (
+            Detokenizer(
+                tokenizer, request.prompt_ids, params.stop, params.min_tokens, params.hidden_ids
+            )
+            if params.stop
+            else None
         )
 
     @property
@@ -94,9 +99,11 @@ class Answer:
         if self._constraint is not None:
             self._constraint.push(token)
         self._left -= 1
-        text = self._detokenizer.push(token)
-        complete = self._constraint is not None and self._constraint.complete
-        if complete or token in self._end_ids or self._detokenizer.stopped:
+        text, stopped = "", self._constraint is not None and self._constraint.complete
+        if self._detokenizer is not None:
+            text = self._detokenizer.push(token)
+            stopped = stopped or self._detokenizer.stopped
+        if stopped or token in self._end_ids:
             self.finish_reason = "stop"
         elif self._left == 0:
             self.finish_reason = "length"
@@ -115,4 +122,4 @@ class Answer:
 
     def rest(self) -> str:
         """The text still held back."""
-        return self._detokenizer.finish()
+        return self._detokenizer.finish() if self._detokenizer is not None else ""

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from quantkit.errors import QuantkitError
@@ -25,7 +26,7 @@ from quantkit.models.page_pool import pages_for
 from quantkit.ops.page_store import PAGE_TOKENS
 from quantkit.serve.answer import Answer
 from quantkit.serve.counters import Counters
-from quantkit.serve.events import Event, Failed, Finished, FinishReason
+from quantkit.serve.events import Event, Failed, Finished, FinishReason, internal_error
 from quantkit.serve.kv_cache import Capacity, plan_capacity, token_bytes
 from quantkit.serve.memory import make_memory
 from quantkit.serve.metrics import watch
@@ -37,7 +38,8 @@ from quantkit.serve.scheduler import Scheduler, no_guesses
 from quantkit.serve.speculation import SpeculativeConfig, make_speculator
 from quantkit.serve.stream import EventStream
 from quantkit.serve.structured import GrammarCompiler
-from quantkit.serve.worker import Worker, internal_error
+from quantkit.serve.transcript import Transcript
+from quantkit.serve.worker import Worker
 
 if TYPE_CHECKING:
     from quantkit.models.runtime import Runtime
@@ -202,10 +204,24 @@ class Engine:
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request. ``sink`` gets its events on the engine thread and must not block."""
         self.check(request)
-        self.enqueue(self.grammars.attach(request), sink)
+        request = self.grammars.attach(request)
+        transcript = self.transcript(request)
+
+        def told(event: Event) -> None:
+            if (written := transcript(event)) is not None:
+                sink(written)
+
+        self.enqueue(request, told)
+
+    def transcript(self, request: Request) -> Transcript:
+        """What adds the text to the events that `enqueue` gives."""
+        return Transcript(self.runtime.tokenizer, request, partial(self.cancel, request.id))
 
     def enqueue(self, request: Request, sink: Sink) -> None:
-        """`submit` for a request that passed `check` and has its grammar: takes no time."""
+        """`submit` for a request that passed `check` and has its grammar: takes no time.
+
+        Events come without their text, but for those of requests with stop strings.
+        """
         with self._wake:
             if not self._accepting:
                 raise StoppedError("the server is shutting down")

@@ -83,3 +83,8 @@ class Failed:
 
 
 Event = PromptScored | TokenEvent | Finished | Failed
+
+
+def internal_error() -> Failed:
+    """What a client may know of a bug or a lack of memory: the log has the rest."""
+    return Failed("internal error while generating; the server's log has the details")

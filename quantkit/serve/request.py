@@ -333,7 +333,8 @@ class Sequence:
     @property
     def decoding(self) -> bool:
         """All is read but the token that was generated last."""
-        return self.output_tokens > 0 and self.left == 1
+        known = len(self.tokens)
+        return known - self.computed == 1 and known > len(self.request.prompt_ids)
 
     @property
     def prompt_read(self) -> int:

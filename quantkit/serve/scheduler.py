@@ -102,6 +102,8 @@ class Scheduler:
         # What a policy sees of a sequence does not change while it waits.
         self._waiting: dict[Sequence, Entry] = {}
         self.running: list[Sequence] = []
+        # The policy knows that nothing waits and no prompt is being read.
+        self._quiet = False
 
     @property
     def waiting(self) -> list[Sequence]:
@@ -120,7 +122,10 @@ class Scheduler:
 
     def schedule(self, now: float) -> Step:
         """Admit what fits and lay out the next step; ``now`` is the monotonic clock."""
-        self._admit(now)
+        quiet = not self._waiting and all(sequence.decoding for sequence in self.running)
+        if not (quiet and self._quiet):
+            self._admit(now)
+        self._quiet = quiet
         decodes, prefills = self._decodes(now), self._prefills(now)
         step = Step(decodes if prefills else self._guess(decodes), prefills)
         for chunk in step.chunks:
@@ -219,12 +224,13 @@ class Scheduler:
 def entry(sequence: Sequence) -> Entry:
     """A sequence as a policy sees it. What must be read again counts as prompt."""
     request = sequence.request
+    prompt_tokens = len(request.prompt_ids)
     return Entry(
         id=request.id,
         arrival=request.arrival,
-        prompt_tokens=len(request.prompt_ids),
+        prompt_tokens=prompt_tokens,
         prompt_left=0 if sequence.decoding else sequence.left,
-        output_tokens=sequence.output_tokens,
+        output_tokens=len(sequence.tokens) - prompt_tokens,
         max_tokens=request.sampling.max_tokens,
         tenant=request.tenant,
         tier=request.tier,

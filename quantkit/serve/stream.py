@@ -36,6 +36,7 @@ class EventStream:
         self._arrived: list[tuple[int, Event]] = []
         self._reader: asyncio.Future[None] | None = None
         self._open: dict[int, str] = {}
+        self._transcripts = [engine.transcript(request) for request in requests]
         try:
             for index, request in enumerate(requests):
                 engine.enqueue(request, partial(self._post, index))
@@ -49,6 +50,10 @@ class EventStream:
 
     def arrived(self, index: int, event: Event) -> None:
         """The event loop has an event."""
+        written = self._transcripts[index](event)
+        if written is None:
+            return
+        event = written
         self._arrived.append((index, event))
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)

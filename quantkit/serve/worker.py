@@ -14,7 +14,14 @@ from torch import Tensor
 from quantkit.errors import QuantkitError
 from quantkit.serve import sampler
 from quantkit.serve.answer import Answer
-from quantkit.serve.events import Event, Failed, FinishReason, PromptScored, TokenLogprob
+from quantkit.serve.events import (
+    Event,
+    Failed,
+    FinishReason,
+    PromptScored,
+    TokenLogprob,
+    internal_error,
+)
 from quantkit.serve.request import RequestError
 from quantkit.serve.runner import Work
 
@@ -207,11 +214,6 @@ class Worker:
         self.metrics.ttft.observe(time.monotonic() - sequence.request.arrival)
         sequence.answer = answer = self.begin(sequence)
         return answer
-
-
-def internal_error() -> Failed:
-    """What a client may know of a bug or a lack of memory: the log has the rest."""
-    return Failed("internal error while generating; the server's log has the details")
 
 
 def _logits(results: Results, place: int) -> Tensor:

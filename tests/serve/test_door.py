@@ -38,6 +38,9 @@ class Commanded:
     async def attach_soon(self, request: Request) -> Request:
         return request
 
+    def transcript(self, request: Request) -> Callable[[Event], Event]:
+        return lambda event: event
+
     def enqueue(self, request: Request, sink: Sink) -> None:
         self.sinks[request.id] = sink
 

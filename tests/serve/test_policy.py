@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -63,7 +61,7 @@ def mixes(draw: st.DrawFn, least: int = 0) -> list[Entry]:
 def serve(policy: Policy, entry: Entry) -> float:
     """Compute a whole request; its weighted tokens."""
     policy.served(entry, entry.prompt_left)
-    read = replace(entry, prompt_left=0)
+    read = entry._replace(prompt_left=0)
     for _ in range(entry.max_tokens):
         policy.served(read, 1)
     return INPUT_WEIGHT * entry.prompt_left + OUTPUT_WEIGHT * entry.max_tokens
@@ -107,7 +105,7 @@ def test_tiers_keep_their_order_before_anything_was_served(waiting: list[Entry])
 @unhurried
 @given(waiting=mixes(2))
 def test_a_tenants_requests_go_by_due_date(waiting: list[Entry]) -> None:
-    waiting = [replace(e, tenant="a", tier="paid") for e in waiting]
+    waiting = [e._replace(tenant="a", tier="paid") for e in waiting]
     order = Tiered(TIERS).waiting_order(waiting, [], 0.0)
     due = [_due(waiting[i]) for i in order]
     assert due == sorted(due)
@@ -149,7 +147,7 @@ def test_a_reading_prompt_of_a_lower_tier_does_not_starve() -> None:
         chosen = running[policy.prefill_order(running, float(turn))[0]]
         policy.served(chosen, 50)
         if chosen is low:
-            low = replace(low, prompt_left=low.prompt_left - 50)
+            low = low._replace(prompt_left=low.prompt_left - 50)
         if not low.prompt_left:
             break
     assert low.prompt_left == 0
@@ -161,7 +159,7 @@ def test_a_lower_tier_earns_nothing_while_it_runs_on_spare_capacity() -> None:
     policy = Tiered(TIERS)
     free = entry("f", tier="free", max_tokens=5)
     for _ in range(100):
-        policy.waiting_order([], [replace(free, prompt_left=0)], 0.0)
+        policy.waiting_order([], [free._replace(prompt_left=0)], 0.0)
         policy.served(entry("p", prompt=1000), 1000)
     assert list(policy.waiting_order([free, entry("p")], [], 0.0)) == [1, 0]
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence as Items
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve_helpers import Scattered, request
+from serve_helpers import Scattered, finish, request, stepped, submit
 
 from quantkit.models.page_pool import PagePool
+from quantkit.models.runtime import Runtime
 from quantkit.ops.page_store import PAGE_TOKENS
 from quantkit.serve.counters import Counters
 from quantkit.serve.memory import Memory, PageMemory, ReservedMemory
@@ -366,3 +367,27 @@ def test_removing_twice_or_a_stranger_changes_nothing() -> None:
     subject.remove(item)
     subject.remove(item)
     assert (subject.memory.used, subject.running) == (0, [])
+
+
+def test_a_policy_is_not_asked_while_nothing_changes(native: Runtime) -> None:
+    """Once it knows that nothing waits and nobody reads, until somebody comes."""
+
+    class Asked(FirstCome):
+        count = 0
+
+        def waiting_order(self, waiting, running, now):  # type: ignore[no-untyped-def]
+            self.count += 1
+            return super().waiting_order(waiting, running, now)
+
+    policy = Asked()
+    engine = stepped(native, policy)
+    submit(engine, request("a", [5, 6], max_tokens=30, ignore_eos=True))
+    counts = []
+    for turn in range(12):
+        if turn == 6:
+            submit(engine, request("b", [5, 6], max_tokens=30, ignore_eos=True))
+        engine._take_orders()
+        engine.step()
+        counts.append(policy.count)
+    assert counts == [1, 2, 2, 2, 2, 2, 3, 4, 4, 4, 4, 4]
+    finish(engine)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A request as a policy sees it.
+class Entry(NamedTuple):
+    """A request as a policy sees it. Many are made a step, while the model waits.
 
     Attributes:
         id: the request's.
@@ -37,7 +35,8 @@ class Entry:
 class Policy(Protocol):
     """Orders requests. A scheduler calls it from one thread; ``now`` is the monotonic clock.
 
-    Each step asks for `waiting_order` first, also when nothing waits.
+    Each step asks for `waiting_order` first, also when nothing waits; but once it has been asked
+    with nothing waiting and no prompt being read, not again until that changes.
     """
 
     def waiting_order(
