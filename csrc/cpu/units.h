@@ -13,7 +13,9 @@ constexpr int kWordsSlot = 0, kSumsSlot = 1, kUnitSlot = 2, kRowSlot = 3;
 // prompt is shared between threads even when the weight is narrow.
 constexpr int64_t kUnitRows = 240;
 
-constexpr int64_t kFewRows = 8;
+// So few rows of x take several tiles at once: each is over soon. With one more, units fetch what
+// the next one reads (Ahead in int8_linear.h), and of a long unit that is evicted before its turn.
+constexpr int64_t kFewRows = 3;
 
 // Blocks of 16 weight rows cut into units: an equal run for each thread, cut where the blocks that
 // lie together in memory are, into `units_a_thread` units of which the last may be empty.
@@ -24,7 +26,7 @@ struct BlockPlan {
     blocks = total;
     threads = num_threads() < total ? num_threads() : total;
     const int64_t share = ceil_div(total, threads);
-    // Few rows of x make tiles short: claim several at once while that leaves eight a thread.
+    // Several at once while that leaves eight a thread.
     const int64_t tiles = few_rows ? share / (tile_blocks * 8) : 1;
     step = tile_blocks * (tiles < 1 ? 1 : tiles);
     units_a_thread = ceil_div(share + kBlocksTogether, step);
