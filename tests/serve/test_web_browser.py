@@ -20,10 +20,9 @@ from quantkit.serve.policy.tiers import Tenant, Tier
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="neither chromium nor google-chrome is installed"),
-]
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="neither chromium nor google-chrome is installed"
+)
 expect = playwright.expect
 expect.set_options(timeout=20_000)
 HOSTILE = (
