@@ -39,20 +39,22 @@ class Transcript:
         self._request = request
         self._cancel = cancel
         self._detokenizer: Detokenizer | None = None
-        self._broken = False
+        self._over = False
 
     def __call__(self, event: Event) -> Event | None:
-        """The event with its text; a failure if that raises, and nothing more after one."""
-        if self._request.sampling.stop or isinstance(event, PromptScored | Failed):
-            return None if self._broken else event
-        if self._broken:
+        """The event with its text, or a failure if that raises; nothing after a last one."""
+        if self._over:
             return None
+        self._over = isinstance(event, Finished | Failed)
+        if self._request.sampling.stop or isinstance(event, PromptScored | Failed):
+            return event
         try:
             return self._write(event)
         except Exception:
             logger.exception("request %s failed", self._request.id)
-            self._broken = True
-            self._cancel()
+            if not self._over:
+                self._over = True
+                self._cancel()
             return internal_error()
 
     def _write(self, event: TokenEvent | Finished) -> Event:

@@ -9,7 +9,7 @@ from serve_helpers import Outcome, assert_empty, finish, generate, request, runn
 
 from quantkit.models.runtime import Runtime
 from quantkit.serve.detokenizer import Detokenizer
-from quantkit.serve.events import Failed, Finished, PromptScored, TokenEvent
+from quantkit.serve.events import Event, Failed, Finished, PromptScored, TokenEvent
 from quantkit.serve.transcript import Transcript
 
 
@@ -74,3 +74,17 @@ def test_nothing_follows_a_failure(native: Runtime, monkeypatch: pytest.MonkeyPa
     for event in (TokenEvent(6, ""), Finished("cancelled", "", 1, 2), Failed("a step failed")):
         assert transcript(event) is None
     assert cancelled == ["a"]
+
+
+@pytest.mark.parametrize("stop", [(), ("x",)])
+@pytest.mark.parametrize("last", [Finished("length", "", 1, 2), Failed("a step failed")])
+def test_a_request_ends_once(native: Runtime, stop: tuple[str, ...], last: Event) -> None:
+    cancelled: list[str] = []
+    transcript = Transcript(
+        native.tokenizer, request("a", [5], stop=stop), lambda: cancelled.append("a")
+    )
+    assert transcript(TokenEvent(6, ""))
+    assert transcript(last) == last
+    for event in (TokenEvent(6, ""), Finished("cancelled", "", 1, 2), Failed("again")):
+        assert transcript(event) is None
+    assert not cancelled
