@@ -62,3 +62,19 @@ def test_the_contract_holds(served: Live, mode: GenerationMode) -> None:
 
         check()
     assert seen == PATHS
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/completions", {"prompt": "The quick"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
+        ("/v1/responses", {"input": "Hello"}),
+    ],
+)
+def test_streams_hold_it_too(served: Live, path: str, asked: dict[str, object]) -> None:
+    schema = schemathesis.openapi.from_url(served.url + "/openapi.json")
+    case = schema[path]["POST"].Case(body=asked | {"stream": True}, media_type="application/json")
+    response = case.call(timeout=60)
+    assert response.headers["content-type"][0].startswith("text/event-stream")
+    case.validate_response(response, checks=CHECKS)
