@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from quantkit.serve.byte_level import ByteLevelText, ByteLevelVocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,8 +29,6 @@ class Detokenizer:
     """Incremental decoding of one answer; ``stop`` strings count behind ``min_tokens`` tokens.
 
     The text of special tokens is left out, or that of ``hidden`` ones if they are given.
-    Decodes a short window ``ids[start:]`` each time and emits what is new in it, because a
-    token's text depends on its neighbours and decoding everything anew would be quadratic.
     """
 
     def __init__(
@@ -39,17 +39,60 @@ class Detokenizer:
         min_tokens: int = 0,
         hidden: frozenset[int] | None = None,
     ) -> None:
-        self._read = reader(tokenizer, skip_special_tokens=hidden is None)
-        self._hidden = hidden
+        self._text = growing_text(tokenizer, prompt_ids[-CONTEXT_TOKENS:], hidden)
         self._deaf = min_tokens  # tokens whose text no stop string is looked for in
         self.stop = StopStrings(stop)
-        self._window = list(prompt_ids[-CONTEXT_TOKENS:])
+
+    def push(self, token_id: int) -> str:
+        """Add a token; returns the text that became safe. Check `stopped` afterwards."""
+        new = self._text.push(token_id)
+        if self._deaf:
+            self._deaf -= 1
+            return new
+        return self.stop.push(new)
+
+    def finish(self) -> str:
+        """The text still held back; nothing after a stop string was found."""
+        rest = self._text.finish()
+        return (rest if self._deaf else self.stop.push(rest)) + self.stop.finish()
+
+    @property
+    def stopped(self) -> bool:
+        return self.stop.found
+
+
+def growing_text(
+    tokenizer: PreTrainedTokenizerBase, context: Sequence[int], hidden: frozenset[int] | None
+) -> ByteLevelText | WindowedText:
+    """The text behind ``context``: by bytes where tokens are bytes, or by what decoding says."""
+    skip = hidden is None
+    if backend_decodes(tokenizer):
+        vocabulary = ByteLevelVocabulary.of(tokenizer, skip_special_tokens=skip)
+        if vocabulary is not None:
+            return ByteLevelText(vocabulary, context, hidden or frozenset())
+    read = reader(tokenizer, skip_special_tokens=skip)
+    return WindowedText(read, context, hidden or frozenset())
+
+
+class WindowedText:
+    """The text of a growing answer, by any tokenizer.
+
+    Decodes a short window ``ids[start:]`` each time and emits what is new in it, because a
+    token's text depends on its neighbours and decoding everything anew would be quadratic.
+    """
+
+    def __init__(
+        self, read: Callable[[Sequence[int]], str], context: Sequence[int], hidden: frozenset[int]
+    ) -> None:
+        self._read = read
+        self._hidden = hidden
+        self._window = list(context)
         self._shown = self._decode().rstrip(REPLACEMENT)
         # Tokens at the front of the window that are context only: their text is out already.
         self._context = len(self._window)
 
     def push(self, token_id: int) -> str:
-        """Add a token; returns the text that became safe. Check `stopped` afterwards."""
+        """The text that a token makes safe."""
         self._window.append(token_id)
         text = self._decode()
         overdue = len(self._window) > self._context + MAX_PENDING_TOKENS
@@ -62,25 +105,14 @@ class Detokenizer:
             self._shown = self._decode()
         elif new:
             self._shown = safe
-        if self._deaf:
-            self._deaf -= 1
-            return new
-        return self.stop.push(new)
+        return new
 
     def finish(self) -> str:
-        """The text still held back; nothing after a stop string was found."""
-        rest = self._decode()[len(self._shown) :]
-        return (rest if self._deaf else self.stop.push(rest)) + self.stop.finish()
-
-    @property
-    def stopped(self) -> bool:
-        return self.stop.found
+        """The text still held back."""
+        return self._decode()[len(self._shown) :]
 
     def _decode(self) -> str:
-        ids = self._window
-        if self._hidden is not None:
-            ids = [token for token in ids if token not in self._hidden]
-        return self._read(ids)
+        return self._read([token for token in self._window if token not in self._hidden])
 
 
 def reader(
@@ -89,20 +121,26 @@ def reader(
     """Tokens to text, as ``tokenizer.decode`` without any cleaning up.
 
     Where that only passes on what the tokenizers library says, the library itself is asked: what
-    lies between is two thirds of the time, twice a token, which the next pass waits for.
+    lies between is two thirds of the time, twice a token.
     """
+    if backend_decodes(tokenizer):
+        decode = tokenizer.backend_tokenizer.decode
+        return partial(decode, skip_special_tokens=skip_special_tokens)
     plain: Any = tokenizer
-    kind = type(plain)
-    if (
-        isinstance(plain, PreTrainedTokenizerFast)
-        and kind.decode is PreTrainedTokenizerBase.decode
-        and kind._decode is PreTrainedTokenizerFast._decode
-    ):
-        return partial(plain.backend_tokenizer.decode, skip_special_tokens=skip_special_tokens)
     return partial(
         plain.decode,
         skip_special_tokens=skip_special_tokens,
         clean_up_tokenization_spaces=False,
+    )
+
+
+def backend_decodes(tokenizer: PreTrainedTokenizerBase) -> TypeGuard[PreTrainedTokenizerFast]:
+    """Whether ``decode`` only passes on what the tokenizers library says."""
+    kind: Any = type(tokenizer)
+    return (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and kind.decode is PreTrainedTokenizerBase.decode
+        and kind._decode is PreTrainedTokenizerFast._decode
     )
 
 

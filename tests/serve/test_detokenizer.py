@@ -9,7 +9,13 @@ from tokenizers import Tokenizer, decoders, models
 from tool_helpers import tool_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from quantkit.serve.detokenizer import REPLACEMENT, Detokenizer, StopStrings, reader
+from quantkit.serve.detokenizer import (
+    REPLACEMENT,
+    Detokenizer,
+    StopStrings,
+    WindowedText,
+    reader,
+)
 
 
 def stream(tokenizer, ids: list[int], prompt: tuple[int, ...] = ()) -> list[str]:
@@ -17,13 +23,19 @@ def stream(tokenizer, ids: list[int], prompt: tuple[int, ...] = ()) -> list[str]
     return [*(subject.push(token) for token in ids), subject.finish()]
 
 
+def windowed(tokenizer, ids: list[int]) -> list[str]:
+    """The same, had the tokenizer no bytes."""
+    subject = WindowedText(reader(tokenizer, skip_special_tokens=True), (), frozenset())
+    return [*(subject.push(token) for token in ids), subject.finish()]
+
+
 @given(text=st.text(alphabet=st.sampled_from("aé京🙂 \n'�dog"), max_size=30))
 def test_pieces_add_up(tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
-    pieces = stream(tokenizer, ids)
-    assert "".join(pieces) == text
-    if REPLACEMENT not in text:
-        assert not any(REPLACEMENT in piece for piece in pieces), "half a character got out"
+    for pieces in (stream(tokenizer, ids), windowed(tokenizer, ids)):
+        assert "".join(pieces) == text
+        if REPLACEMENT not in text:
+            assert not any(REPLACEMENT in piece for piece in pieces), "half a character got out"
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -50,16 +62,17 @@ def test_a_tokenizer_is_read_as_it_decodes(tokenizer, skip: bool) -> None:
 @given(ids=st.lists(st.integers(2, 260), max_size=120))
 def test_random_bytes_equal_one_decode(tokenizer, ids: list[int]) -> None:
     """Mostly invalid UTF-8. Very long runs of it may be cut anywhere, so compare the rest."""
-    got = "".join(stream(tokenizer, ids))
     expected = tokenizer.decode(ids, skip_special_tokens=True)
+    assert "".join(stream(tokenizer, ids)) == expected
+    got = "".join(windowed(tokenizer, ids))
     assert got.replace(REPLACEMENT, "") == expected.replace(REPLACEMENT, "")
 
 
 def test_endless_garbage_is_shown_in_the_end(tokenizer) -> None:
     continuation = tokenizer.encode("é")[-1:]
     half = [i for i in range(2, 260) if tokenizer.decode([i]) == REPLACEMENT][:1]
-    pieces = stream(tokenizer, (half or continuation) * 300)
-    assert sum(map(len, pieces[:-1])) > 100
+    for pieces in (f(tokenizer, (half or continuation) * 300) for f in (stream, windowed)):
+        assert sum(map(len, pieces[:-1])) > 100
 
 
 def test_special_tokens_are_not_text(tokenizer) -> None:

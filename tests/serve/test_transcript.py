@@ -34,13 +34,18 @@ def test_the_text_is_that_of_the_tokens(native: Runtime, sampling: dict[str, obj
 def test_text_that_cannot_be_written_ends_its_request_alone(
     native: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    push = Detokenizer.push
+    push, made = Detokenizer.push, Detokenizer.__init__
+
+    def noted(self: Detokenizer, tokenizer, prompt_ids, **options) -> None:
+        made(self, tokenizer, prompt_ids, **options)
+        self.broken = prompt_ids[0] == 9
 
     def broken(self: Detokenizer, token_id: int) -> str:
-        if self._window[0] == 9:
+        if self.broken:
             raise RuntimeError("no text")
         return push(self, token_id)
 
+    monkeypatch.setattr(Detokenizer, "__init__", noted)
     monkeypatch.setattr(Detokenizer, "push", broken)
 
     async def serve() -> list[Outcome]:
