@@ -15,8 +15,8 @@ guesses. Each turn warms up and takes the median of ``--repeats``. Two figures a
             last, because all others are decoding by then
 
 An overhead is the server's figure over the other one, less 1; over rounds, the median of the ratios
-within rounds. The client, as cheap as can be, is this process: with as many threads as cores, its
-work is in the overhead. With ``--limit``, exit code 1 where an overhead is above it.
+within rounds. The client, as cheap as can be, is this process, and the kernel's part of receiving
+happens where the server sends: with as many threads as cores, both are in the overhead. With ``--limit``, exit code 1 where an overhead is above it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import contextlib
 import json
 import math
 import signal
+import socket
 import statistics
 import sys
 import time
@@ -46,6 +47,9 @@ from quantkit.loadtest.server import serving
 from quantkit.serve.measure import random_prompts
 
 FIGURES = ("whole", "step")
+
+#: Bytes of an answer that the client is woken for.
+GATHERED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -125,19 +129,26 @@ def time_served(process: EngineProcess, prompts: Sequence[Sequence[int]], tokens
 class Listener(asyncio.Protocol):
     """Sends a request, and keeps what comes with the time that it came.
 
-    Reading lines as they come would be four times the work, on the cores that are measured.
+    Behind the first token it lets the kernel gather what comes, and is woken by a megabyte or the
+    answer's end, which is the last token's time. Being woken for each of them is 22 us a token on
+    the cores that are measured, and reading lines as they come twice that.
     """
 
     def __init__(self, request: bytes) -> None:
         self.pieces: list[tuple[float, bytes]] = []
         self.over = asyncio.get_running_loop().create_future()
         self._request = request
+        self._gathers = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
+        self._socket = transport.get_extra_info("socket")
         transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
+        if not self._gathers and b"data: " in data:
+            self._gathers = True
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, GATHERED)
         self.pieces.append((time.perf_counter(), data))
 
     def connection_lost(self, exc: Exception | None) -> None:
