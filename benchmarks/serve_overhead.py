@@ -16,7 +16,8 @@ guesses. Each turn warms up and takes the median of ``--repeats``. Two figures a
 
 An overhead is the server's figure over the other one, less 1; over rounds, the median of the ratios
 within rounds. The client, as cheap as can be, is this process, and the kernel's part of receiving
-happens where the server sends: with as many threads as cores, both are in the overhead. With ``--limit``, exit code 1 where an overhead is above it.
+happens where the server sends: with as many threads as cores, both are in the overhead. With
+``--limit``, exit code 1 where an overhead is above it.
 """
 
 from __future__ import annotations
