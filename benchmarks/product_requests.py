@@ -18,8 +18,9 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from quantkit.evals.suite import Suite
 from quantkit.evals.suites import load_suites
@@ -45,48 +46,50 @@ def main() -> int:
         raise SystemExit(f"--held {args.held}: is -o, too; give each a file of its own")
     [suite] = load_suites([args.suite])
     generator = random.Random(args.seed)
-    others = training_messages(args.clinc)
+    others = [message for message, _ in intents(args.clinc, "train")]
     generator.shuffle(others)
     messages = first_turns(suite) * args.repeat + others[: args.messages]
     generator.shuffle(messages)
+    prompt, answers = asked_by(suite)
     if args.held is not None:
-        held = sorted(set(messages))[::HELD]
-        write(args.held, requests(suite, held, generator))
-        kept = set(held)
-        messages = [text for text in messages if text not in kept]
-    write(args.output, requests(suite, messages, generator))
+        messages, held = hold_back(messages)
+        write_lines(args.held, requests(prompt, answers, held, generator), "requests")
+    write_lines(args.output, requests(prompt, answers, messages, generator), "requests")
     return 0
 
 
-def write(path: Path, texts: Sequence[tuple[str, str]]) -> None:
-    """One request a line, in the form that `quantkit calibrate --data` reads."""
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]], noun: str) -> None:
+    """A line of JSON for each row, all of them or none."""
     staging = path.with_name(path.name + ".tmp")
     try:
-        staging.write_text(
-            "".join(
-                json.dumps({"prompt": asked, "completion": said}) + "\n" for asked, said in texts
-            )
-        )
+        staging.write_text("".join(json.dumps(row) + "\n" for row in rows))
         staging.replace(path)
     except OSError as error:
         raise SystemExit(
             f"{path}: {error.strerror or error}; give a file that can be written"
         ) from None
-    print(f"{path}: {len(texts)} requests")
+    print(f"{path}: {len(rows)} {noun}")
 
 
-def training_messages(path: Path) -> list[str]:
-    """Of clinc150, with a capital letter.
+def intents(path: Path, split: str) -> list[tuple[str, str]]:
+    """Messages of clinc150, with a capital letter, and what each is about.
 
     Raises:
         SystemExit: the file is not there, or is another one.
     """
     try:
-        rows = json.loads(path.read_text())["train"]
-        return [text[:1].upper() + text[1:] for text, _ in rows]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        rows = json.loads(path.read_text())[split]
+        return [(text[:1].upper() + text[1:], about.replace("_", " ")) for text, about in rows]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise SystemExit(f"{path}: is not data_full.json of clinc150 ({reason})") from error
+
+
+def hold_back(messages: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those to calibrate on, in their order, and one distinct message in `HELD` to measure on."""
+    held = sorted(set(messages))[::HELD]
+    kept = set(held)
+    return [text for text in messages if text not in kept], held
 
 
 def first_turns(suite: Suite) -> list[str]:
@@ -100,10 +103,8 @@ def first_turns(suite: Suite) -> list[str]:
     return [found[0] for found in turns if found]
 
 
-def requests(
-    suite: Suite, messages: Sequence[str], generator: random.Random
-) -> list[tuple[str, str]]:
-    """Each message in the suite's prompt, and one of its answers, which stands behind it.
+def asked_by(suite: Suite) -> tuple[str, list[str]]:
+    """A suite's prompt around a message, and all answers that it knows.
 
     Raises:
         SystemExit: its prompt is not one around a message, or its items have no choices.
@@ -111,8 +112,17 @@ def requests(
     prompt = suite.config.get("doc_to_text")
     if not isinstance(prompt, str) or PLACE not in prompt or "choices" not in suite.rows[0]:
         raise SystemExit(f"{suite.name}: asks nothing of a {PLACE}; give a suite that does")
-    answers = sorted({choice for row in suite.rows for choice in row["choices"]})
-    return [(prompt.replace(PLACE, text), f" {generator.choice(answers)}") for text in messages]
+    return prompt, sorted({choice for row in suite.rows for choice in row["choices"]})
+
+
+def requests(
+    prompt: str, answers: Sequence[str], messages: Sequence[str], generator: random.Random
+) -> list[dict[str, str]]:
+    """Each message in the prompt, and one of the answers, which stands behind it."""
+    return [
+        {"prompt": prompt.replace(PLACE, text), "completion": f" {generator.choice(answers)}"}
+        for text in messages
+    ]
 
 
 if __name__ == "__main__":

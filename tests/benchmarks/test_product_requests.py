@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import sys
 from pathlib import Path
 
@@ -61,7 +60,7 @@ def test_requests_have_the_suites_form_and_none_of_its_messages(
 def test_a_suite_that_asks_otherwise_is_refused() -> None:
     [suite] = load_suites(["grounded_qa"])
     with pytest.raises(SystemExit, match="grounded_qa: asks nothing of a"):
-        product_requests.requests(suite, ["hello"], random.Random(0))
+        product_requests.asked_by(suite)
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"train": [1]}', '{"test": []}'])
@@ -70,4 +69,4 @@ def test_another_file_is_refused(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         path.write_text(text)
     with pytest.raises(SystemExit, match=r"is not data_full\.json of clinc150"):
-        product_requests.training_messages(path)
+        product_requests.intents(path, "train")
