@@ -1,7 +1,7 @@
 """What HTTP costs: `quantkit serve` beside `quantkit bench decode`, the same prompts and lengths.
 
     python -m benchmarks.serve_overhead CKPT [--batch 1 8] [--rounds 5] [--threads N] [-o FILE]
-        [--limit 0.08]
+        [--stream-interval 1] [--limit 0.08]
 
 Both are child processes with equal numbers of threads, and take turns: the server is stopped
 (SIGSTOP) while the other runs, and every other round runs backwards. ``bench decode`` reads
@@ -104,6 +104,7 @@ def start_server(options: argparse.Namespace) -> Iterator[EngineProcess]:
     """``quantkit serve``, ready but stopped (SIGSTOP)."""
     given = ["--threads", str(options.threads), "--max-sequences", str(max(options.batch))]
     given += ["--no-prefix-caching", "--speculative-tokens", "0"]
+    given += ["--stream-interval", str(options.stream_interval)]
     with serving(options.checkpoint, given) as process:
         process.signal(signal.SIGSTOP)
         try:
@@ -282,7 +283,8 @@ def document(
     rounds: Sequence[Round], about: dict[str, Any], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Everything that was measured, round by round."""
-    settings = ("prompt_tokens", "output_tokens", "batch", "rounds", "repeats", "threads", "limit")
+    settings = ("prompt_tokens", "output_tokens", "batch", "rounds", "repeats", "threads")
+    settings += ("stream_interval", "limit")
     return {
         "hardware": hardware(options.threads),
         "checkpoint": Path(options.checkpoint).name,
@@ -302,12 +304,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3, help="in each turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--stream-interval", type=int, default=1, help="the server's")
     parser.add_argument("--limit", type=float, help="overhead that is too much, such as 0.08")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args(argv)
     if options.output_tokens < 3:
         parser.error("--output-tokens: bench decodes all but the first, and a step needs 2")
-    for name in ("prompt_tokens", "rounds", "repeats", "threads"):
+    for name in ("prompt_tokens", "rounds", "repeats", "threads", "stream_interval"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: {getattr(options, name)} is too few")
     if min(options.batch) < 1 or len(set(options.batch)) < len(options.batch):
@@ -324,7 +327,8 @@ def main() -> None:
     print(f"{found['checkpoint']} ({found['kernels']}), {found['hardware'].get('cpu', '')}")
     print(
         f"{options.prompt_tokens} prompt tokens, {options.output_tokens} new ones, "
-        f"{options.rounds} rounds, {options.threads} threads; overheads are medians"
+        f"{options.rounds} rounds, {options.threads} threads, "
+        f"--stream-interval {options.stream_interval}; overheads are medians"
     )
     print("\n".join(table(rounds, options)))
     if options.limit is not None:

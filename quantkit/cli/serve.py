@@ -28,6 +28,7 @@ OWN = (
     *("config", "capture", "capture_rate", "capture_patterns", "otlp_endpoint"),
     *("prefill_chunk", "kv_cache_dtype", "prefix_caching", "speculative_tokens"),
     *("threads", "kernels", "device", "draft", "tool_parser", "reasoning_parser"),
+    "stream_interval",
     *("web", "compare_with", "compare_model", "compare_key"),
 )
 
@@ -148,6 +149,15 @@ def command(
             help="How it writes reasoning: think, mistral, none or auto.",
         ),
     ] = "auto",
+    stream_interval: Annotated[
+        int,
+        typer.Option(
+            "--stream-interval",
+            min=1,
+            help="Tokens of a streamed answer that are written together; its first goes out at "
+            "once.",
+        ),
+    ] = 1,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
     ] = None,
@@ -326,6 +336,7 @@ def command(
             peer=peer,
             tool_parser=tool_parser,
             reasoning_parser=reasoning_parser,
+            stream_interval=stream_interval,
         )
 
         def announce() -> None:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from quantkit.serve.events import Event, Failed, Finished
+from quantkit.serve.events import Event, Failed, Finished, TokenEvent
 
 if TYPE_CHECKING:
     from quantkit.serve.engine import Engine
@@ -35,6 +35,8 @@ class EventStream:
         self._loop = asyncio.get_running_loop()
         self._arrived: list[tuple[int, Event]] = []
         self._reader: asyncio.Future[None] | None = None
+        self._enough = 1
+        self._urgent = False
         self._open: dict[int, str] = {}
         self._transcripts = [engine.transcript(request) for request in requests]
         try:
@@ -55,26 +57,40 @@ class EventStream:
             return
         event = written
         self._arrived.append((index, event))
-        if self._reader is not None and not self._reader.done():
+        self._urgent = self._urgent or not isinstance(event, TokenEvent)
+        if self._reader is not None and self._due and not self._reader.done():
             self._reader.set_result(None)
         self._observe(index, event)
 
-    async def batch(self) -> list[tuple[int, Event]]:
-        """Wait for an event; returns all that are there, and nothing after the last ones."""
+    @property
+    def _due(self) -> bool:
+        return self._urgent or len(self._arrived) >= self._enough
+
+    async def batch(self, tokens: int = 1) -> list[tuple[int, Event]]:
+        """Wait for ``tokens`` of them a request that runs, or an event of another kind.
+
+        Returns all that are there, and nothing after the last ones.
+        """
         if not self._open:
             return []
-        while not self._arrived:
+        self._enough = tokens * len(self._open)
+        while not self._due:
             # A queue does the same for any number of readers, at three times the price a token.
             self._reader = self._loop.create_future()
             await self._reader
-        batch, self._arrived = self._arrived, []
+        batch, self._arrived, self._urgent = self._arrived, [], False
         for index, event in batch:
             if isinstance(event, Finished | Failed):
                 self._open.pop(index, None)
         return batch
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
-        while batch := await self.batch():
+        async for item in self.every(1):
+            yield item
+
+    async def every(self, tokens: int) -> AsyncIterator[tuple[int, Event]]:
+        """One by one what `batch` gives."""
+        while batch := await self.batch(tokens):
             for item in batch:
                 yield item
 

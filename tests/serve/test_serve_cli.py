@@ -258,6 +258,7 @@ def test_comparing_needs_an_operator(cli: typer.Typer, tmp_path: Path) -> None:
         ["--capture-patterns", "patterns.yaml"],
         ["--otlp-endpoint", "http://localhost:4318/v1/traces"],
         ["--prefill-chunk", "256"],
+        ["--stream-interval", "1"],
         ["--kv-cache-dtype", "auto"],
         ["--prefix-caching"],
         ["--no-prefix-caching"],

@@ -41,6 +41,7 @@ def create_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     tool_parser: str = AUTO,
     reasoning_parser: str = AUTO,
+    stream_interval: int = 1,
 ) -> FastAPI:
     """An OpenAI-compatible application over a started engine.
 
@@ -56,6 +57,7 @@ def create_app(
         max_body_bytes: longer bodies are refused with 413.
         tool_parser: how the model writes calls, as `ChatFormat` takes it.
         reasoning_parser: how it writes reasoning.
+        stream_interval: tokens of a streamed answer that are written together, behind its first.
 
     Raises:
         UsageError: there is no such parser.
@@ -68,6 +70,7 @@ def create_app(
         tracing,
         tool_parser=tool_parser,
         reasoning_parser=reasoning_parser,
+        stream_interval=stream_interval,
     )
     # No docs pages: they load scripts from other hosts. /openapi.json is the contract.
     app = FastAPI(title="quantkit", version=__version__, docs_url=None, redoc_url=None)

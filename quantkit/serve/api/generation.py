@@ -51,11 +51,13 @@ from quantkit.serve.tracing import Tracing
 Json = dict[str, Any]
 #: Nobody reads it: the status that access logs show for a client that left.
 CLIENT_CLOSED_REQUEST = 499
+#: More tokens than an answer has: who waits for so many is woken by its end.
+UNTIL_THE_END = 1 << 40
 
 
 class Service:
-    """The served model: its engine, the door to it, its encoder, the style of its answers and the
-    names that clients may call it by."""
+    """The served model: its engine, the door to it, its encoder, the style of its answers, the
+    tokens of an answer that are written together, and the names that clients may call it by."""
 
     def __init__(
         self,
@@ -66,8 +68,10 @@ class Service:
         *,
         tool_parser: str = AUTO,
         reasoning_parser: str = AUTO,
+        stream_interval: int = 1,
     ) -> None:
         self.engine = engine
+        self.stream_interval = stream_interval
         self.tracing = tracing
         self.door = Door(engine, config, capture)
         self.encoder = PromptEncoder(engine.runtime.tokenizer)
@@ -185,7 +189,7 @@ class Generation:
         *,
         include_usage: bool,
     ) -> Response:
-        """Send what ``render`` makes of each event as it comes.
+        """Send what ``render`` makes of each event, those together that came together.
 
         The status line waits for the first event, so that a request which fails at once gets an
         honest 500 and not a 200 with an error inside.
@@ -206,17 +210,19 @@ class Generation:
             completion_tokens = cached_tokens = 0
             batch = first
             while batch:
+                written = b""
                 for index, event in batch:
                     if isinstance(event, Failed):
-                        yield encode(failed_body(event))
-                        yield DONE
+                        yield written + encode(failed_body(event)) + DONE
                         return
                     if isinstance(event, Finished):
                         completion_tokens += event.completion_tokens
                         cached_tokens = max(cached_tokens, event.cached_tokens)
                     for choice in await render(index, event):
-                        yield write(choice | {"index": index})
-                batch = await stream.batch()
+                        written += write(choice | {"index": index})
+                if written:
+                    yield written
+                batch = await stream.batch(self.service.stream_interval)
             if include_usage:
                 total = usage(self.prompt_tokens, completion_tokens, cached_tokens)
                 yield encode(head | {"choices": [], "usage": total})
@@ -247,7 +253,7 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Jso
 async def collect(stream: EventStream, count: int) -> list[Choice]:
     """Every answer, when all are there."""
     choices = [Choice() for _ in range(count)]
-    async for index, event in stream:
+    async for index, event in stream.every(UNTIL_THE_END):
         choices[index].add(event)
     return choices
 

@@ -16,6 +16,7 @@ from quantkit.serve.api.conversation import Conversation, begin
 from quantkit.serve.api.errors import GenerationError, failed_body
 from quantkit.serve.api.generation import (
     CLIENT_CLOSED_REQUEST,
+    UNTIL_THE_END,
     Json,
     Service,
     begun,
@@ -51,7 +52,9 @@ async def create(service: Service, body: ResponsesRequest, http: HttpRequest) ->
     stream = await service.open(http, [request], [conversation.said])
     try:
         if not body.stream:
-            document = await until_disconnect(http.receive, writer.whole(stream))
+            document = await until_disconnect(
+                http.receive, writer.whole(stream.every(UNTIL_THE_END))
+            )
             stream.close()
             return JSONResponse(document)
         first = await until_disconnect(http.receive, begun(stream))
@@ -61,7 +64,8 @@ async def create(service: Service, body: ResponsesRequest, http: HttpRequest) ->
     except BaseException:
         stream.close()
         raise
-    return EventStreamResponse(writer.stream(chain(first, stream)), stream.close)
+    rest = stream.every(service.stream_interval)
+    return EventStreamResponse(writer.stream(chain(first, rest)), stream.close)
 
 
 def messages(body: ResponsesRequest) -> list[Message]:
