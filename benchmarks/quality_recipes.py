@@ -14,6 +14,7 @@ _WEIGHT_ONLY = {
     "quantkit GPTQ": "gptq",
     "quantkit GPTQ, Fisher": _FISHER,
     "quantkit GPTQ, Fisher, distill": f"[{_FISHER}, distill]",
+    "quantkit GPTQ, Fisher, distill 160 steps": f"[{_FISHER}, {{distill: {{steps: 160}}}}]",
     "quantkit GPTQ, Fisher, blocks, distill": f"[{_FISHER}, blockdistill, distill]",
 }
 _SMOOTH = "{smoothquant: {alpha: auto, pairs: all}}"

@@ -328,7 +328,7 @@ def test_installed_recipes_load_by_name(name: str) -> None:
     assert not recipe.is_kept("model.layers.3.mlp.up_proj")
     assert recipe.calibrate.data == (SourceSpec("evals:support_intent"),)
     # Codes that move ask for more text.
-    samples = 800 if name == "w2a16" else 128
+    samples = 1200 if name == "w2a16" else 128
     assert (recipe.calibrate.samples, recipe.calibrate.seq_len) == (samples, 512)
     assert recipe.suites == ("support_intent",)
     assert set(recipe.gate) == {"kl.mean", "support_intent.acc", "size.ratio"}

@@ -210,18 +210,18 @@ class Generation:
             completion_tokens = cached_tokens = 0
             batch = first
             while batch:
-                written = b""
+                written: list[bytes] = []
                 for index, event in batch:
                     if isinstance(event, Failed):
-                        yield written + encode(failed_body(event)) + DONE
+                        yield b"".join([*written, encode(failed_body(event)), DONE])
                         return
                     if isinstance(event, Finished):
                         completion_tokens += event.completion_tokens
                         cached_tokens = max(cached_tokens, event.cached_tokens)
                     for choice in await render(index, event):
-                        written += write(choice | {"index": index})
+                        written.append(write(choice | {"index": index}))
                 if written:
-                    yield written
+                    yield b"".join(written)
                 batch = await stream.batch(self.service.stream_interval)
             if include_usage:
                 total = usage(self.prompt_tokens, completion_tokens, cached_tokens)
